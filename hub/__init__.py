@@ -1,0 +1,1 @@
+"""Everything that meets the Hub: the authors' checkpoints, publishing, the demo, benchmarks."""

@@ -1,0 +1,337 @@
+"""
+The authors' checkpoint format (github.com/AlignGPT-VL/AlignGPT): parameter names, config fields, weight files.
+
+Read from folders on disk, without the authors' code. Two kinds exist: a finetuned model (`config.json`, tokenizer and
+all weights, the vision tower's inside or not), and what stage 1 leaves (`mm_projector_align.bin` with the projector and
+the level table, `config.json` beside it).
+"""
+
+import json
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+from modeling_aligngpt.configuration_aligngpt import AlignGPTConfig
+
+
+STAGE1_WEIGHTS = "mm_projector_align.bin"
+CONFIG_FILE = "config.json"
+# In a converted model: what their format holds and ours does not.
+ORIGINAL_FOLDER = "original"
+RECORD_FILE = "weights.json"
+BUFFERS_FILE = "buffers.safetensors"
+# Files of theirs that are kept as they are.
+KEPT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+)
+
+# Their parameter prefixes -> ours. The first match counts, so the longer prefixes stand first.
+KEY_PREFIXES = (
+    ("mm_projector.0.", "model.multi_modal_projector.linear_1."),
+    ("mm_projector.2.", "model.multi_modal_projector.linear_2."),
+    ("align_indicators.indicator_embs", "model.align_embeddings.weight"),
+    ("gated_weight_layer.mlp.0.", "model.align_gate.linear_1."),
+    ("gated_weight_layer.mlp.2.", "model.align_gate.linear_2."),
+    ("vision_tower.vision_tower.vision_model.", "model.vision_tower."),
+    ("lm_head.", "lm_head."),
+    ("model.", "model.language_model."),
+)
+# Stage 2 trains the gate from scratch, so stage 1 has none.
+GATE_PREFIX = "gated_weight_layer."
+TOWER_PREFIX = "vision_tower.vision_tower.vision_model."
+# Constants that older transformers releases stored as buffers; they follow from the config.
+_BUFFER = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
+
+# Fields of their config that describe the picture side; all others belong to the language model.
+_MULTIMODAL_FIELDS = frozenset(
+    {
+        "freeze_mm_mlp_adapter",
+        "image_aspect_ratio",
+        "image_grid_pinpoints",
+        "n_indicators",
+        "s2_scales",
+        "tokenizer_model_max_length",
+        "tokenizer_padding_side",
+        "tune_mm_mlp_adapter",
+        "use_mm_proj",
+        "use_s2",
+    }
+)
+_BOOKKEEPING_FIELDS = frozenset({"_name_or_path", "architectures", "model_type", "torch_dtype", "transformers_version"})
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+def to_our_key(key: str) -> str | None:
+    """Our parameter name for one of theirs (`mm_projector.0.weight`), `None` for a name that is not in the format."""
+    for theirs, ours in KEY_PREFIXES:
+        if key.startswith(theirs):
+            return ours + key[len(theirs) :]
+    return None
+
+
+def to_original_key(key: str) -> str:
+    """Their parameter name for one of ours; a `ValueError` for a name that their format has no place for."""
+    for theirs, ours in KEY_PREFIXES:
+        if key.startswith(ours):
+            return theirs + key[len(ours) :]
+    raise ValueError(f"Parameter {key!r} has no place in the authors' format.")
+
+
+def is_buffer(key: str) -> bool:
+    """Whether the key names a stored constant (rotary frequencies, position ids) instead of a weight."""
+    return _BUFFER.search(key) is not None
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; a `ValueError` that names the file otherwise."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object.")
+    return content
+
+
+def find_weight_files(folder: Path) -> list[Path]:
+    """The weight files of a folder: safetensors before `.bin`, one file or the shards of an index; empty if none."""
+    for name in _WEIGHT_FILES:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ValueError(f"{index} has no weight_map.")
+            shards = [folder / shard for shard in sorted(set(weight_map.values()))]
+            absent = [shard.name for shard in shards if not shard.is_file()]
+            if absent:
+                raise ValueError(f"{index} names files that are not there: {', '.join(absent)}. Download them again.")
+            return shards
+        if (folder / name).is_file():
+            return [folder / name]
+    return []
+
+
+def read_weight_file(path: Path) -> dict[str, torch.Tensor]:
+    """
+    All tensors of one `.safetensors` or `.bin` file, mapped from disk where the file allows it.
+
+    Raises:
+        ValueError: the file is damaged, holds something else than named tensors, or is a pickle that would run code.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt", device="cpu") as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        try:
+            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # torch's format before 1.6 cannot be mapped
+            weights = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} is refused: it holds more than tensors (torch.load with weights_only).") from error
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read, it may be cut short: {error}") from error
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise ValueError(f"{path} holds no flat dict of tensors.")
+    return weights
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a folder, shards joined; a `ValueError` when there are none or one stands in two shards."""
+    files = find_weight_files(folder)
+    if not files:
+        wanted = " or ".join(f"{name} (or {name}.index.json)" for name in _WEIGHT_FILES)
+        raise ValueError(f"{folder} holds no weights: {wanted} expected.")
+    weights: dict[str, torch.Tensor] = {}
+    for file in files:
+        shard = read_weight_file(file)
+        twice = sorted(weights.keys() & shard.keys())
+        if twice:
+            raise ValueError(f"{file} repeats weights of an earlier shard: {_listed(twice)}.")
+        weights.update(shard)
+    return weights
+
+
+@dataclass
+class OriginalCheckpoint:
+    """
+    An opened checkpoint of the authors.
+
+    Attributes:
+        folder: where it lies.
+        config: their `config.json` as it stands.
+        weights: parameters under their names, mapped from disk.
+        buffers: stored constants under their names; not used, kept for the way back.
+        is_stage1: whether this is `mm_projector_align.bin` (without the language model).
+    """
+
+    folder: Path
+    config: dict
+    weights: dict[str, torch.Tensor]
+    buffers: dict[str, torch.Tensor]
+    is_stage1: bool
+
+    @property
+    def has_tower(self) -> bool:
+        return any(key.startswith("vision_tower.") for key in self.weights)
+
+
+def open_checkpoint(path: str | Path) -> OriginalCheckpoint:
+    """
+    Open a checkpoint of the authors.
+
+    Args:
+        path: a folder, or the file `mm_projector_align.bin` inside one.
+
+    Raises:
+        ValueError: no such folder, no `config.json`, no weights, a foreign format, an option that is not supported.
+    """
+    path = Path(path)
+    folder = path.parent if path.is_file() else path
+    if not folder.is_dir():
+        raise ValueError(f"Checkpoint {path} does not exist.")
+    if not (folder / CONFIG_FILE).is_file():
+        raise ValueError(f"{folder} holds no {CONFIG_FILE}: copy the one that was saved with the weights beside them.")
+    config = read_json(folder / CONFIG_FILE)
+    check_config(config, folder / CONFIG_FILE)
+    is_stage1 = path.name == STAGE1_WEIGHTS or (not find_weight_files(folder) and (folder / STAGE1_WEIGHTS).is_file())
+    found = read_weight_file(folder / STAGE1_WEIGHTS) if is_stage1 else read_weights(folder)
+    buffers = {key: value for key, value in found.items() if is_buffer(key)}
+    weights = {key: value for key, value in found.items() if key not in buffers}
+    return OriginalCheckpoint(folder, config, weights, buffers, is_stage1)
+
+
+def check_config(config: dict, source: Path | str) -> None:
+    """Refuse, with a `ValueError` naming the field, what is not a config of theirs or asks for what we do not have."""
+    model_type = str(config.get("model_type"))
+    if "vision_config" in config:
+        raise ValueError(f"{source} is no config of the authors' format: it has a vision_config. Already converted?")
+    if model_type != "aligngpt" and not model_type.startswith("aligngpt_"):
+        raise ValueError(f"{source}: model_type={model_type!r}, expected 'aligngpt' or 'aligngpt_<language model>'.")
+    text_type(config)
+    supported = {
+        "mm_projector_type": ("mlp2x_gelu",),
+        "mm_vision_select_feature": ("patch", "cls_patch", None),
+        "image_aspect_ratio": ("pad", "square", None),
+        "mm_use_im_start_end": (False, None),
+        "mm_use_im_patch_token": (False, None),
+        "use_s2": (False, None),
+    }
+    for field, values in supported.items():
+        if config.get(field) not in values:
+            allowed = ", ".join(repr(value) for value in values if value is not None)
+            raise ValueError(f"{source}: {field}={config.get(field)!r} is not supported, only {allowed}.")
+
+
+def text_type(config: dict) -> str:
+    """transformers' `model_type` of the language model inside: `aligngpt` is Llama, `aligngpt_phi` Phi, and so on."""
+    name = str(config["model_type"]).removeprefix("aligngpt").lstrip("_") or "llama"
+    if name not in CONFIG_MAPPING:
+        raise ValueError(f"model_type={config['model_type']!r}: transformers knows no language model {name!r}.")
+    return name
+
+
+def text_config(config: dict) -> PretrainedConfig:
+    """The language model's config out of theirs."""
+    foreign = _MULTIMODAL_FIELDS | _BOOKKEEPING_FIELDS
+    fields = {key: value for key, value in config.items() if key not in foreign and not key.startswith("mm_")}
+    if fields.get("rope_scaling") is None:
+        fields.pop("rope_scaling", None)
+    return AutoConfig.for_model(text_type(config), **fields)
+
+
+def vision_config(tower: Path) -> PretrainedConfig:
+    """The vision part's config of a tower folder (`CLIPVisionModel`, or the whole `CLIPModel` / `SiglipModel`)."""
+    config = AutoConfig.from_pretrained(tower)
+    return getattr(config, "vision_config", config)
+
+
+def tower_weights(tower: Path) -> dict[str, torch.Tensor]:
+    """The vision part's weights of a tower folder, under their names inside a full checkpoint."""
+    marker = "vision_model."
+    found = {
+        TOWER_PREFIX + key.split(marker, 1)[1]: value
+        for key, value in read_weights(tower).items()
+        if key.startswith(marker) and not is_buffer(key)
+    }
+    if not found:
+        raise ValueError(f"Vision tower {tower} holds no weights named {marker}*.")
+    return found
+
+
+def original_fields(config: AlignGPTConfig, do_pad: bool, tower_name: str, max_length: int, vocab_size: int) -> dict:
+    """Their `config.json` for a model of ours that was not converted from theirs."""
+    text = config.text_config
+    suffix = "" if text.model_type == "llama" else f"_{text.model_type}"
+    fields = {key: value for key, value in text.to_dict().items() if key not in ("rope_parameters", "dtype")}
+    rope = dict(getattr(text, "rope_parameters", None) or {})
+    theta = rope.pop("rope_theta", getattr(text, "rope_theta", 10000.0))
+    is_default_rope = rope.get("rope_type", "default") == "default"
+    class_name = "AlignGPT" + text.model_type.capitalize() * bool(suffix)
+    fields.update(
+        vocab_size=vocab_size,
+        rope_theta=theta,
+        rope_scaling=None if is_default_rope else {"type": rope.get("rope_type"), **rope},
+        architectures=[f"{class_name}ForCausalLM"],
+        model_type=f"aligngpt{suffix}",
+        torch_dtype=str(config.dtype or torch.float32).removeprefix("torch."),
+        freeze_mm_mlp_adapter=False,
+        image_aspect_ratio="pad" if do_pad else "square",
+        mm_hidden_size=config.vision_config.hidden_size,
+        mm_projector_type="mlp2x_gelu",
+        mm_use_im_patch_token=False,
+        mm_use_im_start_end=False,
+        mm_vision_select_feature="patch" if config.vision_feature_select_strategy == "default" else "cls_patch",
+        mm_vision_select_layer=config.vision_feature_layer,
+        mm_vision_tower=tower_name,
+        tokenizer_model_max_length=max_length,
+        tokenizer_padding_side="right",
+        tune_mm_mlp_adapter=False,
+        use_mm_proj=True,
+    )
+    return fields
+
+
+def check_weights(weights: dict[str, torch.Tensor], shapes: dict[str, torch.Size], optional: frozenset[str]) -> None:
+    """
+    Compare a checkpoint's weights with what the model has; refuse it when they differ.
+
+    Args:
+        weights: tensors under their names.
+        shapes: expected shapes under their names.
+        optional: names that may be absent.
+
+    Raises:
+        ValueError: naming every missing, surplus or misshapen weight.
+    """
+    missing = sorted(shapes.keys() - weights.keys() - optional)
+    surplus = sorted(weights.keys() - shapes.keys())
+    misshapen = [
+        f"{key} {list(weights[key].shape)} instead of {list(shapes[key])}"
+        for key in sorted(weights.keys() & shapes.keys())
+        if weights[key].shape != shapes[key]
+    ]
+    not_float = sorted(key for key in weights.keys() & shapes.keys() if not weights[key].is_floating_point())
+    kinds = (("missing", missing), ("surplus", surplus), ("of another shape", misshapen), ("not floating", not_float))
+    problems = [f"{kind}: {_listed(names)}" for kind, names in kinds if names]
+    if problems:
+        raise ValueError(
+            "The weights do not fit the config. Weights " + "; ".join(problems) + ". "
+            "Check that config, language model and vision tower belong to this checkpoint."
+        )
+
+
+def _listed(names: list[str], limit: int = 12) -> str:
+    """Names for a message, with a count for the rest."""
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest

@@ -1,0 +1,183 @@
+"""A fresh AlignGPT from a language model and a vision tower: placeholder tokens, vocabulary, templates, processor."""
+
+import math
+import os
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.tokenization_utils_base import AddedToken
+
+from .chat_templates import CHAT_TEMPLATES, select_chat_template, stop_token
+from .configuration_aligngpt import AlignGPTConfig
+from .modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTMLP
+from .processing_aligngpt import AlignGPTProcessor
+
+
+IMAGE_TOKEN, ALIGN_TOKEN = "<image>", "<align>"
+VOCABULARY_MULTIPLE = 64
+
+
+def add_placeholder_tokens(tokenizer) -> tuple[int, int]:
+    """Adds `<image>` and `<align>` as special tokens (where missing) and returns their ids; gives a pad token."""
+    placeholders = [AddedToken(token, special=True, normalized=False) for token in (IMAGE_TOKEN, ALIGN_TOKEN)]
+    tokenizer.add_tokens(placeholders, special_tokens=True)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.convert_tokens_to_ids(ALIGN_TOKEN)
+
+
+def padded_vocabulary_size(num_tokens: int) -> int:
+    """`num_tokens` rounded up to the multiple that the embedding and head are padded to."""
+    return math.ceil(num_tokens / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def extend_rows(weight: torch.Tensor, num_rows: int, align_token_id: int | None = None) -> torch.Tensor:
+    """
+    `weight` (`(V, D)` or `(V,)`) with rows appended at the mean of the old ones.
+
+    In an input embedding the row of `<align>` (named by `align_token_id`) is off the mean by 2^-6 of it, so that the
+    two placeholders can be told apart where only `inputs_embeds` are given.
+    """
+    if num_rows <= weight.shape[0]:
+        return weight
+    mean = weight.float().mean(0, keepdim=True)
+    rows = mean.expand(num_rows - weight.shape[0], *weight.shape[1:]).clone()
+    if align_token_id is not None and align_token_id >= weight.shape[0]:
+        rows[align_token_id - weight.shape[0]] *= 1 + 2**-6
+    return torch.cat([weight, rows.to(weight.dtype)])
+
+
+def extend_vocabulary(language_model, num_tokens: int, align_token_id: int) -> None:
+    """Pads embedding and head of a causal language model to hold `num_tokens`, see [`extend_rows`]; in place."""
+    embedding, head = language_model.get_input_embeddings(), language_model.get_output_embeddings()
+    size = max(padded_vocabulary_size(num_tokens), embedding.num_embeddings)
+    tied = head.weight is embedding.weight
+    with torch.no_grad():
+        embedding.weight = nn.Parameter(extend_rows(embedding.weight.detach(), size, align_token_id))
+        embedding.num_embeddings = size
+        head.weight = embedding.weight if tied else nn.Parameter(extend_rows(head.weight.detach(), size))
+        if head.bias is not None:
+            head.bias = nn.Parameter(extend_rows(head.bias.detach(), size))
+        head.out_features = size
+    language_model.config.get_text_config().vocab_size = size
+
+
+def placeholder_generation_config(
+    generation_config, config: AlignGPTConfig, tokenizer, chat_template: str | None = None
+) -> GenerationConfig:
+    """
+    `generation_config` with the placeholders and the padded rows of the vocabulary suppressed, so that no answer holds
+    a token without a text; and stopping where an answer of the template named `chat_template` stops.
+    """
+    generation_config = GenerationConfig.from_dict(generation_config.to_dict())
+    padded = range(len(tokenizer), config.text_config.vocab_size)
+    generation_config.suppress_tokens = sorted({config.image_token_id, config.align_token_id, *padded})
+    if generation_config.pad_token_id is None:
+        generation_config.pad_token_id = tokenizer.pad_token_id
+    if chat_template is not None:
+        own = generation_config.eos_token_id
+        stops = [] if own is None else own if isinstance(own, list) else [own]
+        stop = tokenizer.convert_tokens_to_ids(stop_token(chat_template, tokenizer))
+        generation_config.eos_token_id = stops[0] if stops == [stop] else list(dict.fromkeys([*stops, stop]))
+    return generation_config
+
+
+def load_vision_tower(vision_tower: str | os.PathLike, dtype=None):
+    """The vision part of a CLIP/SigLIP dual encoder, or a vision tower as it is; returns the model."""
+    config = AutoConfig.from_pretrained(vision_tower)
+    vision_config = getattr(config, "vision_config", config)
+    return AutoModel.from_pretrained(vision_tower, config=vision_config, dtype=dtype)
+
+
+def assemble(
+    language_model: str | os.PathLike,
+    vision_tower: str | os.PathLike,
+    *,
+    chat_template: str | None = None,
+    do_pad: bool = False,
+    dtype: torch.dtype | str | None = None,
+    seed: int = 0,
+    **config_overrides,
+) -> tuple[AlignGPTForConditionalGeneration, AlignGPTProcessor]:
+    """
+    Assembles an untrained AlignGPT from two checkpoints.
+
+    Args:
+        language_model: folder or Hub id of a causal language model, tokenizer included.
+        vision_tower: folder or Hub id of a vision tower or of a CLIP/SigLIP dual encoder.
+        chat_template: a name of `CHAT_TEMPLATES`; `None` recognises the language model's own.
+        do_pad: pictures padded to a square with the mean colour (`True`: stage 2) or cropped (`False`: stage 1).
+        dtype: of the weights; `None` is float32.
+        seed: of projector, level table and gate, so that every process starts from the same ones.
+        config_overrides: fields of [`AlignGPTConfig`].
+
+    Returns:
+        Model and processor.
+
+    Raises:
+        ValueError: the head is not a plain linear layer, or `chat_template` is unknown.
+    """
+    dtype = torch.float32 if dtype is None else dtype
+    tokenizer = AutoTokenizer.from_pretrained(language_model)
+    causal_lm = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
+    head = causal_lm.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"{language_model}: the language modelling head is {type(head).__name__}, not nn.Linear.")
+    image_token_id, align_token_id = add_placeholder_tokens(tokenizer)
+    extend_vocabulary(causal_lm, len(tokenizer), align_token_id)
+    tower = load_vision_tower(vision_tower, dtype)
+    if "siglip" in tower.config.model_type:
+        config_overrides.setdefault("vision_feature_select_strategy", "full")
+    config = AlignGPTConfig(
+        vision_config=tower.config,
+        text_config=causal_lm.config.get_text_config(),
+        image_token_id=image_token_id,
+        align_token_id=align_token_id,
+        lm_head_bias=head.bias is not None,
+        **{"align_mode": "level", **config_overrides},
+    )
+    model = _from_parts(config, causal_lm, tower, seed)
+    name = chat_template or select_chat_template(tokenizer)
+    if name not in CHAT_TEMPLATES:
+        raise ValueError(f"chat_template={name!r} is not one of {', '.join(CHAT_TEMPLATES)}.")
+    model.generation_config = placeholder_generation_config(causal_lm.generation_config, config, tokenizer, name)
+    processor = AlignGPTProcessor.from_parts(
+        tokenizer, config, vision_tower=vision_tower, chat_template=CHAT_TEMPLATES[name], do_pad=do_pad
+    )
+    return model, processor
+
+
+def _from_parts(config: AlignGPTConfig, causal_lm, tower, seed: int) -> AlignGPTForConditionalGeneration:
+    """Puts loaded parts into an AlignGPT made on the meta device: no second copy of the weights exists."""
+    with torch.device("meta"):
+        model = AlignGPTForConditionalGeneration(config)
+    model.model.language_model = causal_lm.base_model
+    model.lm_head = causal_lm.get_output_embeddings()
+    model.model.vision_tower = getattr(tower, "vision_model", tower)
+    embedding = model.get_input_embeddings().weight
+    hidden_size, act = config.text_config.hidden_size, config.projector_hidden_act
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inner = model.model
+        inner.multi_modal_projector = AlignGPTMLP(config.vision_config.hidden_size, hidden_size, hidden_size, act)
+        inner.align_gate = AlignGPTMLP(
+            config.image_seq_length, config.gate_hidden_size, config.num_align_levels - 1, act
+        )
+        # a level starts as a random vector of the size of a token's
+        inner.align_embeddings = nn.Embedding(config.num_align_levels, hidden_size)
+        nn.init.normal_(inner.align_embeddings.weight, std=float(embedding.detach().float().std()))
+    model.to(embedding.dtype)
+    model.tie_weights()
+    return model.eval()
+
+
+__all__ = [
+    "add_placeholder_tokens",
+    "assemble",
+    "extend_rows",
+    "extend_vocabulary",
+    "load_vision_tower",
+    "padded_vocabulary_size",
+    "placeholder_generation_config",
+]

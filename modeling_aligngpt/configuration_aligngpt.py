@@ -1,0 +1,168 @@
+"""Configuration of AlignGPT (arXiv 2405.14129): a vision tower, a projector, a language model and alignment levels."""
+
+from transformers import CONFIG_MAPPING, AutoConfig
+from transformers.configuration_utils import PretrainedConfig
+
+
+ALIGN_MODES = ("level", "gate", "local", "global", "mean", "fixed", "random")
+GATE_CONTEXTS = ("prompt", "sequence")
+
+# What a saved repository declares, so that every Auto class of both transformers generations finds its class.
+AUTO_MAP = {
+    "AutoConfig": "configuration_aligngpt.AlignGPTConfig",
+    "AutoModel": "modeling_aligngpt.AlignGPTModel",
+    "AutoModelForImageTextToText": "modeling_aligngpt.AlignGPTForConditionalGeneration",
+    "AutoModelForVision2Seq": "modeling_aligngpt.AlignGPTForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_aligngpt.AlignGPTForConditionalGeneration",
+    "AutoProcessor": "processing_aligngpt.AlignGPTProcessor",
+}
+
+
+class AlignGPTConfig(PretrainedConfig):
+    """
+    Configuration of [`AlignGPTModel`] and [`AlignGPTForConditionalGeneration`].
+
+    Args:
+        vision_config (`dict` or `PretrainedConfig`, *optional*): the vision tower's; default CLIP ViT-L/14-336.
+        text_config (`dict` or `PretrainedConfig`, *optional*): the language model's; default Llama.
+        image_token_id (`int`): id of `<image>`, repeated `image_seq_length` times for each picture.
+        align_token_id (`int`): id of `<align>`, the place of the alignment vector, right behind BOS.
+        image_seq_length (`int`, *optional*): positions that a picture takes; follows from the tower when `None`.
+        vision_feature_layer (`int`): which hidden state of the tower is projected (-2: the last layer but one).
+        vision_feature_select_strategy (`str`): `"default"` drops the class token, `"full"` keeps every token (towers
+            without a class token, such as SigLIP).
+        projector_hidden_act (`str`): activation between the two layers of projector and gate.
+        num_align_levels (`int`): N, the size of the level table (paper: 8). The last level is the global alignment.
+        gate_hidden_size (`int`): width of the gate's hidden layer (authors' release: 256).
+        align_mode (`str`): what the alignment vector is when the caller names no level:
+            `"level"` (stage 1) the row `default_align_level` of the table;
+            `"gate"` (stage 2) the gate's mix of levels 0..N-2 plus level N-1;
+            and the paper's ablations: `"local"` the mix alone, `"global"` level N-1 alone, `"mean"` the mean of the
+            whole table, `"fixed"` the row `default_align_level` in both stages, `"random"` as `"gate"`, with a table
+            that stage 2 draws afresh.
+        default_align_level (`int`, *optional*): 0-based level of modes `"level"` and `"fixed"`; `None` is the top one.
+        gate_context (`str`): what the gate's mean text embedding is made of in training: `"prompt"` leaves supervised
+            tokens out, as at inference; `"sequence"` takes them in, as the authors' code does.
+        training_stage (`str`, *optional*): the last stage this model went through: `None`, `"pretrain"`, `"instruct"`.
+        lm_head_bias (`bool`): whether the language modelling head has a bias (Phi-1.5 and Phi-2 have one).
+
+    Raises:
+        ValueError: for a value outside these, or a tower whose grid does not give `image_seq_length` positions.
+    """
+
+    model_type = "aligngpt"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+
+    def __init__(
+        self,
+        vision_config=None,
+        text_config=None,
+        image_token_id=32000,
+        align_token_id=32001,
+        image_seq_length=None,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        projector_hidden_act="gelu",
+        num_align_levels=8,
+        gate_hidden_size=256,
+        align_mode="gate",
+        default_align_level=None,
+        gate_context="prompt",
+        training_stage=None,
+        lm_head_bias=False,
+        **kwargs,
+    ):
+        self.vision_config = _sub_config(vision_config, "clip_vision_model", _CLIP_VIT_L_336)
+        self.text_config = _sub_config(text_config, "llama", {})
+        self.image_token_id = image_token_id
+        self.align_token_id = align_token_id
+        self.vision_feature_layer = vision_feature_layer
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.projector_hidden_act = projector_hidden_act
+        self.num_align_levels = num_align_levels
+        self.gate_hidden_size = gate_hidden_size
+        self.align_mode = align_mode
+        self.default_align_level = default_align_level
+        self.gate_context = gate_context
+        self.training_stage = training_stage
+        self.lm_head_bias = lm_head_bias
+        self.image_seq_length = image_seq_length if image_seq_length is not None else self._tower_seq_length()
+        self._check_values()
+        kwargs.setdefault("tie_word_embeddings", bool(getattr(self.text_config, "tie_word_embeddings", False)))
+        super().__init__(**kwargs)
+
+    def _tower_seq_length(self) -> int | None:
+        """Tokens that the tower yields for one picture after `vision_feature_select_strategy`; None if unknown."""
+        image_size = getattr(self.vision_config, "image_size", None)
+        patch_size = getattr(self.vision_config, "patch_size", None)
+        if not isinstance(image_size, int) or not isinstance(patch_size, int):
+            return None
+        num_patches = (image_size // patch_size) ** 2
+        has_class_token = "siglip" not in self.vision_config.model_type
+        return num_patches + int(has_class_token and self.vision_feature_select_strategy == "full")
+
+    def _check_values(self):
+        for name, allowed in (
+            ("align_mode", ALIGN_MODES),
+            ("gate_context", GATE_CONTEXTS),
+            ("vision_feature_select_strategy", ("default", "full")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")
+        if self.num_align_levels < 2:
+            raise ValueError(f"num_align_levels={self.num_align_levels}: 2 are needed (a local and the global).")
+        level = self.default_align_level
+        if level is not None and not 0 <= level < self.num_align_levels:
+            raise ValueError(f"default_align_level={level} is not in 0..{self.num_align_levels - 1}.")
+        expected = self._tower_seq_length()
+        if self.image_seq_length is None:
+            raise ValueError("image_seq_length must be given: it does not follow from this vision tower's config.")
+        if "siglip" in self.vision_config.model_type and self.vision_feature_select_strategy == "default":
+            raise ValueError('This tower has no class token to drop: set vision_feature_select_strategy="full".')
+        if expected is not None and self.image_seq_length != expected:
+            raise ValueError(
+                f"image_seq_length={self.image_seq_length}, but the vision tower yields {expected} tokens a picture "
+                f"(image_size {self.vision_config.image_size}, patch_size {self.vision_config.patch_size}): "
+                "leave image_seq_length out, or load the tower it belongs to."
+            )
+
+    def to_diff_dict(self):
+        """What `save_pretrained` writes: transformers 4.57 reads `rope_theta`/`rope_scaling`, 5.x `rope_parameters`."""
+        saved = super().to_diff_dict()
+        for name in self.sub_configs:
+            # where a part was loaded from is nobody else's path
+            saved.get(name, {}).pop("_name_or_path", None)
+        rope = getattr(self.text_config, "rope_parameters", None)
+        if isinstance(rope, dict) and "rope_theta" in rope and isinstance(saved.get("text_config"), dict):
+            scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+            saved["text_config"]["rope_theta"] = rope["rope_theta"]
+            is_default = scaling.get("rope_type", "default") == "default"
+            saved["text_config"]["rope_scaling"] = None if is_default else scaling
+        return saved
+
+
+_CLIP_VIT_L_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+
+
+def _sub_config(value, default_model_type: str, defaults: dict) -> PretrainedConfig:
+    """A sub-config from a config, a dict with `model_type`, or nothing."""
+    if isinstance(value, PretrainedConfig):
+        return value
+    values = dict(defaults if value is None else value)
+    model_type = values.pop("model_type", default_model_type)
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"model_type={model_type!r} of a sub-config is unknown to this transformers version.")
+    return CONFIG_MAPPING[model_type](**values)
+
+
+AlignGPTConfig.register_for_auto_class()
+
+__all__ = ["ALIGN_MODES", "AUTO_MAP", "GATE_CONTEXTS", "AlignGPTConfig"]

@@ -1,0 +1,485 @@
+"""
+AlignGPT (arXiv 2405.14129): a vision-language model that mixes levels of image-text alignment.
+
+A picture enters as `image_seq_length` `<image>` placeholders, the alignment vector as one `<align>` placeholder behind
+BOS; their embeddings are replaced in [`AlignGPTModel.forward`]. Shape suffixes used below:
+    B rows, T positions, I pictures of the whole batch, S positions a picture, D hidden size of the language model,
+    V hidden size of the tower, N alignment levels, G hidden size of the gate.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple, is_torchdynamo_compiling
+
+from .compat_v4 import PrefillOnlyPicturesMixin
+from .configuration_aligngpt import AUTO_MAP, AlignGPTConfig
+
+
+@dataclass
+class AlignGPTModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Outputs of [`AlignGPTModel`]: those of the language model, and
+
+    Args:
+        image_hidden_states (`torch.FloatTensor` of shape `(I, S, D)`, *optional*): projected pictures.
+        align_weights (`torch.FloatTensor` of shape `(B, N - 1)`): share of each local level in the row's alignment
+            vector; zeros for a row without a picture. A level given by hand is one-hot (the top level: zeros).
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+    align_weights: torch.FloatTensor | None = None
+
+
+@dataclass
+class AlignGPTCausalLMOutputWithPast(ModelOutput):
+    """
+    Outputs of [`AlignGPTForConditionalGeneration`].
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`, *optional*): mean cross-entropy over supervised next tokens.
+        logits (`torch.FloatTensor` of shape `(B, T, vocab_size)`): next-token scores.
+        past_key_values (`Cache`, *optional*): the language model's cache.
+        hidden_states, attentions (*optional*): the language model's, layer by layer.
+        image_hidden_states (`torch.FloatTensor` of shape `(I, S, D)`, *optional*): projected pictures.
+        align_weights (`torch.FloatTensor` of shape `(B, N - 1)`): see [`AlignGPTModelOutputWithPast`].
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+    align_weights: torch.FloatTensor | None = None
+
+
+class AlignGPTMLP(nn.Module):
+    """Linear, activation, Linear over the last dimension: the shape of both projector and gate."""
+
+    def __init__(self, in_features: int, hidden_features: int, out_features: int, hidden_act: str):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_features, hidden_features)
+        self.act = ACT2FN[hidden_act]
+        self.linear_2 = nn.Linear(hidden_features, out_features)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(hidden_states)))
+
+
+class AlignGPTPreTrainedModel(PreTrainedModel):
+    config: AlignGPTConfig
+    config_class = AlignGPTConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Saves weights, config and code; the config names the class of every Auto class (see `AUTO_MAP`)."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, **kwargs)
+
+
+class AlignGPTModel(AlignGPTPreTrainedModel):
+    """Vision tower, projector, level table, gate and language model, without the language modelling head."""
+
+    def __init__(self, config: AlignGPTConfig):
+        super().__init__(config)
+        hidden_size = config.text_config.hidden_size
+        tower = AutoModel.from_config(config.vision_config)
+        # transformers 5 flattened the towers, 4.57 nests them in `vision_model`: the inner one's keys agree
+        self.vision_tower = getattr(tower, "vision_model", tower)
+        self.multi_modal_projector = AlignGPTMLP(
+            config.vision_config.hidden_size, hidden_size, hidden_size, config.projector_hidden_act
+        )
+        self.align_embeddings = nn.Embedding(config.num_align_levels, hidden_size)
+        self.align_gate = AlignGPTMLP(
+            config.image_seq_length, config.gate_hidden_size, config.num_align_levels - 1, config.projector_hidden_act
+        )
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.FloatTensor,
+        vision_feature_layer: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """
+        Pictures through tower and projector.
+
+        Args:
+            pixel_values (`torch.FloatTensor` of shape `(I, 3, height, width)`): preprocessed pictures.
+            vision_feature_layer (`int`, *optional*), vision_feature_select_strategy (`str`, *optional*): override the
+                config's.
+
+        Returns:
+            The tower's output; its `pooler_output` is a list of I tensors of shape `(S, D)`.
+        """
+        layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
+        strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
+        # transformers 5 keeps only the layer named here, 4.57 reads it as True
+        kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or layer
+        # a frozen tower needs no graph, even where gradient checkpointing makes its embeddings require one
+        trains = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+            tower_outputs = self.vision_tower(pixel_values, **kwargs)
+        features_ISV = tower_outputs.hidden_states[layer]
+        if strategy == "default":
+            features_ISV = features_ISV[:, 1:]
+        projected_ISD = self.multi_modal_projector(features_ISV)
+        tower_outputs.pooler_output = list(projected_ISD)
+        return tower_outputs
+
+    def get_placeholder_mask(
+        self, token_id: int, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor
+    ) -> torch.BoolTensor:
+        """Where the row holds `token_id`, by id or, when only embeddings are given, by its embedding: `(B, T)`."""
+        if input_ids is not None:
+            return input_ids == token_id
+        token = self.get_input_embeddings()(torch.tensor(token_id, dtype=torch.long, device=inputs_embeds.device))
+        return (inputs_embeds == token).all(-1)
+
+    def get_prompt_mean(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor,
+        attention_mask: torch.Tensor | None = None,
+        prompt_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.FloatTensor, torch.LongTensor]:
+        """
+        Mean text embedding that the gate compares pictures with: the prompt without BOS, padding and placeholders
+        (paper, section 3.3).
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*), inputs_embeds (`(B, T, D)`): the rows.
+            attention_mask (`torch.Tensor` of shape `(B, >= T)`, *optional*): 0 at padding. A 4D mask is passed over:
+                `generate`, which makes such masks, hands the padding in through `prompt_mask`.
+            prompt_mask (`torch.Tensor` of shape `(B, P)`, *optional*): 1 where a token belongs to the prompt;
+                positions from P on do not.
+
+        Returns:
+            Means `(B, D)` and numbers of tokens in them `(B,)`.
+        """
+        length = inputs_embeds.shape[1]
+        text_BT = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+        if attention_mask is not None and attention_mask.ndim == 2:
+            text_BT = text_BT & attention_mask[:, -length:].bool()
+        if prompt_mask is not None:
+            prompt_BT = prompt_mask[:, -length:].to(text_BT.device, torch.bool)
+            text_BT = text_BT & nn.functional.pad(prompt_BT, (0, length - prompt_BT.shape[1]), value=False)
+        bos_token_id = self.config.text_config.bos_token_id
+        if bos_token_id is not None:
+            first_BT = text_BT & (text_BT.cumsum(1) == 1)
+            text_BT = text_BT & ~(first_BT & self.get_placeholder_mask(bos_token_id, input_ids, inputs_embeds))
+        for token_id in (self.config.image_token_id, self.config.align_token_id):
+            text_BT = text_BT & ~self.get_placeholder_mask(token_id, input_ids, inputs_embeds)
+        count_B = text_BT.sum(1)
+        total_BD = torch.einsum("bt,btd->bd", text_BT.to(inputs_embeds.dtype), inputs_embeds)
+        return total_BD / count_B.clamp(min=1).unsqueeze(1), count_B
+
+    def get_gate_weights(
+        self, image_features: torch.FloatTensor, image_rows: torch.LongTensor, prompt_mean: torch.FloatTensor
+    ) -> torch.FloatTensor:
+        """
+        The gate: each image token dotted with the mean prompt embedding, then Linear, GELU, Linear, softmax (paper,
+        section 3.3). A row with several pictures gets the mean of their weights.
+
+        Args:
+            image_features (`(I, S, D)`): projected pictures. image_rows (`(I,)`): the row of each picture.
+            prompt_mean (`(B, D)`): from [`~AlignGPTModel.get_prompt_mean`].
+
+        Returns:
+            Weights of the local levels, `(B, N - 1)`, zeros for rows without a picture.
+        """
+        num_rows = prompt_mean.shape[0]
+        dots_IS = torch.einsum("isd,id->is", image_features, prompt_mean[image_rows])
+        weights_IN = self.align_gate(dots_IS).float().softmax(-1)
+        rows_BI = nn.functional.one_hot(image_rows, num_rows).T.to(weights_IN.dtype)
+        weights_BN = rows_BI @ weights_IN / rows_BI.sum(1, keepdim=True).clamp(min=1)
+        return weights_BN.to(image_features.dtype)
+
+    def get_level_weights(
+        self,
+        align_level: int | torch.LongTensor | None,
+        num_rows: int,
+        gate_weights: torch.FloatTensor | None,
+    ) -> torch.FloatTensor:
+        """
+        What each of the N levels contributes to each row's alignment vector, `(B, N)`: the level asked for, or what
+        `config.align_mode` says. `gate_weights` `(B, N - 1)` is read in the modes that gate.
+
+        Raises:
+            ValueError: `align_level` outside 0..N-1 or of a shape other than `()` or `(B,)`.
+        """
+        config, table_ND = self.config, self.align_embeddings.weight
+        top_level = config.num_align_levels - 1
+        if align_level is None and config.align_mode in ("level", "fixed"):
+            align_level = top_level if config.default_align_level is None else config.default_align_level
+        elif align_level is None and config.align_mode == "global":
+            align_level = top_level
+        if align_level is not None:
+            levels_B = self._checked_levels(align_level, num_rows)
+            return nn.functional.one_hot(levels_B, config.num_align_levels).to(table_ND.dtype)
+        if config.align_mode == "mean":
+            return table_ND.new_full((num_rows, config.num_align_levels), 1 / config.num_align_levels)
+        global_share = 0.0 if config.align_mode == "local" else 1.0
+        return torch.cat([gate_weights, gate_weights.new_full((num_rows, 1), global_share)], dim=1)
+
+    def _checked_levels(self, align_level: int | torch.LongTensor, num_rows: int) -> torch.LongTensor:
+        levels = torch.as_tensor(align_level, device=self.align_embeddings.weight.device)
+        if levels.is_floating_point() or levels.dtype == torch.bool or levels.shape not in ((), (1,), (num_rows,)):
+            raise ValueError(
+                f"align_level must be an int or an integer tensor with one level for each of the {num_rows} rows; "
+                f"got {levels.dtype} of shape {tuple(levels.shape)}."
+            )
+        top_level = self.config.num_align_levels - 1
+        if not is_torchdynamo_compiling() and not bool(((levels >= 0) & (levels <= top_level)).all()):
+            raise ValueError(f"align_level={levels.tolist()} is out of range: levels are 0..{top_level}, 0-based.")
+        return levels.long().expand(num_rows)
+
+    def _insert_pictures(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor,
+        image_features: torch.FloatTensor,
+        attention_mask: torch.Tensor | None,
+        prompt_mask: torch.Tensor | None,
+        align_level: int | torch.LongTensor | None,
+    ) -> tuple[torch.FloatTensor, torch.FloatTensor]:
+        """Replaces the embeddings at `<image>` and `<align>`; returns them with the rows' `align_weights`."""
+        num_rows = inputs_embeds.shape[0]
+        image_BT = self.get_placeholder_mask(self.config.image_token_id, input_ids, inputs_embeds)
+        align_BT = self.get_placeholder_mask(self.config.align_token_id, input_ids, inputs_embeds)
+        num_pictures, seq_length = image_features.shape[:2]
+        if seq_length != self.config.image_seq_length:
+            raise ValueError(
+                f"A picture came as {seq_length} positions, image_seq_length is {self.config.image_seq_length}: the "
+                "gate needs whole pictures of the size the vision tower was made for (chunked prefill cannot be used)."
+            )
+        if not is_torchdynamo_compiling() and int(image_BT.sum()) != num_pictures * seq_length:
+            raise ValueError(
+                f"{num_pictures} picture(s) fill {num_pictures * seq_length} <image> positions, but the rows hold "
+                f"{int(image_BT.sum())}: pass every picture of the batch in pixel_values, and prompts made by "
+                "AlignGPTProcessor (or not cut by max_length)."
+            )
+        images_per_row_B = image_BT.sum(1) // seq_length
+        gate_weights = None
+        if align_level is None and self.config.align_mode in ("gate", "local", "random"):
+            image_rows = torch.repeat_interleave(
+                torch.arange(num_rows, device=image_BT.device), images_per_row_B, output_size=num_pictures
+            )
+            prompt_mean_BD, _ = self.get_prompt_mean(input_ids, inputs_embeds, attention_mask, prompt_mask)
+            gate_weights = self.get_gate_weights(image_features, image_rows, prompt_mean_BD)
+        weights_BN = self.get_level_weights(align_level, num_rows, gate_weights)
+        vectors_BD = (weights_BN @ self.align_embeddings.weight).to(inputs_embeds.dtype)
+        has_picture_B1 = (images_per_row_B > 0).unsqueeze(1)
+        inputs_embeds = inputs_embeds.masked_scatter(image_BT.unsqueeze(-1), image_features)
+        inputs_embeds = torch.where(
+            (align_BT & has_picture_B1).unsqueeze(-1), vectors_BD.unsqueeze(1), inputs_embeds
+        )
+        return inputs_embeds, weights_BN[:, :-1] * has_picture_B1
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        align_level: int | torch.LongTensor | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> AlignGPTModelOutputWithPast:
+        """
+        Args:
+            input_ids (`(B, T)`) or inputs_embeds (`(B, T, D)`): rows with their placeholders.
+            pixel_values (`(I, 3, height, width)`, *optional*): every picture of the batch, in reading order.
+            align_level (`int` or `(B,)`, *optional*): 0-based level of each row; `config.align_mode` decides without.
+            prompt_mask (`(B, <= T)`, *optional*): 1 where the gate may read; everything when `None`.
+            mm_encoder_outputs (*optional*): `{"image": output of get_image_features}`, in place of `pixel_values`.
+
+        Raises:
+            ValueError: pictures and placeholders disagree, or a level is out of range.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if image_outputs is not None and pixel_values is not None:
+            raise ValueError("Pass pixel_values or mm_encoder_outputs, not both.")
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(pixel_values)
+
+        image_features = None
+        if image_outputs is not None:
+            image_features = torch.stack(tuple(image_outputs.pooler_output))
+            image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds, align_weights = self._insert_pictures(
+                input_ids, inputs_embeds, image_features, attention_mask, prompt_mask, align_level
+            )
+        else:
+            align_weights = inputs_embeds.new_zeros(inputs_embeds.shape[0], self.config.num_align_levels - 1)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return AlignGPTModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_features,
+            align_weights=align_weights,
+        )
+
+
+class AlignGPTForConditionalGeneration(PrefillOnlyPicturesMixin, AlignGPTPreTrainedModel, GenerationMixin):
+    """AlignGPT with a language modelling head: what is trained, published and asked."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: AlignGPTConfig):
+        super().__init__(config)
+        self.model = AlignGPTModel(config)
+        text_config = config.text_config
+        self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+        # a placeholder in an answer would be taken for a picture that is not there
+        if self.generation_config.suppress_tokens is None:
+            self.generation_config.suppress_tokens = sorted((config.image_token_id, config.align_token_id))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
+        """See [`AlignGPTModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        align_level: int | torch.LongTensor | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> AlignGPTCausalLMOutputWithPast:
+        """
+        As [`AlignGPTModel.forward`], and
+
+        Args:
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): ids to predict, -100 where nothing is; with
+                `gate_context="prompt"` they also are the default of `prompt_mask`: supervised tokens stay unread.
+            logits_to_keep (`int` or 1D `torch.Tensor`): last positions (or the positions) to score; 0 is all.
+        """
+        if prompt_mask is None and labels is not None and self.config.gate_context == "prompt":
+            prompt_mask = labels == -100
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            align_level=align_level,
+            prompt_mask=prompt_mask,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+        return AlignGPTCausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            align_weights=outputs.align_weights,
+        )
+
+    def generate(self, inputs=None, generation_config=None, **kwargs):
+        """
+        As transformers' `generate`; also takes `align_level` (int or `(B,)`). The gate reads the prompt alone: what
+        belongs to it is fixed here, so that generated tokens stay out with and without a cache.
+        """
+        # transformers 5 encodes whatever stands under this name, None too
+        if "pixel_values" in kwargs and kwargs["pixel_values"] is None:
+            kwargs.pop("pixel_values")
+        if kwargs.get("prompt_mask") is None:
+            kwargs["prompt_mask"] = self._prompt_mask(inputs, generation_config, kwargs)
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def _prompt_mask(self, inputs, generation_config, kwargs) -> torch.Tensor | None:
+        """The attention mask of the prompt, inferred from its padding as transformers does when none is given."""
+        if (attention_mask := kwargs.get("attention_mask")) is not None:
+            return attention_mask.bool() if attention_mask.ndim == 2 else None
+        if kwargs.get("inputs_embeds") is not None:
+            prompt = kwargs["inputs_embeds"]
+            return torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
+        prompt = kwargs.get("input_ids") if inputs is None else inputs
+        if prompt is None:
+            return None
+        settings = generation_config or self.generation_config
+        pad_token_id, eos_token_id = settings.pad_token_id, settings.eos_token_id
+        eos_token_ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+        if pad_token_id is None or pad_token_id in eos_token_ids or not bool((prompt == pad_token_id).any()):
+            return torch.ones_like(prompt, dtype=torch.bool)
+        return prompt != pad_token_id
+
+
+AlignGPTModel.register_for_auto_class("AutoModel")
+AlignGPTForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+__all__ = ["AlignGPTForConditionalGeneration", "AlignGPTModel", "AlignGPTPreTrainedModel"]

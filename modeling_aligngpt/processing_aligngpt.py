@@ -1,0 +1,411 @@
+"""
+Processor of AlignGPT: pictures and text in, `input_ids`, `attention_mask` and `pixel_values` out.
+
+Written for transformers 5; what 4.57 needs besides stands in the class `_ProcessorBase` below, and nowhere else.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from PIL import Image
+from transformers import processing_utils
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TextInput
+
+from .processing_parts import (
+    apply_edits,
+    image_processor_for,
+    infer_image_suffix,
+    output_size,
+    pair_of,
+    pil_image_processor,
+    portable_image_processor_config,
+    portable_processor_config,
+    portable_tokenizer_config,
+    rewrite_json,
+    single_token_id,
+)
+
+
+# a placeholder that a user wrote in a sanitised chat is text: transformers 5 marks it, 4.57 does not know this
+_UNMARKED = getattr(processing_utils, "_UNMARKED", "")
+
+if hasattr(ProcessorMixin, "prepare_inputs_layout"):
+    _ProcessorBase = ProcessorMixin
+else:
+
+    class _ProcessorBase(ProcessorMixin):
+        """The part for transformers 4.57 alone: class attributes, and the hooks of transformers 5 with their caller."""
+
+        attributes = ["image_processor", "tokenizer"]
+        image_processor_class = "AutoImageProcessor"
+        tokenizer_class = "AutoTokenizer"
+
+        def __call__(self, images=None, text=None, **kwargs):
+            images, text, _, _ = self.prepare_inputs_layout(images=images, text=text)
+            self.validate_inputs(images=images, text=text)
+            return_token_types = kwargs.pop("return_mm_token_type_ids", False)
+            merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
+            text_kwargs = {**self.text_kwargs, **merged["text_kwargs"]}
+            return_tensors = text_kwargs.pop("return_tensors", None)
+            data, replacements = {}, []
+            if images is not None:
+                pictures, replacements = self._process_images(images, **merged["images_kwargs"])
+                data.update(pictures)
+            if text is not None:
+                rows, _ = self.get_text_with_replacements(text, replacements)
+                encoded = self.tokenizer(rows, **text_kwargs)
+                self._check_special_mm_tokens(rows, encoded, modalities=["image"])
+                if return_token_types:
+                    encoded["mm_token_type_ids"] = [
+                        [int(token == self.image_token_id) for token in row] for row in encoded["input_ids"]
+                    ]
+                data = {**encoded, **data}
+            return BatchFeature(data, tensor_type=return_tensors)
+
+        def apply_chat_template(self, conversation, *args, **kwargs):
+            if kwargs.get("return_assistant_tokens_mask"):
+                raise ValueError(
+                    "transformers 4 misplaces assistant masks beside pictures: use transformers 5.18 or newer."
+                )
+            batched = isinstance(conversation[0], (list, tuple))
+            chats = [
+                [_with_parts(message) for message in chat] for chat in (conversation if batched else [conversation])
+            ]
+            return super().apply_chat_template(chats if batched else chats[0], *args, **kwargs)
+
+        def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+            return images, [text] if isinstance(text, str) else text and list(text), videos, audio
+
+        def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+            if images is None and text is None:
+                raise ValueError(f"You need to provide at least one input to call {type(self).__name__}.")
+
+        def _process_images(self, images, **kwargs):
+            images = make_flat_list_of_images(images)
+            pictures = self.image_processor(images, **kwargs)
+            return pictures, [self.replace_image_token(pictures, index) for index in range(len(images))]
+
+        def get_text_with_replacements(self, text, images_replacements=(), *_):
+            replacements = iter(images_replacements)
+            return text, [
+                [
+                    {"type": "image", "span": found.span(), "replacement": next(replacements)}
+                    for found in re.finditer(re.escape(self.image_token), row)
+                    if images_replacements
+                ]
+                for row in text
+            ]
+
+
+class AlignGPTProcessor(_ProcessorBase):
+    r"""
+    Puts an image processor and a tokenizer together.
+
+    In the text, each `<image>` becomes `image_seq_length` copies of itself, and `<align>` is set right behind BOS
+    (first where the text has none) if the row has a picture and lacks it.
+
+    Args:
+        image_processor: any of transformers'; [`LlavaImageProcessor`] as the authors do it (`do_pad=True` pads to a
+            square with the mean colour, stage 2 and inference; `do_pad=False` crops, stage 1).
+        tokenizer: of the language model, with both placeholders added as special tokens.
+        chat_template (`str`, *optional*): a Jinja template, see `chat_templates.py`.
+        image_token (`str`): the placeholder of a picture.
+        align_token (`str`): the placeholder of the alignment vector.
+        image_seq_length (`int`): positions that a picture takes, the model's `config.image_seq_length`.
+        image_suffix (`str`): written between a placeholder or BOS and the text behind it. `" "` gives the authors' ids
+            for Llama's sentencepiece tokenizers, which mark the start of a text that way; see [`infer_image_suffix`].
+
+    Raises:
+        ValueError: a placeholder is not one token of the tokenizer.
+    """
+
+    text_kwargs = {"return_token_type_ids": False}
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template=None,
+        image_token="<image>",
+        align_token="<align>",
+        image_seq_length=576,
+        image_suffix="",
+    ):
+        self.image_token = image_token
+        self.align_token = align_token
+        self.image_seq_length = image_seq_length
+        self.image_suffix = image_suffix
+        self.image_token_id = single_token_id(tokenizer, image_token)
+        self.align_token_id = single_token_id(tokenizer, align_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: TextInput | list[TextInput] | None = None,
+        **kwargs: Unpack[ProcessingKwargs],
+    ) -> BatchFeature:
+        """
+        Args:
+            images: pictures (PIL, numpy, tensor, path, URL, base64): one, a list in reading order, or a list per row.
+            text: one prompt or several. A prompt that brings its BOS along gets no second one.
+            kwargs: of tokenizer and image processor, flat or as `text_kwargs` and `images_kwargs`.
+
+        Returns:
+            `input_ids` and `attention_mask` `(batch, sequence)`; `pixel_values` `(pictures, 3, height, width)`, all
+            pictures of the batch in reading order, if there are any.
+
+        Raises:
+            ValueError: pictures and placeholders differ, a picture cannot be read, or truncation cuts placeholders.
+        """
+        for name in ("videos", "audio"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"{type(self).__name__} takes images and text, not {name}: leave `{name}` out.")
+        if text is not None and not _mentions(kwargs, "add_special_tokens"):
+            text = self._without_second_bos(text, kwargs)
+        return super().__call__(images=images, text=text, **kwargs)
+
+    @property
+    def _bos(self) -> str | None:
+        # some ChatML tokenizers name the start of a turn as BOS
+        return None if self.tokenizer.bos_token == "<|im_start|>" else self.tokenizer.bos_token
+
+    def _without_second_bos(self, text, kwargs: dict):
+        """Keeps a tokenizer that adds BOS from adding one to rows that already begin with it."""
+        bos = self._bos
+        rows = [text] if isinstance(text, str) else text
+        if not bos or not any(isinstance(row, str) and row.startswith(bos) for row in rows):
+            return text
+        if all(isinstance(row, str) and row.startswith(bos) for row in rows):
+            kwargs["add_special_tokens"] = False
+            return text
+        adds_bos = self.tokenizer("")["input_ids"][:1] == [self.tokenizer.bos_token_id]
+        return [row.removeprefix(bos) if adds_bos and isinstance(row, str) else row for row in rows]
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """Reads every picture, naming the one that cannot be read; no pictures at all become `None`."""
+        if images is not None:
+            images = self._read_pictures(images)
+        # what is read already is passed on as it is
+        _, text, videos, audio = super().prepare_inputs_layout(text=text, videos=videos, audio=audio, **kwargs)
+        return images, text, videos, audio
+
+    def _read_pictures(self, images):
+        """A list of pictures, or one list per row if the input was nested; `None` if there is none."""
+        if not isinstance(images, (list, tuple)):
+            return make_flat_list_of_images(self._read_picture(images, "image 0"))
+        if not any(isinstance(row, (list, tuple)) or row is None for row in images):
+            pictures = [self._read_picture(image, f"image {index}") for index, image in enumerate(images)]
+            return make_flat_list_of_images(pictures) if pictures else None
+        rows = []
+        for index, row in enumerate(images):
+            row = [] if row is None else row if isinstance(row, (list, tuple)) else [row]
+            rows.append([self._read_picture(image, f"row {index}, image {i}") for i, image in enumerate(row)])
+        return rows if any(rows) else None
+
+    def _read_picture(self, image, where: str):
+        source = f" ({str(image)[:200]})" if isinstance(image, (str, os.PathLike)) else ""
+        try:
+            image = self.image_processor.fetch_images(os.fspath(image) if isinstance(image, os.PathLike) else image)
+            if isinstance(image, Image.Image):
+                # as transformers does for paths, and the authors: it drops transparency where image processors lay the
+                # picture on white; and a lazily opened picture shows its damage here
+                image = image.convert("RGB")
+        except Exception as error:
+            raise ValueError(
+                f"{where}{source}: the picture cannot be read ({type(error).__name__}: {str(error)[:200]}); "
+                "repair the file or leave the row out."
+            ) from error
+        return image
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """Checks that every row has as many pictures as placeholders (in total where pictures are a flat list)."""
+        if isinstance(text, list) and all(isinstance(row, str) for row in text):
+            self._check_picture_counts(images, [row.count(self.image_token) for row in text])
+        super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
+
+    def _check_picture_counts(self, images, placeholders: list[int]):
+        rule = f"the number of {self.image_token} tokens in the prompts should be the same as the number of pictures"
+        remedy = f"write one {self.image_token} for each picture."
+        nested = bool(images) and isinstance(images[0], (list, tuple))
+        if nested and len(images) != len(placeholders):
+            raise ValueError(f"{len(images)} rows of pictures for {len(placeholders)} prompts: {rule}; {remedy}")
+        if nested or not images:
+            pictures = [len(row) for row in images] if images else [0] * len(placeholders)
+            for row, (wanted, given) in enumerate(zip(placeholders, pictures, strict=True)):
+                if wanted != given:
+                    raise ValueError(f"Row {row}: {rule}, but it has {wanted} and {given} pictures; {remedy}")
+        elif sum(placeholders) != len(images):
+            raise ValueError(
+                f"Rows 0 to {len(placeholders) - 1}: {rule}, but they have {sum(placeholders)} "
+                f"({', '.join(map(str, placeholders))}) and {len(images)} pictures; {remedy}"
+            )
+
+    def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs) -> str:
+        """What a picture's placeholder becomes."""
+        return self.image_token * self.image_seq_length
+
+    def get_text_with_replacements(self, text, images_replacements=(), videos_replacements=(), audio_replacements=()):
+        """
+        Expands the placeholders and sets `<align>` and `image_suffix` where they belong.
+
+        Returns the rows, and for each row what was replaced (`type`, `span`, `new_span`, `text`, `replacement`), by
+        which transformers moves the spans of assistant masks.
+        """
+        found = super().get_text_with_replacements(list(text), list(images_replacements), [], [])[1]
+        rows = [self._lay_out(row, pictures) for row, pictures in zip(text, found, strict=True)]
+        return [row for row, _ in rows], [replaced for _, replaced in rows]
+
+    def _lay_out(self, row: str, pictures: list[dict]) -> tuple[str, list[dict]]:
+        edits = [(*picture["span"], picture["replacement"], "image") for picture in pictures]
+        head = len(self._bos) if self._bos and row.startswith(self._bos) else 0
+        starts = [end for _, end, _, _ in edits]
+        if row.startswith(self.align_token, head):
+            head += len(self.align_token)
+        elif pictures and not re.search(_UNMARKED + re.escape(self.align_token), row):
+            edits.append((head, head, self.align_token, "text"))
+            starts.append(head)
+        if head:
+            starts.append(head)
+        if self.image_suffix:
+            no_text = tuple(self.tokenizer.get_added_vocab())
+            # the suffix belongs to the text behind it: an answer that begins there is supervised from the suffix on
+            for start in {start for start in starts if start < len(row) and not row.startswith(no_text, start)}:
+                edits.append((start, start + 1, self.image_suffix + row[start], "text"))
+        return apply_edits(row, edits)
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """Positions that pictures of these sizes take (for vLLM)."""
+        if image_sizes is None:
+            return MultiModalData()
+        count = len(image_sizes)
+        return MultiModalData(num_image_tokens=[self.image_seq_length] * count, num_image_patches=[1] * count)
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        """What some tokenizers return and the model does not take."""
+        return ["token_type_ids"]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        names = [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+        return [name for name in dict.fromkeys(names) if name not in self.unused_input_names]
+
+    def validate_with(self, config) -> None:
+        """
+        Checks that processor and model belong together.
+
+        Args:
+            config ([`AlignGPTConfig`]): of the model.
+
+        Raises:
+            ValueError: size of the pictures, positions of a picture or placeholder ids differ, or a token has no row in
+                the embeddings.
+        """
+        size, tower_size = output_size(self.image_processor), pair_of(getattr(config.vision_config, "image_size", None))
+        if size is not None and tower_size is not None and size != tower_size:
+            raise ValueError(
+                f"The image processor gives pictures of {size[0]}x{size[1]}, the vision tower takes {tower_size[0]}x"
+                f"{tower_size[1]}: set size and crop_size of the image processor to the tower's image_size."
+            )
+        for name in ("image_seq_length", "image_token_id", "align_token_id"):
+            own, wanted = getattr(self, name), getattr(config, name)
+            if own != wanted:
+                raise ValueError(
+                    f"{name} is {own} in the processor and {wanted} in the config: load both from one checkpoint, or "
+                    "build the processor with AlignGPTProcessor.from_parts."
+                )
+        rows = config.text_config.vocab_size
+        if max(self.image_token_id, self.align_token_id) >= rows:
+            raise ValueError(
+                f"The placeholders have ids up to {max(self.image_token_id, self.align_token_id)}, but the embeddings "
+                f"have {rows} rows: resize the embeddings to the tokenizer's length."
+            )
+
+    @classmethod
+    def from_parts(
+        cls,
+        tokenizer: PreTrainedTokenizerBase,
+        config,
+        *,
+        vision_tower: str | os.PathLike | None = None,
+        chat_template: str | None = None,
+        do_pad: bool = False,
+        **kwargs,
+    ) -> "AlignGPTProcessor":
+        """
+        A processor for `config`.
+
+        Args:
+            tokenizer: with both placeholders added.
+            config ([`AlignGPTConfig`]): picture size, positions of a picture and placeholder ids come from it.
+            vision_tower: checkpoint whose picture normalisation is taken; `None`: CLIP's.
+            chat_template: the Jinja template.
+            do_pad: pictures padded to a square with the mean colour (stage 2) or as the tower has it (stage 1).
+            kwargs: of [`AlignGPTProcessor`], over what follows from the config.
+
+        Raises:
+            ValueError: as [`AlignGPTProcessor.validate_with`].
+        """
+        image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+        arguments = {
+            "chat_template": chat_template,
+            "image_token": image_token,
+            "align_token": tokenizer.convert_ids_to_tokens(config.align_token_id),
+            "image_seq_length": config.image_seq_length,
+            "image_suffix": infer_image_suffix(tokenizer, image_token),
+        }
+        image_processor = image_processor_for(config.vision_config, vision_tower, do_pad)
+        processor = cls(image_processor, tokenizer, **{**arguments, **kwargs})
+        processor.validate_with(config)
+        return processor
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        image_backend = kwargs.pop("image_backend", "pil")
+        args = () if processor_dict is None else (processor_dict,)
+        parts = super()._get_arguments_from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        # torchvision's resize differs by up to 0.29 a value from what released weights were trained on
+        return [pil_image_processor(parts[0]) if image_backend == "pil" else parts[0], *parts[1:]]
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """
+        Saves the processor so that transformers 4.57 and 5 both load it, with the code it is made of.
+
+        `auto_map` goes into `processor_config.json` and `tokenizer_config.json`; image processors are stored under
+        their plain name, without `Fast` or `Pil`.
+        """
+        before = {id(part): getattr(part, "auto_map", None) for part in (self, self.image_processor)}
+        hub_names = ("repo_id", "commit_message", "private", "revision", "create_pr")
+        hub = {name: kwargs.pop(name) for name in hub_names if name in kwargs}
+        files = super().save_pretrained(save_directory, **kwargs)
+        for part in (self, self.image_processor):  # transformers leaves its mark on them
+            if before[id(part)] is None:
+                part.__dict__.pop("auto_map", None)
+        if (Path(save_directory) / "tokenizer.json").is_file():
+            rewrite_json(Path(save_directory) / "tokenizer_config.json", portable_tokenizer_config)
+        rewrite_json(Path(save_directory) / "processor_config.json", portable_processor_config)
+        rewrite_json(Path(save_directory) / "preprocessor_config.json", portable_image_processor_config)
+        if push_to_hub:
+            hub.setdefault("repo_id", Path(save_directory).name)
+            self.push_to_hub(**hub, token=kwargs.get("token"))
+        return files
+
+
+def _with_parts(message: dict) -> dict:
+    """A message whose content is a list of parts."""
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+def _mentions(kwargs: dict, name: str) -> bool:
+    return name in kwargs or any(name in (kwargs.get(group) or {}) for group in ("text_kwargs", "common_kwargs"))
+
+
+AlignGPTProcessor.register_for_auto_class()
+
+__all__ = ["AlignGPTProcessor", "infer_image_suffix", "pil_image_processor"]

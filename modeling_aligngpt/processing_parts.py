@@ -1,0 +1,128 @@
+"""Parts of the processor: the image processor of a tower, the tokenizer's ways, text edits, and saved files."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+
+def single_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of `token`; a ValueError if the tokenizer does not read it as one token."""
+    ids = tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) != 1 or tokenizer.convert_ids_to_tokens(ids[0]) != token:
+        raise ValueError(
+            f"The tokenizer has no token {token!r}: add it with "
+            f"tokenizer.add_special_tokens({{'additional_special_tokens': [{token!r}]}})."
+        )
+    return ids[0]
+
+
+def apply_edits(row: str, edits: list[tuple[int, int, str, str]]) -> tuple[str, list[dict]]:
+    """`row` with each `(start, end, replacement, type)` carried out, and the record of it."""
+    pieces, records, last, length = [], [], 0, 0
+    for start, end, replacement, kind in sorted(edits, key=lambda edit: edit[:2]):
+        pieces += [row[last:start], replacement]
+        length += start - last
+        records.append(
+            {
+                "type": kind,
+                "span": (start, end),
+                "new_span": (length, length + len(replacement)),
+                "text": row[start:end],
+                "replacement": replacement,
+            }
+        )
+        length += len(replacement)
+        last = end
+    return "".join([*pieces, row[last:]]), records
+
+
+def infer_image_suffix(tokenizer: PreTrainedTokenizerBase, image_token: str = "<image>") -> str:
+    """
+    `" "` for tokenizers that mark the start of a text as a word's start but not what follows a special token (Llama's
+    sentencepiece ones), else `""`.
+    """
+
+    def first_piece(text: str) -> int:
+        return next(i for i in tokenizer(text, add_special_tokens=False)["input_ids"] if i != image_id)
+
+    image_id = tokenizer.convert_tokens_to_ids(image_token)
+    alone, behind, spaced = first_piece("a"), first_piece(image_token + "a"), first_piece(image_token + " a")
+    return " " if alone != behind and alone == spaced else ""
+
+
+def pil_image_processor(image_processor):
+    """The PIL form of an image processor, whose pixel values are the authors'; unchanged if it has none."""
+    name = type(image_processor).__name__.removesuffix("Fast")
+    # transformers 5 has `NamePil` beside `Name` (torchvision), 4.57 `Name` (PIL) beside `NameFast`
+    form = getattr(transformers, name + "Pil", None) or getattr(transformers, name, None)
+    if form is None or isinstance(image_processor, form):
+        return image_processor
+    return form.from_dict(image_processor.to_dict())
+
+
+def image_processor_for(vision_config, vision_tower, do_pad: bool):
+    """[`LlavaImageProcessor`] in its PIL form, with the picture size and the normalisation of a tower."""
+    settings: dict[str, Any] = {}
+    if vision_tower is not None:
+        try:
+            own = transformers.AutoImageProcessor.from_pretrained(vision_tower).to_dict()
+        except OSError:
+            own = {}  # a tower without a preprocessor config: CLIP's normalisation
+        names = ("image_mean", "image_std", "resample", "rescale_factor", "do_center_crop")
+        settings = {name: own[name] for name in names if own.get(name) is not None}
+        if "size" in own and "shortest_edge" not in own["size"]:
+            settings.setdefault("do_center_crop", False)  # SigLIP: resized to its square, whatever the shape
+    height, width = pair_of(vision_config.image_size)
+    crops = settings.setdefault("do_center_crop", True)
+    settings["size"] = {"shortest_edge": max(height, width)} if crops else {"height": height, "width": width}
+    settings["crop_size"] = {"height": height, "width": width}
+    form = getattr(transformers, "LlavaImageProcessorPil", None) or transformers.LlavaImageProcessor
+    return form(do_pad=do_pad, **settings)
+
+
+def pair_of(size) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else tuple(size) if size is not None else None
+
+
+def output_size(image_processor) -> tuple[int, int] | None:
+    """Height and width of the pictures that an image processor gives; `None` if they vary."""
+    name = "crop_size" if getattr(image_processor, "do_center_crop", False) else "size"
+    size = dict(getattr(image_processor, name, None) or {})
+    return (size["height"], size["width"]) if size.get("height") and size.get("width") else None
+
+
+def portable_tokenizer_config(config: dict) -> None:
+    """Names by which both generations read `tokenizer.json` as it is (a family's class may rebuild parts of it)."""
+    if "AutoTokenizer" not in config.get("auto_map", {}):
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    for name in ("is_local", "local_files_only"):  # of one load, not of the tokenizer
+        config.pop(name, None)
+
+
+def portable_image_processor_config(config: dict) -> None:
+    for name in ("image_processor_type", "image_processor_class"):
+        if isinstance(config.get(name), str):
+            config[name] = config[name].removesuffix("Fast").removesuffix("Pil")
+    config.pop("auto_map", None)  # the processor's, which transformers writes into its parts too
+
+
+def portable_processor_config(config: dict) -> None:
+    if isinstance(config.get("image_processor"), dict):
+        portable_image_processor_config(config["image_processor"])
+
+
+def rewrite_json(path: Path, change) -> None:
+    """Applies `change` to a JSON file, if it exists, in one step."""
+    if not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    change(config)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)

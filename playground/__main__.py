@@ -1,0 +1,55 @@
+"""`python -m aligngpt_playground`: write the small world's data, or train its tiny parts."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from .sprites import ATTRIBUTION
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m aligngpt_playground", description=__doc__, epilog=ATTRIBUTION)
+    commands = parser.add_subparsers(dest="command", required=True)
+    make = commands.add_parser("make", help="write pairs and conversations as datasets folders")
+    make.add_argument("--output", required=True, help="folder that gets pairs/ and conversations/")
+    make.add_argument("--pairs", type=int, default=8000, help="training pairs (default: %(default)s)")
+    make.add_argument("--conversations", type=int, default=8000, help="training conversations (default: %(default)s)")
+    make.add_argument("--heldout-pairs", type=int, default=512, help="held-out pairs (default: %(default)s)")
+    make.add_argument(
+        "--heldout-conversations", type=int, default=256, help="held-out conversations (default: %(default)s)"
+    )
+    make.add_argument("--seed", type=int, default=0)
+    train = commands.add_parser("train-parts", help="train the tiny CLIP or Llama from nothing")
+    train.add_argument("--part", required=True, choices=("clip", "llama"))
+    train.add_argument("--output", required=True, help="model folder to write")
+    train.add_argument("--steps", type=int, help="optimiser steps (default: what the shipped part was trained for)")
+    train.add_argument("--batch-size", type=int)
+    train.add_argument("--learning-rate", type=float)
+    train.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    args = vars(_parser().parse_args(argv))
+    command = args.pop("command")
+    try:
+        if command == "make":
+            from .world import write_world
+
+            written = write_world(**args)
+            print(", ".join(f"{name}: {n} rows" for name, n in written.items()), "written to", args["output"])
+        else:
+            from .train_parts import train_part
+
+            figures = train_part(**{name: value for name, value in args.items() if value is not None})
+            print(json.dumps(figures))
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

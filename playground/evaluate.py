@@ -1,0 +1,359 @@
+"""How well a saved model describes held-out pictures (after stage 1) and answers questions on them (after stage 2)."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from .captions import exact_caption
+from .questions import QUESTION_TYPES, Question
+from .scenes import BACKGROUNDS, Scene
+from .sprites import OBJECTS, plural
+
+
+CAPTION_MEASURES = ("main object", "all objects", "background")
+"""main object: the first one in reading order is named. all objects: these and no others are named. background: this
+one and no other is named."""
+OVERALL = "overall"
+_WORD_TO_OBJECT = {word: name for name in OBJECTS for word in (name, plural(name))}
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """One row of a table.
+
+    Args:
+        name: a caption measure or question type.
+        number: pictures or questions.
+        accuracy: share that is right.
+        majority: share that the most frequent training answer gets right.
+        majority_answer: that answer; None where it differs between the rows that are summed up.
+        at_chance: whether `accuracy` is not above `majority` by more than two standard errors.
+    """
+
+    name: str
+    number: int
+    accuracy: float
+    majority: float
+    majority_answer: str | None
+    at_chance: bool
+
+
+def accuracy_of(name: str, hits: Sequence[bool], majority_hits: Sequence[bool], answer: str | None = None) -> Accuracy:
+    """Summarise what was right, row by row, beside what the majority answer gets right."""
+    number = len(hits)
+    if number == 0 or len(majority_hits) != number:
+        raise ValueError(
+            f"{name}: {number} results and {len(majority_hits)} of the majority answer; there must be as many"
+        )
+    accuracy, majority = sum(hits) / number, sum(majority_hits) / number
+    spread = (accuracy * (1 - accuracy) + majority * (1 - majority)) / number
+    return Accuracy(name, number, accuracy, majority, answer, accuracy - majority <= 2 * spread**0.5)
+
+
+# ---- captions ----
+
+
+def objects_named(text: str) -> list[str]:
+    """The objects that a text names, in its order, without repetitions; plurals count."""
+    found = (_WORD_TO_OBJECT.get(word) for word in re.findall(r"[a-z]+", text.lower()))
+    return list(dict.fromkeys(name for name in found if name))
+
+
+def backgrounds_named(text: str) -> list[str]:
+    """The backgrounds that a text names (`"in the snow"` -> `"snow"`)."""
+    words = " ".join(re.findall(r"[a-z]+", text.lower()))
+    return [name for name, phrase in BACKGROUNDS.items() if re.search(rf"\b{phrase}\b", words)]
+
+
+def score_caption(text: str, scene: Scene) -> dict[str, bool]:
+    """Which of `CAPTION_MEASURES` a caption gets right."""
+    named = objects_named(text)
+    return {
+        "main object": scene.main_object in named,
+        "all objects": set(named) == set(scene.names),
+        "background": backgrounds_named(text) == [scene.background],
+    }
+
+
+def caption_table(captions: Sequence[str], scenes: Sequence[Scene], training: Sequence[Scene]) -> list[Accuracy]:
+    """Accuracy of captions by measure, beside the best single answer learned from training scenes."""
+    truths = {
+        "main object": lambda scene: scene.main_object,
+        "all objects": lambda scene: frozenset(scene.names),
+        "background": lambda scene: scene.background,
+    }
+    scored = [score_caption(text, scene) for text, scene in zip(captions, scenes, strict=True)]
+    rows = []
+    for measure, truth in truths.items():
+        answer = _most_common(truth(scene) for scene in training)
+        shown = " and ".join(sorted(answer)) if isinstance(answer, frozenset) else answer
+        right = [truth(scene) == answer for scene in scenes]
+        rows.append(accuracy_of(measure, [score[measure] for score in scored], right, shown))
+    return rows
+
+
+# ---- questions ----
+
+
+def score_answer(given: str, expected: str) -> bool:
+    """Whether an answer is the expected one, up to case, spaces and a final full stop."""
+    return _plain(given) == _plain(expected)
+
+
+def majority_answers(questions: Sequence[Question]) -> dict[str, str]:
+    """Question type -> its most frequent answer (of equally frequent ones the first in the alphabet)."""
+    return {
+        kind: _most_common(question.answer for question in questions if question.type == kind)
+        for kind in dict.fromkeys(question.type for question in questions)
+    }
+
+
+def question_table(
+    answers: Sequence[str], questions: Sequence[Question], training: Sequence[Question]
+) -> tuple[list[Accuracy], Accuracy]:
+    """Accuracy by question type, and of all questions together.
+
+    Args:
+        answers: the model's, one for each question.
+        questions: held-out questions.
+        training: questions that the majority answer of each type is learned from.
+    """
+    majority = majority_answers(training)
+    hits: dict[str, list[bool]] = {}
+    baseline: dict[str, list[bool]] = {}
+    for given, question in zip(answers, questions, strict=True):
+        hits.setdefault(question.type, []).append(score_answer(given, question.answer))
+        baseline.setdefault(question.type, []).append(majority.get(question.type) == question.answer)
+    kinds = [kind for kind in QUESTION_TYPES if kind in hits]
+    rows = [accuracy_of(kind, hits[kind], baseline[kind], majority.get(kind)) for kind in kinds]
+    every = accuracy_of(
+        OVERALL, [hit for kind in kinds for hit in hits[kind]], [b for kind in kinds for b in baseline[kind]]
+    )
+    return rows, every
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).removesuffix(".").strip()
+
+
+def _most_common(values) -> Any:
+    counts = Counter(values)
+    return min(counts, key=lambda value: (-counts[value], sorted(value) if isinstance(value, frozenset) else value))
+
+
+# ---- running a model ----
+
+
+class SavedModel:
+    """A model folder, loaded as transformers loads it, that captions pictures and answers questions in batches.
+
+    Args:
+        folder: what `aligngpt pretrain` or `aligngpt instruct` wrote.
+        batch_size: pictures at once.
+
+    Raises:
+        ValueError: the folder holds no model.
+    """
+
+    def __init__(self, folder: str | Path, batch_size: int = 128):
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        if not (Path(folder) / "config.json").is_file():
+            raise ValueError(f"{folder} holds no model (no config.json); give a folder that a stage has written")
+        self.processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        self.model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype="float32").eval()
+        self.batch_size = batch_size
+
+    @property
+    def stage(self) -> str | None:
+        """The last stage that the model went through."""
+        return self.model.config.training_stage
+
+    @property
+    def num_align_levels(self) -> int:
+        """Number of alignment levels."""
+        return self.model.config.num_align_levels
+
+    def caption(
+        self, pictures: Sequence[Image.Image], align_level: int | Sequence[int] | None = None
+    ) -> list[str]:
+        """Caption pictures in stage 1's format.
+
+        Args:
+            pictures: what to describe.
+            align_level: 0-based level, or one for each picture; None for the model's default.
+        """
+        from modeling_aligngpt.chat_templates import CHAT_TEMPLATES
+
+        prompt = [{"role": "user", "content": [{"type": "image"}]}]
+        texts = self._render([prompt], chat_template=CHAT_TEMPLATES["plain"]) * len(pictures)
+        levels = [align_level] * len(pictures) if align_level is None or isinstance(align_level, int) else align_level
+        return [text.split("\n")[0].strip() for text in self._generate(pictures, texts, levels)[0]]
+
+    def answer(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> tuple[list[str], list[list[float]]]:
+        """Answer one question about each picture.
+
+        Returns:
+            The answers, and for each the gate's weights of levels 0..N-2.
+        """
+        content = [{"type": "image"}]
+        chats = [[{"role": "user", "content": [*content, {"type": "text", "text": text}]}] for text in questions]
+        return self._generate(pictures, self._render(chats))
+
+    def _render(self, chats: list, **options: Any) -> list[str]:
+        return self.processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True, **options)
+
+    def _generate(
+        self, pictures: Sequence[Image.Image], texts: list[str], levels: Sequence[int | None] | None = None
+    ) -> tuple[list[str], list[list[float]]]:
+        """Answers and `align_weights` of prompts with one picture each."""
+        import torch
+
+        levels = levels or [None] * len(texts)
+        if not len(pictures) == len(texts) == len(levels):
+            numbers = f"{len(pictures)} pictures, {len(texts)} prompts, {len(levels)} levels"
+            raise ValueError(f"{numbers}; there must be as many of each")
+        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # rows of a batch of like length
+        answers, gates = [""] * len(texts), [[] for _ in texts]
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            batch = self.processor(
+                images=[pictures[row] for row in rows],
+                text=[texts[row] for row in rows],
+                padding=True,
+                padding_side="left",
+                return_tensors="pt",
+            )
+            if levels[rows[0]] is not None:
+                batch["align_level"] = torch.tensor([levels[row] for row in rows])
+            with torch.inference_mode():
+                weights = self.model(**batch, logits_to_keep=1).align_weights.tolist()
+                ids = self.model.generate(**batch, max_new_tokens=32, do_sample=False)
+            written = self.processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+            for row, text, gate in zip(rows, written, weights, strict=True):
+                answers[row], gates[row] = text.strip(), gate
+        return answers, gates
+
+
+# ---- a saved model on the folders that `python -m aligngpt_playground make` writes ----
+
+
+def evaluate_captions(model: str | Path, data: str | Path, pictures: str | Path, examples: int = 6) -> dict[str, Any]:
+    """Captions of the held-out pictures of a folder of pairs, at the lowest and at the highest level.
+
+    Args:
+        model: folder of a stage-1 model.
+        data: folder of pairs.
+        pictures: folder that gets the example pictures.
+        examples: pictures that are captioned at every level.
+
+    Returns:
+        `number`, `rows` (`Accuracy` fields at the highest level, the model's default), `by_level` and `examples`.
+    """
+    from datasets import load_from_disk
+
+    saved, splits = SavedModel(model), load_from_disk(str(data))
+    images, scenes = splits["heldout"]["image"][:], _scenes(splits["heldout"])
+    training, top = _scenes(splits["train"]), saved.num_align_levels - 1
+    by_level = []
+    for level in (0, top):
+        captions = saved.caption(images, align_level=level)
+        words = sum(len(text.split()) for text in captions) / len(captions)
+        table = [asdict(row) for row in caption_table(captions, scenes, training)]
+        by_level.append({"level": level, "words": words, "rows": table})
+    shown, levels = images[:examples], list(range(top + 1))
+    texts = saved.caption([image for image in shown for _ in levels], align_level=levels * len(shown))
+    listed = [
+        {
+            "picture": save_picture(image, pictures, f"caption-{index}"),
+            "shows": exact_caption(scenes[index]),
+            "by_level": texts[index * len(levels) : (index + 1) * len(levels)],
+        }
+        for index, image in enumerate(shown)
+    ]
+    return {"number": len(images), "rows": by_level[-1]["rows"], "by_level": by_level, "examples": listed}
+
+
+def evaluate_questions(model: str | Path, data: str | Path, pictures: str | Path) -> dict[str, Any]:
+    """Answers to the held-out questions of a folder of conversations, each asked alone, and what the gate did.
+
+    Args:
+        model: folder of a stage-2 model.
+        data: folder of conversations.
+        pictures: folder that gets the example pictures.
+
+    Returns:
+        `questions` (`Accuracy` fields by type and `overall`; `examples`: the first question of each type) and `gate`
+        (mean weights of the local levels, over all questions and by type; `top`: the largest that is listed).
+    """
+    from datasets import load_from_disk
+
+    saved, splits = SavedModel(model), load_from_disk(str(data))
+    rows = list(splits["heldout"])
+    asked = [(row, question) for row in rows for question in questions_of(row)]
+    questions = [question for _, question in asked]
+    images = [row["images"][0] for row, _ in asked]
+    answers, weights = saved.answer(images, [question.question for question in questions])
+    training = [question for row in splits["train"].remove_columns("images") for question in questions_of(row)]
+    table, overall = question_table(answers, questions, training)
+    examples, means = [], []
+    for kind in (row.name for row in table):
+        those = [index for index, question in enumerate(questions) if question.type == kind]
+        means.append({"type": kind, "weights": _mean([weights[index] for index in those])})
+        row, question = asked[those[0]]
+        examples.append(
+            {
+                "picture": save_picture(row["images"][0], pictures, f"question-{rows.index(row)}"),
+                "shows": exact_caption(Scene.from_json(row["scene"])),
+                "type": kind,
+                "question": question.question,
+                "answer": answers[those[0]],
+                "expected": question.answer,
+                "right": score_answer(answers[those[0]], question.answer),
+                "weights": [round(weight, 4) for weight in weights[those[0]]],
+            }
+        )
+    top = max(weight for entry in [*means, *examples] for weight in entry["weights"])
+    return {
+        "questions": {"rows": [asdict(row) for row in table], "overall": asdict(overall), "examples": examples},
+        "gate": {"mean": _mean(weights), "by_type": means, "top": top},
+    }
+
+
+def questions_of(row: dict[str, Any]) -> list[Question]:
+    """The questions of a conversation row, each with its answer and type."""
+    texts = ["".join(part["text"] or "" for part in message["content"]) for message in row["messages"]]
+    return [Question(*fields) for fields in zip(row["types"], texts[::2], texts[1::2], strict=True)]
+
+
+def save_picture(picture: Image.Image, folder: str | Path, name: str) -> str:
+    """Save a picture as PNG; returns `folder/name.png`."""
+    path = Path(folder) / f"{name}.png"
+    picture.save(path)
+    return path.as_posix()
+
+
+def _scenes(rows: Any) -> list[Scene]:
+    return [Scene.from_json(text) for text in rows["scene"]]
+
+
+def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [round(sum(column) / len(rows), 4) for column in zip(*rows, strict=True)]
+
+
+def format_table(title: str, rows: Sequence[Accuracy]) -> str:
+    """A table for the terminal; rows that are not above the majority answer are marked."""
+    lines = [f"{title:<34}{'right':>7}{'majority answer':>29}{'number':>8}"]
+    for row in rows:
+        answer = f' ("{row.majority_answer}")' if row.majority_answer else ""
+        if len(answer) > 22:
+            answer = answer[:18] + '..")'
+        majority = f"{row.majority:.3f}{answer:<22}"
+        mark = "  at chance" if row.at_chance else ""
+        lines.append(f"  {row.name:<32}{row.accuracy:>7.3f}  {majority:<27}{row.number:>8}{mark}")
+    return "\n".join(lines)

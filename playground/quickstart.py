@@ -1,0 +1,341 @@
+"""The whole way in one command: data, scores and levels, both stages, held-out figures, loading back, a report.
+
+Everything is done by the `aligngpt` commands and classes that a model of seven billion parameters is trained with; only
+the parts are tiny. The output folder is complete: it holds data, parts and recipes, and the printed commands can be
+repeated in it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from .evaluate import Accuracy, evaluate_captions, evaluate_questions, format_table, save_picture, score_answer
+from .report import RESULTS_NAME, write_report
+from .sprites import ATTRIBUTION
+from .world import parts_path
+
+
+TARGETS = {"Captions that name the main object": 0.70, "Questions answered right": 0.65}
+NUM_STEPS = 9
+HISTOGRAM_BARS = 40
+
+PROGRAM = """\
+from transformers import pipeline
+
+ask = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
+for picture, question in questions:
+    content = [{"type": "image", "url": picture}, {"type": "text", "text": question}]
+    message = {"role": "user", "content": content}
+    print(ask(text=[message], return_full_text=False)[0]["generated_text"])
+"""
+"""What a Hub user writes; `folder` and `questions` are set before."""
+_BEFORE = "import json, sys\nfolder, questions = json.loads(sys.argv[1])\n"
+_AFTER = 'print(json.dumps(sorted(name for name in sys.modules if name.split(".")[0] in {ours!r})))\n'
+_OURS = ("modeling_aligngpt", "aligngpt_trainers", "aligngpt_hub", "aligngpt_playground")
+
+
+class StepError(Exception):
+    """A step of the quickstart failed; the message says which, and why."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m aligngpt_playground quickstart`."""
+    parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder to write (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=6000, help="picture-caption pairs of stage 1 (%(default)s)")
+    parser.add_argument("--conversations", type=int, default=6000, help="conversations of stage 2 (%(default)s)")
+    parser.add_argument("--heldout", type=int, default=256, help="held-out pictures of either kind (%(default)s)")
+    parser.add_argument("--parts", type=Path, help="folder with clip/ and llama/ to use instead of the package's own")
+    parser.add_argument("--max-steps", type=int, help="stop each stage after so many steps, for a trial")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the drawn world (%(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the quickstart; returns the exit status: 0, or 1 with a sentence on standard error when a step fails."""
+    # everything is local: nothing may wait for a network that is not there
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        for name in ("pairs", "conversations", "heldout", "max_steps"):
+            if (value := getattr(args, name)) is not None and value < 1:
+                raise StepError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        args.parts = args.parts and args.parts.absolute()
+        with _output_folder(args.output) as folder:
+            results = _run_steps(args, folder)
+    except StepError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nstopped; {args.output} is as it was before", file=sys.stderr)
+        return 130
+    print(describe(results))
+    print(f"\nReport: {args.output / 'report.html'}   figures: {args.output / RESULTS_NAME}")
+    return 0
+
+
+# ---- the output folder ----
+
+
+@contextmanager
+def _output_folder(output: Path) -> Iterator[Path]:
+    """A folder beside `output`, which is also the working directory; it takes `output`'s place when all went well."""
+    output = Path(os.path.abspath(output))
+    if output.exists() and not output.is_dir():
+        raise StepError(f"{output} is a file; give a folder with --output")
+    if output.is_dir() and any(output.iterdir()) and not (output / RESULTS_NAME).is_file():
+        raise StepError(f"{output} holds something other than an earlier quickstart; give another folder with --output")
+    before = os.getcwd()
+    beside = None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        beside.chmod(0o777 & ~_umask())
+        os.chdir(beside)
+        yield beside
+        os.chdir(before)
+        replaced = beside.with_name(beside.name + ".replaced")
+        if output.exists():
+            os.replace(output, replaced)
+        os.replace(beside, output)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        raise StepError(f"the folder {output} cannot be written: {error}") from error
+    finally:
+        os.chdir(before)
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# ---- steps ----
+
+
+class Steps:
+    """Runs steps one after the other, says what they are and keeps their times."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.started = total, [], time.perf_counter()
+
+    @contextmanager
+    def step(self, name: str, command: str | None = None) -> Iterator[None]:
+        """Time the block; any error in it becomes a `StepError` that names the step."""
+        number = len(self.done) + 1
+        print(f"\n[{number}/{self.total}] {name}" + (f"\n$ {command}" if command else ""), flush=True)
+        started = time.perf_counter()
+        try:
+            yield
+        except StepError as error:
+            raise StepError(f"step {number} of {self.total} ({name}) failed: {error}") from error
+        except Exception as error:
+            raise StepError(
+                f"step {number} of {self.total} ({name}) failed: {type(error).__name__}: {error}"
+            ) from error
+        seconds = time.perf_counter() - started
+        self.done.append({"name": name, "command": command, "seconds": round(seconds, 2)})
+        print(f"    {seconds:.1f} s", flush=True)
+
+    def aligngpt(self, name: str, *words: str) -> None:
+        """Run an `aligngpt` command in this process, as the shell command that is printed would do."""
+        from aligngpt_trainers import cli
+
+        with self.step(name, shlex.join(["aligngpt", *words])):
+            if status := cli.main(words):
+                raise StepError(f"`aligngpt {words[0]}` ended with status {status}; its message stands above")
+
+
+def _run_steps(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """All steps, in `folder`; returns what results.json holds."""
+    steps = Steps(NUM_STEPS)
+    limit = [] if args.max_steps is None else ["--max_steps", str(args.max_steps)]
+    results: dict[str, Any] = {"machine": f"{os.cpu_count()} CPU cores", "attribution": ATTRIBUTION}
+
+    with steps.step("Load the libraries, lay out parts and recipes"):
+        _quiet_libraries()
+        _copy_parts(folder, args.parts)
+    _draw_world(args, steps)
+    steps.aligngpt("Score the pairs with CLIP, cut the scores into levels", "score", "--config", "recipes/score.yaml")
+    steps.aligngpt("Stage 1: pre-training", "pretrain", "--config", "recipes/pretrain.yaml", *limit)
+    with steps.step("Caption held-out pictures with the stage-1 model, at several levels"):
+        results["captions"] = evaluate_captions("stage1", "data/pairs", pictures="pictures")
+    steps.aligngpt("Stage 2: instruction tuning", "instruct", "--config", "recipes/instruct.yaml", *limit)
+    with steps.step("Ask the stage-2 model about held-out pictures"):
+        results |= evaluate_questions("stage2", "data/conversations", pictures="pictures")
+    with steps.step("Load the saved folder in a fresh process, as from the Hub"):
+        results["loaded_back"] = _load_back("stage2", results["questions"]["examples"])
+    with steps.step("Write the report"):
+        results |= _read_runs()
+        reached = (results["captions"]["rows"][0]["accuracy"], results["questions"]["overall"]["accuracy"])
+        results["targets"] = [
+            {"name": name, "value": value, "target": target, "met": value >= target}
+            for value, (name, target) in zip(reached, TARGETS.items(), strict=True)
+        ]
+        packages = ("torch", "transformers", "trl", "datasets", "accelerate")
+        results["versions"] = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+        _write_results(results, steps)
+    # once more with the time of this last step
+    _write_results(results, steps)
+    return results
+
+
+def _write_results(results: dict[str, Any], steps: Steps) -> None:
+    results["steps"] = steps.done
+    results["seconds"] = round(time.perf_counter() - steps.started, 2)
+    Path(RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    write_report(".")
+
+
+def _quiet_libraries() -> None:
+    """Import what is slow to import, and silence what would bury the progress."""
+    import datasets
+    from transformers.utils import logging
+
+    import aligngpt_trainers.train  # noqa: F401
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    # the value that TRL itself sets
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")
+
+
+def _copy_parts(folder: Path, parts: Path | None) -> None:
+    """Tiny parts and recipes into the output folder, so that every command in it is complete."""
+    for name in ("clip", "llama"):
+        source = parts_path(name) if parts is None else parts / name
+        if not (source / "config.json").is_file():
+            raise StepError(f"{source} holds no model; --parts takes a folder with clip/ and llama/")
+        shutil.copytree(source, folder / "parts" / name)
+    shutil.copytree(Path(__file__).parent / "recipes", folder / "recipes")
+    (folder / "pictures").mkdir()
+
+
+def _draw_world(args: argparse.Namespace, steps: Steps) -> None:
+    from . import __main__ as commands
+
+    numbers = {
+        "pairs": args.pairs,
+        "conversations": args.conversations,
+        "heldout-pairs": args.heldout,
+        "heldout-conversations": args.heldout,
+        "seed": args.seed,
+    }
+    words = ["make", "--output", "data", *(word for name, n in numbers.items() for word in (f"--{name}", str(n)))]
+    command = shlex.join(["python", "-m", "aligngpt_playground", *words])
+    with steps.step("Draw pictures, captions and conversations", command):
+        if status := commands.main(words):
+            raise StepError(f"it ended with status {status}; its message stands above")
+
+
+def _load_back(model_folder: str, examples: list[dict[str, Any]], number: int = 3) -> dict[str, Any]:
+    """Ask again in a process that knows transformers alone."""
+    asked = examples[:number]
+    given = json.dumps([model_folder, [[example["picture"], example["question"]] for example in asked]])
+    program = _BEFORE + PROGRAM + _AFTER.format(ours=_OURS)
+    print(f"$ python - <<END\n{PROGRAM}END", flush=True)
+    with tempfile.TemporaryDirectory() as cache:
+        # a cache of its own, so that the folder's code is what runs
+        environment = {**os.environ, "HF_MODULES_CACHE": cache, "TRANSFORMERS_VERBOSITY": "error"}
+        done = subprocess.run(
+            [sys.executable, "-c", program, given], capture_output=True, text=True, env=environment, check=False
+        )
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or len(lines) != len(asked) + 1:
+        raise StepError(f"the fresh process ended with status {done.returncode}:\n{done.stderr.strip()[-2000:]}")
+    if ours := json.loads(lines[-1]):
+        raise StepError(f"the fresh process has imported {', '.join(ours)}: it was to run on the saved folder alone")
+    answers = []
+    for example, line in zip(asked, lines, strict=False):
+        kept = {name: example[name] for name in ("picture", "shows", "question", "expected")}
+        answers.append({**kept, "answer": line, "right": score_answer(line, example["expected"])})
+        print(f"    {example['question']} {line}   (expected: {example['expected']})")
+        if line != example["answer"]:
+            before = example["answer"]
+            raise StepError(f"{example['question']!r}: the answer here was {before!r}, in a fresh process {line!r}")
+    return {"program": PROGRAM, "answers": answers}
+
+
+def _read_runs() -> dict[str, Any]:
+    """What the commands recorded: levels and scores, losses, numbers of parameters."""
+    from datasets import load_from_disk
+
+    record = json.loads(Path("scored/alignment.json").read_text(encoding="utf-8"))
+    rows = load_from_disk("scored")
+    scores, levels = rows["clip_score"][:], rows["align_level"][:]
+    low, high = min(scores), max(scores)
+    width = max((high - low) / HISTOGRAM_BARS, 1e-9)
+    counts = [0] * HISTOGRAM_BARS
+    for score in scores:
+        counts[min(int((score - low) / width), HISTOGRAM_BARS - 1)] += 1
+    examples = []
+    for level in range(record["num_levels"]):
+        row = rows[levels.index(level)] if level in levels else None
+        examples.append(
+            row
+            and {
+                "picture": save_picture(row["images"][0], "pictures", f"level-{level}"),
+                "caption": row["messages"][-1]["content"][0]["text"],
+                "score": row["clip_score"],
+            }
+        )
+    summaries = {
+        stage: json.loads(Path(folder, "training_summary.json").read_text(encoding="utf-8"))
+        for stage, folder in (("pretrain", "stage1"), ("instruct", "stage2"))
+    }
+    return {
+        "levels": {
+            "edges": record["edges"],
+            "counts": record["counts"],
+            "histogram": {"low": low, "high": high, "counts": counts},
+            "examples": examples,
+        },
+        "losses": {stage: summary["loss_curve"] for stage, summary in summaries.items()},
+        "parameters": {
+            "all": summaries["instruct"]["parameters"],
+            "trained_in_pretrain": summaries["pretrain"]["trained_parameters"],
+            "trained_in_instruct": summaries["instruct"]["trained_parameters"],
+        },
+    }
+
+
+# ---- what is printed at the end ----
+
+
+def describe(results: dict[str, Any]) -> str:
+    """Tables, captions at the lowest and the highest level, targets and times, for the terminal."""
+    captions, questions = results["captions"], results["questions"]
+    lowest, highest = captions["by_level"][0], captions["by_level"][-1]
+    rows = [Accuracy(**row) for row in (*questions["rows"], questions["overall"])]
+    parts = [
+        format_table("Captions after stage 1", [Accuracy(**row) for row in captions["rows"]]),
+        format_table("Questions after stage 2", rows),
+        f"The same {captions['number']} pictures at level {lowest['level']}: "
+        + ", ".join(f"{row['name']} {row['accuracy']:.3f}" for row in lowest["rows"]),
+    ]
+    for example in captions["examples"][:3]:
+        first, last = example["by_level"][0], example["by_level"][-1]
+        parts.append(
+            f"It shows {example['shows']}\n  level {lowest['level']}: {first}\n  level {highest['level']}: {last}"
+        )
+    lines = [f"{step['seconds']:>7.1f} s  {step['name']}" for step in results["steps"]]
+    parts.append("\n".join([*lines, f"{results['seconds']:>7.1f} s  altogether"]))
+    for target in results["targets"]:
+        state = "met" if target["met"] else "MISSED"
+        parts.append(f"{target['name']}: {target['value']:.3f}, target {target['target']:.2f} {state}")
+    return "\n\n" + "\n\n".join(parts)

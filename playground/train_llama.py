@@ -1,0 +1,264 @@
+"""Train the tiny Llama of `parts/llama` on text alone (see `scene_text`)."""
+
+import math
+import random
+import string
+import time
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from .captions import NUMBERS
+from .questions import QUESTION_TYPES
+from .scene_text import (
+    BOS,
+    CHAT_TEMPLATE,
+    FIDELITY_WORDS,
+    IM_END,
+    IM_START,
+    PAD,
+    UNKNOWN,
+    chat_text,
+    draw_texts,
+    told_text,
+)
+from .scenes import BACKGROUNDS, draw_scenes
+from .sprites import CATEGORIES, OBJECTS, plural
+
+
+MAX_TOKENS = 512
+_COMMON_WORDS = (
+    "a an the at in on of is are was what which where how many kind thing things there picture background some and or "
+    "top bottom left right above below user assistant system hello yes no nothing not describe this it "
+)
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A WordPiece tokenizer: every word of the world is one token, others are spelt, a newline is a token.
+
+    Text is lower-cased; single spaces, punctuation and newlines survive decoding.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    special = [UNKNOWN, BOS, PAD, IM_START, IM_END]
+    words = [*_COMMON_WORDS.split(), *NUMBERS, *FIDELITY_WORDS, *BACKGROUNDS, *CATEGORIES, *OBJECTS]
+    regular = {"s", "es"}
+    irregular = [plural(name) for name in OBJECTS if plural(name).removeprefix(name) not in regular]
+    letters = [*string.ascii_lowercase, *string.digits]
+    pieces = ["\n", *string.punctuation, *letters, *("##" + letter for letter in letters), "##es", *words, *irregular]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys([*special, *pieces]))}
+    backend = Tokenizer(models.WordPiece(vocab, unk_token=UNKNOWN, continuing_subword_prefix="##"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(" ", behavior="removed"),
+            pre_tokenizers.Split(Regex(r"\n|[^\w\s]"), behavior="isolated"),
+        ]
+    )
+    # Decoding puts a space between words and takes it away again around newlines, marks and punctuation.
+    glued = [decoders.Replace(f" {mark}", mark) for mark in ("\n", "?", ".", ",", "!", ":", ";", "'", IM_START, IM_END)]
+    opened = [decoders.Replace(f"{mark} ", mark) for mark in ("\n", "'", IM_START, IM_END, BOS)]
+    backend.decoder = decoders.Sequence([decoders.WordPiece("##", cleanup=False), *glued, decoders.Fuse(), *opened])
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, vocab[BOS])]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=BOS,
+        eos_token=IM_END,
+        unk_token=UNKNOWN,
+        pad_token=PAD,
+        additional_special_tokens=[IM_START],
+        model_max_length=MAX_TOKENS,
+        padding_side="right",
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A fresh Llama of two million parameters."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=160,
+        intermediate_size=448,
+        num_hidden_layers=4,
+        num_attention_heads=5,
+        num_key_value_heads=5,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    config._attn_implementation = "eager"
+    return LlamaForCausalLM(config)
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[list[tuple[str, bool]]]) -> dict[str, torch.Tensor]:
+    """Segments -> right-padded `input_ids`, `attention_mask` and `labels` (-100 where nothing is trained)."""
+    flat = tokenizer([text for segments in texts for text, _ in segments], add_special_tokens=False)["input_ids"]
+    rows, labels, position = [], [], 0
+    for segments in texts:
+        pieces = flat[position : position + len(segments)]
+        position += len(segments)
+        rows.append([token for piece in pieces for token in piece])
+        labels.append(
+            [
+                token if trained else -100
+                for piece, (_, trained) in zip(pieces, segments, strict=True)
+                for token in piece
+            ]
+        )
+    longest = max(map(len, rows))
+    padded = [row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows]
+    return {
+        "input_ids": torch.tensor(padded),
+        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+        "labels": torch.tensor([row + [-100] * (longest - len(row)) for row in labels]),
+    }
+
+
+class TextBatches(torch.utils.data.Dataset):
+    """Batch `i` is drawn from (seed, i) and tells training scenes only."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, steps: int, batch_size: int, seed: int):
+        self.tokenizer, self.steps, self.batch_size, self.seed = tokenizer, steps, batch_size, seed
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
+        rng = random.Random(f"llama/{self.seed}/{step}")
+        return encode(self.tokenizer, draw_texts(self.batch_size, rng))
+
+
+def soften(embeds: torch.Tensor, generator: torch.Generator, strength: float) -> torch.Tensor:
+    """Blend each prompt embedding a little with another and add noise, because a projector never hits a word exactly.
+
+    Args:
+        embeds: [batch, length, hidden].
+        generator: source of the noise.
+        strength: largest share of the other word; the noise has up to this share of the embeddings' deviation.
+    """
+    batch, length, _ = embeds.shape
+    share = strength * torch.rand(batch, length, 1, generator=generator)
+    other = embeds.flatten(0, 1)[torch.randint(batch * length, (batch, length), generator=generator)]
+    noise = torch.randn(embeds.shape, generator=generator) * embeds.detach().std() * share
+    return embeds * (1 - share) + other.detach() * share + noise
+
+
+@torch.no_grad()
+def evaluate(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int = 200, seed: int = 1, told: bool = False
+) -> dict[str, float]:
+    """Share of questions on held-out scenes in words whose answer is written exactly (teacher-forced on earlier turns).
+
+    Args:
+        model: the language model.
+        tokenizer: its tokenizer.
+        n: how many scenes, each with a question of every type it answers.
+        seed: seeds scenes and questions.
+        told: tell the scene in a sentence instead of in cell words.
+
+    Returns:
+        `all` and one figure for each question type.
+    """
+    from .questions import draw_questions
+
+    model.eval()
+    scenes = list(draw_scenes(n, seed, "heldout", unique=True))
+    texts, types = [], []
+    for index, scene in enumerate(scenes):
+        make = told_text if told else chat_text
+        options = {} if told else {"dropped": 0.0}
+        texts.append(make(scene, random.Random(f"{seed}/{index}"), turns=len(QUESTION_TYPES), **options))
+        rng = random.Random(f"{seed}/{index}")
+        if not told:
+            [rng.random() for _ in scene.cells()]  # the draws of cell_words
+        types.append([question.type for question in draw_questions(scene, len(QUESTION_TYPES), rng)])
+    batch = encode(tokenizer, texts)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    right = (logits[:, :-1].argmax(-1) == batch["labels"][:, 1:]) | (batch["labels"][:, 1:] == -100)
+    trained = batch["labels"][:, 1:] != -100
+    hits: dict[str, list[bool]] = {kind: [] for kind in QUESTION_TYPES}
+    for row, row_types in enumerate(types):
+        starts = (trained[row] & ~torch.cat([torch.tensor([False]), trained[row, :-1]])).nonzero().flatten().tolist()
+        for kind, start, end in zip(row_types, starts, [*starts[1:], trained.shape[1]], strict=True):
+            hits[kind].append(bool(right[row, start:end].all()))
+    every = [hit for values in hits.values() for hit in values]
+    return {"all": sum(every) / len(every), **{kind: sum(values) / len(values) for kind, values in hits.items()}}
+
+
+def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
+    """Write model (float16 safetensors) and tokenizer to a folder; written beside, then renamed."""
+    from .train_parts import replace_folder
+
+    with replace_folder(output) as folder:
+        model.save_pretrained(folder, state_dict={key: value.half() for key, value in model.state_dict().items()})
+        tokenizer.save_pretrained(folder)
+
+
+def train(
+    output: Path,
+    steps: int = 4000,
+    batch_size: int = 32,
+    learning_rate: float = 2e-3,
+    softness: float = 0.4,
+    seed: int = 0,
+    save_every: int = 1000,
+) -> dict[str, float]:
+    """Pretrain the tiny Llama and save it.
+
+    Args:
+        output: the folder to write.
+        steps: optimiser steps.
+        batch_size: conversations per step; twice as many captions.
+        learning_rate: peak of the cosine schedule.
+        softness: `soften`'s strength.
+        seed: seeds weights and data.
+        save_every: steps between evaluations; the model is saved each time.
+
+    Returns:
+        The figures of `evaluate`, for scenes in cell words and (`told_...`) in sentences.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    warmup = min(200, steps // 10 + 1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps)) + 1e-3),
+    )
+    loader = torch.utils.data.DataLoader(
+        TextBatches(tokenizer, steps, batch_size, seed), batch_size=None, num_workers=1, prefetch_factor=4
+    )
+    started, figures = time.time(), {}
+    progress = tqdm(enumerate(loader, start=1), total=steps, desc="llama", mininterval=10)
+    for step, batch in progress:
+        model.train()
+        embeds = model.get_input_embeddings()(batch["input_ids"])
+        prompt = (batch["labels"] == -100).unsqueeze(-1)
+        embeds = torch.where(prompt, soften(embeds, generator, softness), embeds)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch["labels"][:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if step % 50 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+        if step % save_every == 0 or step == steps:
+            cells, told = evaluate(model, tokenizer), evaluate(model, tokenizer, told=True)
+            figures = {**cells, **{f"told_{key}": value for key, value in told.items()}}
+            figures = {key: round(value, 3) for key, value in figures.items()}
+            save(model, tokenizer, output)
+            tqdm.write(f"llama: step {step}/{steps}, {time.time() - started:.0f} s, {figures}")
+    return figures

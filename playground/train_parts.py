@@ -1,0 +1,51 @@
+"""Train the tiny parts kept in `parts/` (`python -m aligngpt_playground train-parts`)."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+PARTS = ("clip", "llama")
+
+
+@contextmanager
+def replace_folder(output: str | os.PathLike) -> Iterator[Path]:
+    """Yield a folder beside `output` that takes its place when the block ends without an error."""
+    output = Path(output)
+    beside = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        shutil.rmtree(output, ignore_errors=True)
+        os.replace(beside, output)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def train_part(part: str, output: str | os.PathLike, **settings) -> dict[str, float]:
+    """Train one part and save it.
+
+    Args:
+        part: one of `PARTS`.
+        output: the folder to write.
+        settings: `steps`, `batch_size`, `learning_rate`, `seed`, ...: see `train_clip.train` and `train_llama.train`.
+
+    Returns:
+        Held-out figures.
+
+    Raises:
+        ValueError: there is no such part, or `output` exists and holds something else than a model.
+    """
+    if part not in PARTS:
+        raise ValueError(f"part is {part!r}; it must be one of {PARTS}")
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file())):
+        raise ValueError(f"output {output} exists and is not a model folder; choose a new one")
+    if part == "clip":
+        from .train_clip import train
+    else:
+        from .train_llama import train
+    return train(output, **settings)

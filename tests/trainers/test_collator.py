@@ -1,0 +1,187 @@
+"""The collator against transformers' own `apply_chat_template`, and everything that it refuses."""
+
+import pytest
+import torch
+from trl.data_utils import prepare_multimodal_messages
+
+from aligngpt_trainers import AlignGPTDataCollator
+from modeling_aligngpt import CHAT_TEMPLATES
+
+from .conftest import NUM_LEVELS, conversation_rows, message, pair_rows, picture
+
+
+SEQ_LENGTH = 16
+
+
+@pytest.fixture
+def processor(assembled):
+    return assembled[1]
+
+
+def answers(processor, batch) -> list[str]:
+    tokenizer = processor.tokenizer
+    return [tokenizer.decode(row[row != -100]) for row in batch["labels"]]
+
+
+def test_stage_1_supervises_caption_and_newline(processor):
+    rows = pair_rows(4)
+    batch = AlignGPTDataCollator(processor, "pretrain", num_align_levels=NUM_LEVELS)(rows)
+    assert answers(processor, batch) == [f"{row['messages'][1]['content'][0]['text']}\n" for row in rows]
+    assert batch["align_level"].tolist() == [0, 1, 2, 3]
+    first = batch["input_ids"][0].tolist()
+    assert first[:2] == [processor.tokenizer.bos_token_id, processor.align_token_id]
+    assert first[2 : 2 + SEQ_LENGTH] == [processor.image_token_id] * SEQ_LENGTH
+
+
+def test_stage_2_supervises_every_answer_with_eos(processor):
+    batch = AlignGPTDataCollator(processor, "instruct")(conversation_rows(4))
+    assert answers(processor, batch) == [" red</s>", " green</s> a square</s>", " blue</s>", " yellow it is</s>"]
+    assert "align_level" not in batch
+    assert batch["pixel_values"].shape == (4, 3, 32, 32)
+
+
+@pytest.mark.parametrize("suffix", ["", " "])
+@pytest.mark.parametrize("template", ["vicuna_v1", "llama_2", "chatml", "mistral", "gemma", "llama_3", "phi", "plain"])
+def test_equals_the_processors_own_chat_template(processor, template, suffix):
+    """The collator's quick path gives what `apply_chat_template` gives, pictures included."""
+    processor.image_suffix = suffix
+    stage = "pretrain" if template == "plain" else "instruct"
+    rows = pair_rows(4) if template == "plain" else conversation_rows(8)
+    collator = AlignGPTDataCollator(
+        processor, stage, chat_template=CHAT_TEMPLATES[template], num_align_levels=NUM_LEVELS
+    )
+    batch = collator(rows)
+    conversations = [
+        [{**m, "content": [{k: v for k, v in part.items() if v is not None} for part in m["content"]]} for m in r["messages"]]
+        for r in rows
+    ]
+    expected = processor.apply_chat_template(
+        [prepare_multimodal_messages(c, images=r["images"]) for c, r in zip(conversations, rows, strict=True)],
+        chat_template=CHAT_TEMPLATES[template],
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "right", "add_special_tokens": False},
+    )
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    assert torch.equal(batch["attention_mask"], expected["attention_mask"])
+    assert torch.equal(batch["pixel_values"], expected["pixel_values"])
+    assert torch.equal(batch["labels"] != -100, expected["assistant_masks"].bool())
+    assert torch.equal(batch["prompt_mask"], batch["labels"] == -100)
+
+
+def test_pads_on_the_right_to_a_multiple(processor):
+    batch = AlignGPTDataCollator(processor, "instruct", pad_to_multiple_of=64)(conversation_rows(4))
+    assert batch["input_ids"].shape[1] % 64 == 0
+    lengths = batch["attention_mask"].sum(1)
+    for row, length in enumerate(lengths):
+        assert batch["attention_mask"][row, :length].all()
+        assert (batch["labels"][row, length:] == -100).all()
+
+
+def test_rows_without_pictures_make_a_batch_without_pixel_values(processor):
+    batch = AlignGPTDataCollator(processor, "instruct")([row for row in conversation_rows(8) if not row["images"]])
+    assert "pixel_values" not in batch
+    assert not (batch["input_ids"] == processor.align_token_id).any()
+
+
+def test_pictures_keep_reading_order(processor):
+    rows = conversation_rows(4)
+    batch = AlignGPTDataCollator(processor, "instruct")(rows)
+    flat = [image for row in rows for image in row["images"]]
+    expected = torch.cat([processor.image_processor(image, return_tensors="pt")["pixel_values"] for image in flat])
+    assert torch.equal(batch["pixel_values"], expected)
+
+
+def test_encoded_rows_need_no_messages(processor):
+    collator, rows = AlignGPTDataCollator(processor, "instruct"), conversation_rows(4)
+    kept = [{"images": row["images"], **encoded} for row, encoded in zip(rows, collator.encode(rows), strict=True)]
+    plain, quick = collator(rows), collator(kept)
+    assert all(torch.equal(plain[name], quick[name]) for name in plain)
+
+
+def test_measure_is_exact(processor):
+    collator, rows = AlignGPTDataCollator(processor, "instruct"), conversation_rows(4)
+    batch = collator(rows)
+    for row, encoded in enumerate(collator.encode(rows)):
+        length, needed = collator.measure(encoded)
+        last_image = max((batch["input_ids"][row] == processor.image_token_id).nonzero().flatten().tolist(), default=0)
+        first_answer = int((batch["labels"][row] != -100).nonzero()[0])
+        assert length == batch["attention_mask"][row].sum()
+        assert needed == max(last_image, first_answer) + 1
+
+
+def test_overlong_rows_raise_with_length_and_remedy(processor):
+    row = {**conversation_rows(1)[0], "id": "coco-7"}
+    length = int(AlignGPTDataCollator(processor, "instruct")([row])["attention_mask"].sum())
+    for on_overlong in ("error", "drop"):
+        collator = AlignGPTDataCollator(processor, "instruct", max_length=length - 1, on_overlong=on_overlong)
+        with pytest.raises(ValueError, match=rf"coco-7.* has {length} tokens.*max_length={length - 1}.*Raise max_length"):
+            collator([row])
+    AlignGPTDataCollator(processor, "instruct", max_length=length)([row])
+
+
+def test_truncate_cuts_answers_but_never_all_of_one_nor_pictures(processor):
+    row = conversation_rows(2)[1]
+    full = AlignGPTDataCollator(processor, "instruct")([row])
+    first_answer = int((full["labels"][0] != -100).nonzero()[0])
+    cut = AlignGPTDataCollator(processor, "instruct", max_length=first_answer + 1, on_overlong="truncate")([row])
+    assert torch.equal(cut["input_ids"], full["input_ids"][:, : first_answer + 1])
+    assert (cut["labels"] != -100).sum() == 1
+    for max_length in (first_answer, 20):
+        with pytest.raises(ValueError, match="lose image tokens or its whole answer"):
+            AlignGPTDataCollator(processor, "instruct", max_length=max_length, on_overlong="truncate")([row])
+
+
+@pytest.mark.parametrize("level", [None, -1, NUM_LEVELS, 1.5, True])
+def test_impossible_levels_are_refused(processor, level):
+    collator = AlignGPTDataCollator(processor, "pretrain", num_align_levels=NUM_LEVELS)
+    row = {**pair_rows(1)[0], "align_level": level, "id": 31}
+    with pytest.raises(ValueError, match=r"31.*(aligngpt score|0\.\.3)"):
+        collator([row])
+
+
+def test_unreadable_pictures_name_row_and_file(processor, tmp_path):
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"not a picture")
+    collator = AlignGPTDataCollator(processor, "instruct")
+    for value in (str(path), {"path": str(path), "bytes": None}, str(tmp_path / "missing.png")):
+        with pytest.raises(ValueError, match=r"row 5.*(broken|missing)\.png"):
+            collator([{**conversation_rows(1)[0], "images": [value], "row_index": 5}])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"images": []}, "0 picture.s. in `images` and 1"),
+        ({"images": [picture("red"), picture("blue")]}, "2 picture.s. in `images` and 1"),
+        ({"messages": [message("user", "hello", 1)]}, "no assistant message"),
+        ({"messages": []}, "no `messages`"),
+        ({"messages": [message("user", "see <image>", 1), message("assistant", "yes")]}, "placeholders"),
+        ({"messages": [message("user", "see", 1), message("assistant", "<align>")]}, "placeholders"),
+        ({"messages": [message("user", "see", 1), message("assistant", " ")]}, "the answer is empty"),
+        ({"messages": [message("user", "a", 1), message("user", "b"), message("assistant", "c")]}, "alternate"),
+    ],
+)
+def test_bad_conversations_name_the_row(processor, change, words):
+    collator = AlignGPTDataCollator(processor, "instruct")
+    good = conversation_rows(2)
+    with pytest.raises(ValueError, match=f"(?s)'vqa/3'.*{words}"):
+        collator([good[1], {**good[0], "id": "vqa/3", **change}])
+
+
+def test_stage_1_takes_pairs_alone(processor):
+    collator = AlignGPTDataCollator(processor, "pretrain", num_align_levels=NUM_LEVELS)
+    for row in (conversation_rows(4)[3], conversation_rows(4)[2]):
+        with pytest.raises(ValueError, match="pairs of one picture and its caption"):
+            collator([{**row, "align_level": 0}])
+
+
+def test_settings_are_checked(processor):
+    with pytest.raises(ValueError, match="num_align_levels"):
+        AlignGPTDataCollator(processor, "pretrain")
+    with pytest.raises(ValueError, match="stage='later'"):
+        AlignGPTDataCollator(processor, "later")
+    with pytest.raises(ValueError, match="on_overlong='ignore'"):
+        AlignGPTDataCollator(processor, "instruct", on_overlong="ignore")

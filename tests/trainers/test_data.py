@@ -1,0 +1,377 @@
+"""Sources of every kind become the same rows, and what cannot become one is named."""
+
+import csv
+import io
+import json
+
+import datasets
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict, Features, List, Value
+from PIL import Image as PILImage
+
+from aligngpt_trainers.conversations import BadRow, caption_of, to_messages
+from aligngpt_trainers.data import load_image, load_rows, read_rows
+
+
+RED, BLUE = (200, 10, 20), (20, 10, 200)
+FEATURES = Features(
+    {
+        "images": List(datasets.Image()),
+        "messages": List(
+            {"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})}
+        ),
+    }
+)
+
+
+def picture(colour=RED, size=(6, 4), mode="RGB"):
+    return PILImage.new("RGB", size, colour).convert(mode)
+
+
+def encode(image, **options):
+    stream = io.BytesIO()
+    image.save(stream, **{"format": "PNG", **options})
+    return stream.getvalue()
+
+
+def turn(speaker, value):
+    return {"from": speaker, "value": value}
+
+
+def block(text=None):
+    return {"type": "image", "text": None} if text is None else {"type": "text", "text": text}
+
+
+def said(role, *blocks):
+    return {"role": role, "content": list(blocks)}
+
+
+PAIR = [said("user", block(), block("What?")), said("assistant", block("A kite."))]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, colour in {"a.png": RED, "b.png": BLUE, "deep/c.png": RED}.items():
+        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(colour).save(tmp_path / "pictures" / name)
+    return tmp_path
+
+
+def llava(**more):
+    return {
+        "id": "x1",
+        "image": "a.png",
+        "conversations": [turn("human", "<image>\nWhat?"), turn("gpt", "A kite.")],
+        **more,
+    }
+
+
+class TestLlavaJson:
+    def test_pairs_levels_and_ids(self, folder):
+        source = folder / "data.json"
+        source.write_text(json.dumps([llava(similarity=3), llava(id=7, image="deep/c.png", similarity=0)]))
+        rows = load_rows(source, image_folder=folder / "pictures")
+        assert rows.features["images"] == FEATURES["images"] and rows.features["messages"] == FEATURES["messages"]
+        assert rows["align_level"][:] == [3, 0] and rows["id"][:] == ["x1", "7"]
+        assert rows[0]["messages"] == PAIR
+        assert rows[0]["images"][0].getpixel((0, 0)) == RED
+
+    def test_jsonl_and_paths_from_the_folder_of_the_file(self, folder):
+        source = folder / "pictures" / "data.jsonl"
+        source.write_text("\n".join(json.dumps(record) for record in [llava(), llava(image="b.png")]) + "\n\n")
+        rows = load_rows(str(source))
+        assert [row["images"][0].getpixel((0, 0)) for row in rows] == [RED, BLUE]
+        assert "align_level" not in rows.column_names
+
+    def test_pictures_stay_undecoded(self, folder):
+        rows = load_rows([llava()], image_folder=folder / "pictures")
+        assert rows.with_format("arrow")[0]["images"].to_pylist() == [
+            [{"bytes": None, "path": str(folder / "pictures" / "a.png")}]
+        ]
+
+    def test_rows_without_and_with_several_pictures(self, folder):
+        text = {"id": "t", "conversations": [turn("human", "Hi"), turn("gpt", "Hello")], "model": "m"}
+        several = llava(image=["a.png", "b.png"])
+        several["conversations"] = [
+            turn("human", "First <image>, then\n<image> last"),
+            turn("gpt", "Red."),
+            turn("human", "And now?"),
+            turn("gpt", "Blue."),
+        ]
+        rows = load_rows([llava(), text, several], image_folder=folder / "pictures")
+        assert [len(images) for images in rows["images"]] == [1, 0, 2]
+        assert rows[1]["messages"] == [said("user", block("Hi")), said("assistant", block("Hello"))]
+        assert rows[2]["messages"][0] == said("user", block("First"), block(), block(", then"), block(), block("last"))
+        assert [message["role"] for message in rows[2]["messages"]] == ["user", "assistant"] * 2
+
+    @pytest.mark.parametrize("text", ["<image>\nWhat?", "What?\n<image>", " What?<image> ", "<image>What?"])
+    def test_single_placeholder_goes_to_the_front(self, text):
+        record = {"conversations": [turn("human", text), turn("gpt", "A kite.")]}
+        plain = [{**m, "content": [{k: v for k, v in b.items() if v} for b in m["content"]]} for m in PAIR]
+        assert to_messages(record, ("conversations",), 1) == plain
+
+    def test_system_turn_is_kept(self):
+        record = {"conversations": [turn("system", "Be kind."), turn("human", "Hi"), turn("gpt", "Hello")]}
+        roles = [message["role"] for message in to_messages(record, ("conversations",), 0)]
+        assert roles == ["system", "user", "assistant"]
+
+    def test_same_rows_have_the_same_fingerprint(self, folder):
+        one, two = (load_rows([llava()], image_folder=folder / "pictures") for _ in range(2))
+        other = load_rows([llava(image="b.png")], image_folder=folder / "pictures")
+        assert one._fingerprint == two._fingerprint != other._fingerprint
+
+
+class TestOtherLayouts:
+    def test_messages_as_trl_writes_them(self):
+        string = {
+            "images": [picture()],
+            "messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A kite."}],
+        }
+        blocks = {"images": [picture()], "messages": PAIR}
+        for record in (string, blocks):
+            assert load_rows([record])[0]["messages"] == PAIR
+
+    def test_prompt_completion(self):
+        as_text = {"images": [picture()], "prompt": "What?", "completion": "A kite."}
+        as_messages = {
+            "images": [picture()],
+            "prompt": [{"role": "user", "content": "What?"}],
+            "completion": [{"role": "assistant", "content": "A kite."}],
+        }
+        for record in (as_text, as_messages):
+            assert load_rows([record])[0]["messages"] == PAIR
+
+    @pytest.mark.parametrize("column", ["caption", "text"])
+    def test_image_and_caption(self, column):
+        row = load_rows([{"image": picture(), column: "a kite", "clip_score": 0.25}])[0]
+        assert row["messages"] == [said("user", block()), said("assistant", block("a kite"))]
+        assert row["clip_score"] == 0.25 and row["images"][0].getpixel((0, 0)) == RED
+        assert caption_of(row["messages"]) == "a kite"
+
+    def test_tables_with_paths(self, folder):
+        for name, delimiter in {"t.csv": ",", "t.tsv": "\t"}.items():
+            with (folder / "pictures" / name).open("w", newline="") as file:
+                csv.writer(file, delimiter=delimiter).writerows([["image", "caption"], ["b.png", "blue, all of it"]])
+            row = load_rows(folder / "pictures" / name)[0]
+            assert row["images"][0].getpixel((0, 0)) == BLUE and caption_of(row["messages"]) == "blue, all of it"
+
+
+class TestDataSets:
+    def embedded(self, count=5):
+        return Dataset.from_dict(
+            {"image": [picture((i, 0, 0)) for i in range(count)], "caption": [f"number {i}" for i in range(count)]},
+            features=Features({"image": datasets.Image(), "caption": Value("string")}),
+        )
+
+    def check(self, rows, order=range(5)):
+        assert [caption_of(messages) for messages in rows["messages"]] == [f"number {i}" for i in order]
+        assert [row["images"][0].getpixel((0, 0))[0] for row in rows] == list(order)
+
+    def test_parquet_with_and_without_image_feature(self, tmp_path):
+        self.embedded().to_parquet(tmp_path / "typed.parquet")
+        raw = {
+            "image": [{"bytes": encode(picture((i, 0, 0)))} for i in range(5)],
+            "caption": [f"number {i}" for i in range(5)],
+        }
+        Dataset.from_dict(raw).to_parquet(tmp_path / "raw.parquet")
+        binary = {"image": [encode(picture((i, 0, 0))) for i in range(5)], "text": [f"number {i}" for i in range(5)]}
+        Dataset.from_dict(binary).to_parquet(tmp_path / "binary.parquet")
+        for name in ("typed", "raw", "binary"):
+            self.check(load_rows(tmp_path / f"{name}.parquet"))
+
+    def test_saved_folders_and_their_splits(self, tmp_path):
+        self.embedded().save_to_disk(tmp_path / "single")
+        DatasetDict({"train": self.embedded(), "val": self.embedded(2)}).save_to_disk(tmp_path / "several")
+        self.check(load_rows(tmp_path / "single"))
+        self.check(load_rows(tmp_path / "several"))
+        self.check(load_rows(tmp_path / "several", split="val"), range(2))
+        with pytest.raises(ValueError, match=r"no split 'test'; there are train, val"):
+            load_rows(tmp_path / "several", split="test")
+
+    def test_folder_as_load_dataset_reads_it(self, tmp_path):
+        (tmp_path / "data").mkdir()
+        self.embedded().to_parquet(tmp_path / "data" / "train-00000.parquet")
+        self.check(load_rows(tmp_path / "data"))
+
+    def test_selected_rows_stay_selected(self):
+        self.check(load_rows(self.embedded().select([3, 1])), [3, 1])
+
+    def test_own_rows_come_back_unchanged(self, tmp_path):
+        first = load_rows(
+            [
+                {"image": picture(), "caption": "a kite", "align_level": 2},
+                {"image": picture(BLUE), "caption": "sea", "align_level": 0},
+            ]
+        )
+        first.save_to_disk(tmp_path / "rows")
+        again = load_rows(tmp_path / "rows")
+        assert again.features == first.features
+        for before, after in zip(first, again, strict=True):
+            assert before["messages"] == after["messages"] and before["align_level"] == after["align_level"]
+            assert before["images"][0].tobytes() == after["images"][0].tobytes()
+        # memory-mapped, not read: a data set of many gigabytes opens at once
+        assert any(type(block).__name__ == "MemoryMappedTable" for column in again.data.blocks for block in column)
+
+    def test_rows_without_picture_in_a_column_of_pictures(self):
+        source = Dataset.from_dict(
+            {"image": [None, picture(BLUE), None], "prompt": ["a", "b", "c"], "completion": ["1", "2", "3"]},
+            features=Features({"image": datasets.Image(), "prompt": Value("string"), "completion": Value("string")}),
+        )
+        rows = load_rows(source)
+        assert [len(row["images"]) for row in rows] == [0, 1, 0]
+        assert rows[1]["images"][0].getpixel((0, 0)) == BLUE
+
+    def test_paths_in_a_data_set(self, folder):
+        source = Dataset.from_dict({"image": ["a.png", "b.png"], "caption": ["red", "blue"]})
+        rows = load_rows(source, image_folder=folder / "pictures")
+        assert [row["images"][0].getpixel((0, 0)) for row in rows] == [RED, BLUE]
+        with pytest.raises(ValueError, match=r"row 1: no such picture file '.*nine\.png'"):
+            load_rows(
+                Dataset.from_dict({"image": ["a.png", "nine.png"], "caption": ["x", "y"]}),
+                image_folder=folder / "pictures",
+            )
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            ({"image": "nine.png"}, r"no such picture file '.*nine\.png'"),
+            ({"image": ["a.png", "b.png"]}, r"2 picture\(s\) but 1 <image> placeholder"),
+            ({"image": None}, r"0 picture\(s\) but 1 <image> placeholder"),
+            ({"conversations": [turn("gpt", "A kite.")]}, "does not begin with human/user but with 'assistant'"),
+            ({"conversations": [turn("human", "<image>"), turn("gpt", " ")]}, "message 1: empty answer"),
+            ({"conversations": [turn("human", "<image>")]}, "ends without an answer"),
+            ({"conversations": [turn("human", "<image>"), turn("human", "?"), turn("gpt", "a")]}, "do not alternate"),
+            ({"conversations": [turn("human", "<image>"), turn("gpt", "an <image> tag")]}, "contains <image>"),
+            ({"conversations": [turn("human", "<image> <align>"), turn("gpt", "a")]}, "contains <align>"),
+            ({"conversations": [turn("human", "<image>"), turn("bot", "a")]}, "role 'bot'"),
+            ({"conversations": [{"from": "human"}]}, "lacks 'from' or 'value'"),
+            ({"conversations": []}, "`conversations` is empty"),
+            ({"similarity": 0.31}, "similarity is 0.31, not a level"),
+            ({"similarity": -1}, "similarity is -1, not a level"),
+        ],
+    )
+    def test_row_id_and_reason_are_named(self, folder, change, reason):
+        records = [llava(similarity=1), llava(**{"id": "bad", "similarity": 1, **change})]
+        with pytest.raises(ValueError, match=rf"1 of 2 rows cannot be used:\n  row 1 \(id 'bad'\): .*{reason}"):
+            load_rows(records, image_folder=folder / "pictures")
+
+    def test_skipped_rows_are_counted_and_reported(self, folder, caplog):
+        records = [llava(id=i, image="a.png" if i % 3 else "nine.png") for i in range(30)]
+        with pytest.raises(ValueError, match=r"10 of 30 rows.*\n(  row \d+ .*\n){5}  \.\.\. and 5 more"):
+            load_rows(records, image_folder=folder / "pictures")
+        rows, report = read_rows(records, image_folder=folder / "pictures", on_bad_row="skip")
+        assert rows["id"][:] == [str(i) for i in range(30) if i % 3]
+        assert report.total == 30 and report.kept == [i for i in range(30) if i % 3]
+        assert [number for number, _, _ in report.dropped] == list(range(0, 30, 3))
+        assert "10 of 30 rows left out" in caplog.text
+        with pytest.raises(ValueError, match=r"no rows\. All 1 were unusable"):
+            load_rows(records[:1], image_folder=folder / "pictures", on_bad_row="skip")
+
+    def test_a_level_that_only_some_rows_have(self, folder):
+        with pytest.raises(ValueError, match="row 1: no align_level, which other rows have"):
+            load_rows([llava(similarity=1), llava()], image_folder=folder / "pictures")
+
+    def test_columns(self, caplog):
+        with pytest.raises(ValueError, match=r"found the columns answer, question; accepted are `messages`"):
+            load_rows([{"question": "a", "answer": "b"}])
+        with pytest.raises(ValueError, match="found the columns caption; accepted"):
+            load_rows(Dataset.from_dict({"caption": ["a"]}))
+        load_rows([{"image": picture(), "caption": "a", "similarty": 3, "url": "u"}])
+        assert "columns not used: similarty." in caplog.text
+        with pytest.raises(ValueError, match=r"column 'image' .* does not hold pictures"):
+            load_rows(Dataset.from_dict({"image": [1.5], "caption": ["a"]}))
+
+    def test_sources(self, tmp_path):
+        with pytest.raises(ValueError, match=r"nine\.json: no such file or folder"):
+            load_rows(tmp_path / "nine.json")
+        (tmp_path / "broken.jsonl").write_text('{"image": "a"}\n{"image": \n')
+        with pytest.raises(ValueError, match=r"broken\.jsonl, line 2: not valid JSON"):
+            load_rows(tmp_path / "broken.jsonl")
+        (tmp_path / "object.json").write_text('{"data": []}')
+        with pytest.raises(ValueError, match="expected a list of records"):
+            load_rows(tmp_path / "object.json")
+        (tmp_path / "t.xlsx").write_text("")
+        with pytest.raises(ValueError, match=r"unknown kind of file; accepted are \.arrow, \.csv"):
+            load_rows(tmp_path / "t.xlsx")
+        (tmp_path / "empty.json").write_text("[]")
+        with pytest.raises(ValueError, match="no rows"):
+            load_rows(tmp_path / "empty.json")
+        with pytest.raises(ValueError, match=r"image_folder '.*nowhere' does not exist"):
+            load_rows(tmp_path / "empty.json", image_folder=tmp_path / "nowhere")
+        with pytest.raises(ValueError, match='on_bad_row must be "raise" or "skip"'):
+            load_rows(tmp_path / "empty.json", on_bad_row="ignore")
+
+    def test_bad_block(self):
+        with pytest.raises(BadRow, match="block of type 'video'"):
+            to_messages(
+                {"messages": [said("user", {"type": "video"}), said("assistant", block("a"))]}, ("messages",), 0
+            )
+
+
+class TestLoadImage:
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "1", "P", "CMYK", "I", "F"])
+    def test_grey_survives_every_mode(self, mode):
+        grey = 255 if mode == "1" else 153  # a colour of the palette
+        image = load_image(picture((grey,) * 3, mode=mode))
+        assert image.mode == "RGB" and image.size == (6, 4)
+        assert np.abs(np.asarray(image).astype(int) - grey).max() <= 1
+
+    def test_values_of_every_kind(self, tmp_path):
+        path = tmp_path / "a.png"
+        picture().save(path)
+        values = [picture(), path, str(path), path.read_bytes(), {"path": str(path), "bytes": None}]
+        values += [{"path": "gone.png", "bytes": path.read_bytes()}, np.asarray(picture())]
+        for value in values:
+            assert load_image(value).tobytes() == picture().tobytes()
+        assert load_image(np.full((4, 6, 1), 9, np.uint8)).getpixel((0, 0)) == (9, 9, 9)
+
+    @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+    def test_16_bits_keep_their_gradations(self, kind):
+        deep = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+        image = load_image(encode(PILImage.fromarray(deep), format=kind))
+        assert np.abs(np.asarray(image)[..., 0].astype(int).ravel() - np.arange(256)).max() <= 1
+
+    def test_transparency(self):
+        clear = PILImage.new("RGBA", (6, 4), (200, 0, 0, 0))
+        clear.putpixel((1, 1), (*BLUE, 255))
+        for source in (clear, encode(clear)):
+            assert load_image(source).getpixel((0, 0)) == (255, 255, 255)
+            assert load_image(source).getpixel((1, 1)) == BLUE
+            assert load_image(source, alpha="drop").tobytes() == clear.convert("RGB").tobytes()
+        palette = picture(mode="P")
+        gif = load_image(encode(palette, transparency=palette.getpixel((0, 0))))
+        assert gif.getpixel((0, 0)) == (255, 255, 255)
+
+    def test_orientation_of_the_camera(self):
+        image = picture()
+        image.putpixel((0, 0), BLUE)
+        exif = PILImage.Exif()
+        exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
+        upright = load_image(encode(image, exif=exif))
+        assert upright.size == (4, 6) and upright.getpixel((3, 0)) == BLUE
+
+    def test_first_frame_of_an_animation(self):
+        frames = [picture(RED), picture(BLUE)]
+        moving = encode(frames[0], format="GIF", save_all=True, append_images=frames[1:])
+        assert PILImage.open(io.BytesIO(moving)).n_frames == 2
+        assert np.abs(np.asarray(load_image(moving).getpixel((0, 0))) - RED).max() <= 2
+
+    def test_errors_name_row_file_and_remedy(self, tmp_path):
+        noisy = PILImage.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+        (tmp_path / "cut.jpg").write_bytes(encode(noisy, format="JPEG")[:600])
+        (tmp_path / "page.png").write_text("<html>")
+        for name in ("cut.jpg", "page.png", "gone.png"):
+            with pytest.raises(ValueError, match=rf"row 17: picture cannot be read \(file '.*{name}'\): .*on_bad_row"):
+                load_image({"path": str(tmp_path / name), "bytes": None}, 17)
+        with pytest.raises(ValueError, match=r"row x: picture cannot be read \(7 bytes of 'a\.png' stored"):
+            load_image({"path": "a.png", "bytes": b"nothing"}, "x")
+        with pytest.raises(ValueError, match="download the picture first"):
+            load_image("https://example.com/a.png")

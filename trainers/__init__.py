@@ -1,0 +1,27 @@
+"""Both training stages of AlignGPT, from raw image-text pairs to a trained model. Imports are lazy: the CLI starts fast."""
+
+import importlib
+
+
+_EXPORTS = {
+    "AlignGPTDataCollator": "collator",
+    "AlignGPTInstructConfig": "instruct_config",
+    "AlignGPTInstructTrainer": "instruct_trainer",
+    "AlignGPTPretrainConfig": "pretrain_config",
+    "AlignGPTPretrainTrainer": "pretrain_trainer",
+    "ScoreConfig": "scoring",
+    "load_rows": "data",
+    "score_dataset": "scoring",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(f".{_EXPORTS[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,162 @@
+"""One record of any accepted layout -> the standard chat messages, or the reason why it cannot be used."""
+
+import re
+from typing import Any
+
+
+IMAGE_TOKEN = "<image>"
+RESERVED = ("<image>", "<align>")
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+# The layouts of a record, by the columns that make them. The first that is present wins.
+LAYOUTS = (("messages",), ("conversations",), ("prompt", "completion"), ("caption",), ("text",))
+ACCEPTED = (
+    "`messages` (+ `images`), LLaVA's `conversations` (+ `image`), `prompt` + `completion` (+ `images`), "
+    "or `image` + `caption` or `text`"
+)
+
+Message = dict[str, Any]
+
+
+class BadRow(ValueError):
+    """A record that cannot become a training row; the message is the reason."""
+
+
+def find_layout(columns: Any) -> tuple[str, ...] | None:
+    """The layout whose columns are all in `columns`, or None."""
+    return next((layout for layout in LAYOUTS if all(name in columns for name in layout)), None)
+
+
+def _text(value: str) -> dict[str, str]:
+    return {"type": "text", "text": value}
+
+
+def _split_placeholders(text: str) -> list[dict[str, str]]:
+    """Text with `<image>` anywhere -> content blocks.
+
+    A single picture goes to the front of its message, as in the data code of LLaVA and of the authors; several keep
+    their places, since the text between them refers to them.
+    """
+    if text.count(IMAGE_TOKEN) == 1:
+        rest = text.replace(IMAGE_TOKEN, "").strip()
+        return [{"type": "image"}] + ([_text(rest)] if rest else [])
+    pieces = [piece.strip() for piece in text.split(IMAGE_TOKEN)]
+    blocks = []
+    for number, piece in enumerate(pieces):
+        if number:
+            blocks.append({"type": "image"})
+        if piece:
+            blocks.append(_text(piece))
+    return blocks
+
+
+def _content(value: Any, role: str, number: int) -> list[dict[str, str]]:
+    """The content of one message: a string or a list of blocks -> blocks `{"type": "image"}` and text."""
+    if value is None:
+        value = ""
+    if isinstance(value, str):
+        if role == "user":
+            return _split_placeholders(value) if IMAGE_TOKEN in value else ([_text(value)] if value.strip() else [])
+        return [_text(value)] if value.strip() else []
+    if not isinstance(value, list):
+        raise BadRow(f"message {number}: content is a {type(value).__name__}, not a string or a list of blocks")
+    blocks = []
+    for block in value:
+        kind = block.get("type") if isinstance(block, dict) else None
+        if kind == "image":
+            blocks.append({"type": "image"})
+        elif kind == "text":
+            if (block.get("text") or "").strip():
+                blocks.append(_text(block["text"]))
+        else:
+            raise BadRow(f"message {number}: block of type {kind!r}; accepted are 'image' and 'text'")
+    return blocks
+
+
+def _turns(record: dict[str, Any], layout: tuple[str, ...]) -> list[tuple[Any, Any]]:
+    """(role, content) pairs of a record, in its own words."""
+    if layout == ("conversations",) or layout == ("messages",):
+        turns = record[layout[0]]
+        if not isinstance(turns, (list, tuple)) or not turns:
+            raise BadRow(f"`{layout[0]}` is empty or not a list")
+        role, content = ("from", "value") if layout == ("conversations",) else ("role", "content")
+        if not all(isinstance(turn, dict) and role in turn and content in turn for turn in turns):
+            raise BadRow(f"a turn of `{layout[0]}` lacks '{role}' or '{content}'")
+        return [(turn[role], turn[content]) for turn in turns]
+    if layout == ("prompt", "completion"):
+        pairs = []
+        for column, role in (("prompt", "user"), ("completion", "assistant")):
+            value = record[column]
+            if isinstance(value, list):
+                pairs.extend((turn.get("role"), turn.get("content")) for turn in value)
+            else:
+                pairs.append((role, value))
+        return pairs
+    return [("user", ""), ("assistant", record[layout[0]])]
+
+
+def _check_order(roles: list[str]) -> None:
+    spoken = roles[1:] if roles[0] == "system" else roles
+    if not spoken or spoken[0] != "user":
+        raise BadRow(f"the conversation does not begin with human/user but with {(spoken or roles)[0]!r}")
+    for number, role in enumerate(spoken):
+        if role != ("user", "assistant")[number % 2]:
+            raise BadRow(f"turns do not alternate: {' '.join(spoken[: number + 1][-4:])}")
+    if spoken[-1] != "assistant":
+        raise BadRow("the conversation ends without an answer")
+
+
+def to_messages(record: dict[str, Any], layout: tuple[str, ...], num_images: int) -> list[Message]:
+    """Standard chat messages of one record.
+
+    Args:
+        record: the columns of `layout`, and maybe more.
+        layout: one of `LAYOUTS`.
+        num_images: how many pictures the record has. Where a layout other than LLaVA's names no placeholder, that
+            many are put in front of the first user message, as TRL does.
+
+    Returns:
+        `[{"role", "content": [{"type": "image"}, {"type": "text", "text"}, ...]}, ...]`
+
+    Raises:
+        BadRow: saying what is wrong.
+    """
+    messages = []
+    for number, (speaker, content) in enumerate(_turns(record, layout)):
+        role = ROLES.get(speaker)
+        if role is None:
+            raise BadRow(f"message {number}: role {speaker!r}; accepted are {', '.join(ROLES)}")
+        messages.append({"role": role, "content": _content(content, role, number)})
+    _check_order([message["role"] for message in messages])
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant" and not message["content"]:
+            raise BadRow(f"message {number}: empty answer")
+        for block in message["content"]:
+            if block["type"] == "image" and message["role"] != "user":
+                raise BadRow(f"message {number}: a picture in a {message['role']} message")
+            used = [token for token in RESERVED if token in block.get("text", "")]
+            if used:
+                raise BadRow(f"message {number}: the {message['role']} text contains {used[0]}, which is reserved")
+    placeholders = sum(block["type"] == "image" for message in messages for block in message["content"])
+    if placeholders == 0 and num_images and layout != ("conversations",):
+        first = next(message for message in messages if message["role"] == "user")
+        first["content"] = [{"type": "image"}] * num_images + first["content"]
+        placeholders = num_images
+    if placeholders != num_images:
+        raise BadRow(f"{num_images} picture(s) but {placeholders} {IMAGE_TOKEN} placeholder(s)")
+    for number, message in enumerate(messages):
+        if message["role"] == "user" and not message["content"]:
+            raise BadRow(f"message {number}: empty question")
+    return messages
+
+
+def caption_of(messages: list[Message]) -> str:
+    """What the assistant says, as one line of text: the caption of a stage-1 row."""
+    texts = [
+        block["text"]
+        for message in messages
+        if message["role"] == "assistant"
+        for block in message["content"]
+        if block["type"] == "text"
+    ]
+    return re.sub(r"\s+", " ", " ".join(texts)).strip()

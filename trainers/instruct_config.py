@@ -1,0 +1,62 @@
+"""Settings of stage 2, adaptive alignment instruction tuning."""
+
+from dataclasses import dataclass, field
+
+from .stage import StageConfig
+
+
+INSTRUCT_ALIGN_MODES = ("gate", "local", "global", "mean", "fixed", "random")
+
+
+@dataclass
+class AlignGPTInstructConfig(StageConfig):
+    """
+    Settings of [`AlignGPTInstructTrainer`]: those of [`StageConfig`] and TRL's [`SFTConfig`], with the paper's values
+    for stage 2 as defaults (learning rate 2e-5; 16 rows on each of 8 GPUs; pictures padded to a square).
+
+    Args:
+        align_mode (`str`): what the alignment vector is. `"gate"` is the method (mix of the local levels plus the top
+            level); the paper's ablations: `"local"`, `"global"`, `"mean"`, `"fixed"` (the row `default_align_level`)
+            and `"random"` (as `"gate"`, with the table of stage 1 drawn afresh).
+        default_align_level (`int`, *optional*): 0-based level of `"fixed"`; the top one when `None`.
+        gate_context (`str`): `"prompt"`: the gate reads what it will read at inference; `"sequence"`: answers too, as
+            in the authors' code.
+        projector_learning_rate (`float`, *optional*): the projector's own peak learning rate.
+        allow_unaligned (`bool`): train a model that has not been through stage 1.
+
+    Raises:
+        ValueError: for a value outside these, or a level without `align_mode="fixed"`.
+    """
+
+    learning_rate: float = field(default=2e-5, metadata={"help": "Peak learning rate of AdamW."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of one step on each device."})
+    align_mode: str = field(
+        default="gate",
+        metadata={"help": "Alignment vector: `gate` (the method) or an ablation.", "choices": INSTRUCT_ALIGN_MODES},
+    )
+    default_align_level: int | None = field(
+        default=None, metadata={"help": "0-based level of align_mode `fixed`; the top one when not given."}
+    )
+    gate_context: str = field(
+        default="prompt",
+        metadata={
+            "help": "`prompt`: the gate reads prompts only. `sequence`: answers too, as the authors' code.",
+            "choices": ("prompt", "sequence"),
+        },
+    )
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the projector, where it is to differ."}
+    )
+    allow_unaligned: bool = field(
+        default=False, metadata={"help": "Train a model that has not been through stage 1 (`aligngpt pretrain`)."}
+    )
+
+    def __post_init__(self):
+        if self.align_mode not in INSTRUCT_ALIGN_MODES:
+            raise ValueError(f"align_mode={self.align_mode!r} is not one of {', '.join(INSTRUCT_ALIGN_MODES)}.")
+        if self.default_align_level is not None and self.align_mode != "fixed":
+            raise ValueError(
+                f"default_align_level={self.default_align_level} has no effect with align_mode={self.align_mode!r}: "
+                'leave it out, or set align_mode to "fixed".'
+            )
+        super().__post_init__()
