@@ -136,8 +136,8 @@ class AlignGPTConfig(PretrainedConfig):
         if isinstance(rope, dict) and "rope_theta" in rope and isinstance(saved.get("text_config"), dict):
             scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
             saved["text_config"]["rope_theta"] = rope["rope_theta"]
-            is_default = scaling.get("rope_type", "default") == "default"
-            saved["text_config"]["rope_scaling"] = None if is_default else scaling
+            if scaling.get("rope_type", "default") != "default":
+                saved["text_config"]["rope_scaling"] = scaling
         return saved
 
 

@@ -279,13 +279,16 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
                 f"A picture came as {seq_length} positions, image_seq_length is {self.config.image_seq_length}: the "
                 "gate needs whole pictures of the size the vision tower was made for (chunked prefill cannot be used)."
             )
-        if not is_torchdynamo_compiling() and int(image_BT.sum()) != num_pictures * seq_length:
+        positions_B = image_BT.sum(1)
+        images_per_row_B = positions_B // seq_length
+        if not is_torchdynamo_compiling() and (
+            bool((positions_B % seq_length).any()) or int(images_per_row_B.sum()) != num_pictures
+        ):
             raise ValueError(
-                f"{num_pictures} picture(s) fill {num_pictures * seq_length} <image> positions, but the rows hold "
-                f"{int(image_BT.sum())}: pass every picture of the batch in pixel_values, and prompts made by "
+                f"{num_pictures} picture(s) of {seq_length} <image> positions each do not fit the rows, which hold "
+                f"{positions_B.tolist()}: pass every picture of the batch in pixel_values, and prompts made by "
                 "AlignGPTProcessor (or not cut by max_length)."
             )
-        images_per_row_B = image_BT.sum(1) // seq_length
         gate_weights = None
         if align_level is None and self.config.align_mode in ("gate", "local", "random"):
             image_rows = torch.repeat_interleave(
@@ -434,6 +437,8 @@ class AlignGPTForConditionalGeneration(PrefillOnlyPicturesMixin, AlignGPTPreTrai
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        if (cap := getattr(self.config.text_config, "final_logit_softcapping", None)) is not None:
+            logits = cap * torch.tanh(logits / cap)  # Gemma 2
         loss = None
         if labels is not None:
             loss = self.loss_function(
@@ -457,6 +462,11 @@ class AlignGPTForConditionalGeneration(PrefillOnlyPicturesMixin, AlignGPTPreTrai
         # transformers 5 encodes whatever stands under this name, None too
         if "pixel_values" in kwargs and kwargs["pixel_values"] is None:
             kwargs.pop("pixel_values")
+        if kwargs.get("align_level") is not None:
+            # a level per row is repeated with its row for beams and several returns, one for all is not
+            levels = torch.as_tensor(kwargs["align_level"])
+            is_one_level = levels.numel() == 1 and not levels.is_floating_point() and levels.dtype != torch.bool
+            kwargs["align_level"] = int(levels) if is_one_level else levels
         if kwargs.get("prompt_mask") is None:
             kwargs["prompt_mask"] = self._prompt_mask(inputs, generation_config, kwargs)
         return super().generate(inputs, generation_config, **kwargs)
@@ -471,8 +481,12 @@ class AlignGPTForConditionalGeneration(PrefillOnlyPicturesMixin, AlignGPTPreTrai
         prompt = kwargs.get("input_ids") if inputs is None else inputs
         if prompt is None:
             return None
-        settings = generation_config or self.generation_config
-        pad_token_id, eos_token_id = settings.pad_token_id, settings.eos_token_id
+        # as transformers merges them: arguments first, then the config passed, then the model's own
+        configs = [vars(config) for config in (generation_config, self.generation_config) if config is not None]
+        pad_token_id, eos_token_id = (
+            next((source[name] for source in (kwargs, *configs) if source.get(name) is not None), None)
+            for name in ("pad_token_id", "eos_token_id")
+        )
         eos_token_ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
         if pad_token_id is None or pad_token_id in eos_token_ids or not bool((prompt == pad_token_id).any()):
             return torch.ones_like(prompt, dtype=torch.bool)

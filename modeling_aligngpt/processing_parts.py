@@ -1,12 +1,16 @@
 """Parts of the processor: the image processor of a tower, the tokenizer's ways, text edits, and saved files."""
 
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
 
 
 def single_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
@@ -70,8 +74,9 @@ def image_processor_for(vision_config, vision_tower, do_pad: bool):
     if vision_tower is not None:
         try:
             own = transformers.AutoImageProcessor.from_pretrained(vision_tower).to_dict()
-        except OSError:
-            own = {}  # a tower without a preprocessor config: CLIP's normalisation
+        except (OSError, ValueError) as error:
+            own = {}
+            logger.warning(f"{vision_tower}: no image processor there, CLIP's normalisation is taken ({error}).")
         names = ("image_mean", "image_std", "resample", "rescale_factor", "do_center_crop")
         settings = {name: own[name] for name in names if own.get(name) is not None}
         if "size" in own and "shortest_edge" not in own["size"]:

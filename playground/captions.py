@@ -7,8 +7,8 @@ from .sprites import CATEGORIES, OBJECTS, plural, with_article
 
 
 KINDS = ("exact", "partial", "loose", "wrong", "unrelated")
-"""exact: everything, places included. partial: true, but something is left out. loose: categories only. wrong: one fact is
-false. unrelated: the caption of another scene."""
+"""exact: everything, places included. partial: true, but something is left out. loose: categories only. wrong: one fact
+is false. unrelated: the caption of another scene."""
 NUMBERS = ("zero", "one", "two", "three", "four")
 
 
@@ -72,7 +72,7 @@ def alter(scene: Scene, rng: random.Random) -> Scene:
         index = rng.randrange(len(objects))
         objects[index] = (objects[index][0], rng.choice(free))
         return Scene(scene.background, tuple(sorted(objects, key=lambda pair: pair[1])))
-    # Every copy changes when the scene repeats one object; otherwise one object does, half the time within its category.
+    # All copies change when the scene repeats one object; otherwise one object does, half the time within its category.
     old = scene.main_object if scene.repeated else rng.choice(scene.names)
     pool = CATEGORIES[OBJECTS[old]] if rng.random() < 0.5 else tuple(OBJECTS)
     new = rng.choice([name for name in pool if name not in scene.names])

@@ -179,9 +179,7 @@ class SavedModel:
         """Number of alignment levels."""
         return self.model.config.num_align_levels
 
-    def caption(
-        self, pictures: Sequence[Image.Image], align_level: int | Sequence[int] | None = None
-    ) -> list[str]:
+    def caption(self, pictures: Sequence[Image.Image], align_level: int | Sequence[int] | None = None) -> list[str]:
         """Caption pictures in stage 1's format.
 
         Args:

@@ -39,11 +39,14 @@ ask = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
 for picture, question in questions:
     content = [{"type": "image", "url": picture}, {"type": "text", "text": question}]
     message = {"role": "user", "content": content}
-    print(ask(text=[message], return_full_text=False)[0]["generated_text"])
+    print(ask(text=[message], max_new_tokens=32, return_full_text=False)[0]["generated_text"])
 """
 """What a Hub user writes; `folder` and `questions` are set before."""
-_BEFORE = "import json, sys\nfolder, questions = json.loads(sys.argv[1])\n"
-_AFTER = 'print(json.dumps(sorted(name for name in sys.modules if name.split(".")[0] in {ours!r})))\n'
+# around it: arguments in; answers (which may hold newlines) and the names of our own modules, if any, out
+_BEFORE = (
+    "import json, sys\nfolder, questions = json.loads(sys.argv[1])\nanswers, show = [], print\nprint = answers.append\n"
+)
+_AFTER = 'show(json.dumps([answers, [name for name in sys.modules if name.split(".")[0] in {ours!r}]]))\n'
 _OURS = ("modeling_aligngpt", "aligngpt_trainers", "aligngpt_hub", "aligngpt_playground")
 
 
@@ -100,12 +103,13 @@ def _output_folder(output: Path) -> Iterator[Path]:
     beside = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-        beside.chmod(0o777 & ~_umask())
+        _remove_leftovers(output)
+        beside = output.with_name(f".{output.name}.{os.getpid()}.partial")
+        beside.mkdir()
         os.chdir(beside)
         yield beside
         os.chdir(before)
-        replaced = beside.with_name(beside.name + ".replaced")
+        replaced = beside.with_suffix(".replaced")
         if output.exists():
             os.replace(output, replaced)
         os.replace(beside, output)
@@ -118,10 +122,14 @@ def _output_folder(output: Path) -> Iterator[Path]:
             shutil.rmtree(beside, ignore_errors=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _remove_leftovers(output: Path) -> None:
+    """Delete what runs that were killed have left beside `output`; runs that still go on are left alone."""
+    import psutil
+
+    for path in output.parent.glob(f".{output.name}.*.partial"):
+        process = path.name.split(".")[-2]
+        if process.isdecimal() and (int(process) == os.getpid() or not psutil.pid_exists(int(process))):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 # ---- steps ----
@@ -246,28 +254,27 @@ def _draw_world(args: argparse.Namespace, steps: Steps) -> None:
 def _load_back(model_folder: str, examples: list[dict[str, Any]], number: int = 3) -> dict[str, Any]:
     """Ask again in a process that knows transformers alone."""
     asked = examples[:number]
-    given = json.dumps([model_folder, [[example["picture"], example["question"]] for example in asked]])
+    words = json.dumps([model_folder, [[example["picture"], example["question"]] for example in asked]])
     program = _BEFORE + PROGRAM + _AFTER.format(ours=_OURS)
     print(f"$ python - <<END\n{PROGRAM}END", flush=True)
     with tempfile.TemporaryDirectory() as cache:
         # a cache of its own, so that the folder's code is what runs
         environment = {**os.environ, "HF_MODULES_CACHE": cache, "TRANSFORMERS_VERBOSITY": "error"}
         done = subprocess.run(
-            [sys.executable, "-c", program, given], capture_output=True, text=True, env=environment, check=False
+            [sys.executable, "-c", program, words], capture_output=True, text=True, env=environment, check=False
         )
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or len(lines) != len(asked) + 1:
+    if done.returncode:
         raise StepError(f"the fresh process ended with status {done.returncode}:\n{done.stderr.strip()[-2000:]}")
-    if ours := json.loads(lines[-1]):
+    given, ours = json.loads(done.stdout.strip().splitlines()[-1])
+    if ours:
         raise StepError(f"the fresh process has imported {', '.join(ours)}: it was to run on the saved folder alone")
     answers = []
-    for example, line in zip(asked, lines, strict=False):
+    for example, answer in zip(asked, map(str.strip, given), strict=True):
         kept = {name: example[name] for name in ("picture", "shows", "question", "expected")}
-        answers.append({**kept, "answer": line, "right": score_answer(line, example["expected"])})
-        print(f"    {example['question']} {line}   (expected: {example['expected']})")
-        if line != example["answer"]:
-            before = example["answer"]
-            raise StepError(f"{example['question']!r}: the answer here was {before!r}, in a fresh process {line!r}")
+        answers.append({**kept, "answer": answer, "right": score_answer(answer, example["expected"])})
+        print(f"    {example['question']} {answer}   (expected: {example['expected']})")
+        if answer != (before := example["answer"]):
+            raise StepError(f"{example['question']!r}: the answer here was {before!r}, in a fresh process {answer!r}")
     return {"program": PROGRAM, "answers": answers}
 
 
@@ -284,7 +291,7 @@ def _read_runs() -> dict[str, Any]:
     for score in scores:
         counts[min(int((score - low) / width), HISTOGRAM_BARS - 1)] += 1
     examples = []
-    for level in range(record["num_levels"]):
+    for level in range(record["num_align_levels"]):
         row = rows[levels.index(level)] if level in levels else None
         examples.append(
             row

@@ -87,7 +87,7 @@ def ticks(low: float, high: float, number: int = 4) -> list[float]:
     power = 10 ** math.floor(math.log10(span / number))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if span / (factor * power) <= number + 0.5)
     first = math.ceil(low / step - 1e-9)
-    return [round(index * step, 10) for index in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [round(index * step, 10) for index in range(first, math.floor(high / step + 1e-9) + 1)] or [low]
 
 
 def _bar(x: float, y: float, width: float, height: float) -> str:

@@ -1,7 +1,7 @@
 """Scenes: what stands where on which background, and how that is drawn.
 
-A scene has one to four objects, each in a quadrant of its own: either different ones (up to three) or copies of one (two to
-four). Whether a scene belongs to the training or the held-out split is decided by a hash of its content, so that no
+A scene has one to four objects, each in a quadrant of its own: either different ones (up to three) or copies of one
+(two to four). Whether a scene belongs to the training or the held-out split is decided by a hash of its content, so that no
 held-out combination of objects, places and background is ever trained on, whatever the seed.
 """
 
@@ -73,7 +73,7 @@ class Scene:
 
     def at(self, place: int) -> str | None:
         """Name of the object in a quadrant, None when it is empty."""
-        return dict((where, name) for name, where in self.objects).get(place)
+        return {where: name for name, where in self.objects}.get(place)
 
     def cells(self) -> list[str]:
         """One word for each of the 4 x 4 patches in reading order: the object that covers it, else the background."""

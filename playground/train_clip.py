@@ -2,9 +2,9 @@
 
 Three terms: CLIP's symmetric contrastive loss (Radford et al. 2021) on scenes with captions of graded detail; captions
 with one false fact as additional negatives (NegCLIP, Yuksekgonul et al. 2023), without which the scorer is blind to
-places; and a region-word term (in the manner of RegionCLIP, Zhong et al. 2022) on the layer that the language model is fed
-from: each patch predicts, through a linear layer thrown away afterwards, the word of what covers it, so that patches keep
-what stands where.
+places; and a region-word term (in the manner of RegionCLIP, Zhong et al. 2022) on the layer that the language model is
+fed from: each patch predicts, through a linear layer thrown away afterwards, the word of what covers it, so that
+patches keep what stands where.
 """
 
 import json
@@ -96,7 +96,8 @@ def build_image_processor() -> CLIPImageProcessor:
 class SceneBatches(torch.utils.data.Dataset):
     """Batch `i` is drawn from (seed, i): endless, reproducible, and never a held-out scene.
 
-    Items: pictures uint8 [batch, 64, 64, 3], captions and captions with a false fact (token ids), region labels [batch, 16].
+    Items: pictures uint8 [batch, 64, 64, 3], token ids of captions followed by captions with a false fact for every
+    second picture [batch * 3 / 2, length], region labels [batch, 16].
     """
 
     def __init__(self, tokenizer: CLIPTokenizer, steps: int, batch_size: int, seed: int):

@@ -1,4 +1,4 @@
-"""Both training stages of AlignGPT, from raw image-text pairs to a trained model. Imports are lazy: the CLI starts fast."""
+"""Both training stages of AlignGPT, from raw image-text pairs to a trained model. Lazy: the CLI starts at once."""
 
 import importlib
 

@@ -18,7 +18,7 @@ METHODS = ("uniform", "quantile", "edges")
 
 def cut_levels(
     scores: Sequence[float] | np.ndarray,
-    num_levels: int | None = None,
+    num_align_levels: int | None = None,
     method: str = "uniform",
     edges: Sequence[float] | np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -35,7 +35,7 @@ def cut_levels(
 
     Args:
         scores: [num_pairs], finite.
-        num_levels: N; by default 8, or what `edges` say.
+        num_align_levels: N; by default 8, or what `edges` say.
         method: `"uniform"`, `"quantile"` or `"edges"`.
         edges: [N + 1], rising; for `"edges"` alone.
 
@@ -62,38 +62,39 @@ def cut_levels(
     if (edges is None) == (method == "edges"):
         raise ValueError('Give `edges` with method="edges", and only there.')
     bounds = (
-        _check_edges(edges, num_levels)
+        _check_edges(edges, num_align_levels)
         if edges is not None
-        else _make_edges(values, 8 if num_levels is None else num_levels, method)
+        else _make_edges(values, 8 if num_align_levels is None else num_align_levels, method)
     )
     levels = np.searchsorted(bounds[1:-1], values, side="right").astype(np.int64)
     return levels, bounds, np.bincount(levels, minlength=len(bounds) - 1)
 
 
-def _check_edges(edges: Sequence[float] | np.ndarray, num_levels: int | None) -> np.ndarray:
+def _check_edges(edges: Sequence[float] | np.ndarray, num_align_levels: int | None) -> np.ndarray:
     bounds = np.asarray(edges, dtype=np.float64)
     if bounds.ndim != 1 or len(bounds) < 3 or not np.isfinite(bounds).all() or (np.diff(bounds) <= 0).any():
         raise ValueError(f"edges must be at least three finite numbers, each above the one before; got {edges}.")
-    if num_levels is not None and num_levels != len(bounds) - 1:
-        raise ValueError(f"{len(bounds)} edges make {len(bounds) - 1} levels, but num_levels is {num_levels}.")
+    if num_align_levels is not None and num_align_levels != len(bounds) - 1:
+        levels = len(bounds) - 1
+        raise ValueError(f"{len(bounds)} edges make {levels} levels, but num_align_levels is {num_align_levels}.")
     return bounds
 
 
-def _make_edges(values: np.ndarray, num_levels: int, method: str) -> np.ndarray:
-    if num_levels < 2:
-        raise ValueError(f"num_levels must be at least 2, not {num_levels}.")
+def _make_edges(values: np.ndarray, num_align_levels: int, method: str) -> np.ndarray:
+    if num_align_levels < 2:
+        raise ValueError(f"num_align_levels must be at least 2, not {num_align_levels}.")
     if values.min() == values.max():
         raise ValueError(
             f"All {len(values)} scores are {values[0]}: they cannot be cut into levels. Check scorer and captions."
         )
     if method == "uniform":
-        bounds = np.linspace(values.min(), values.max(), num_levels + 1)
+        bounds = np.linspace(values.min(), values.max(), num_align_levels + 1)
     else:
-        bounds = np.quantile(values, np.linspace(0, 1, num_levels + 1))
+        bounds = np.quantile(values, np.linspace(0, 1, num_align_levels + 1))
     if (np.diff(bounds) <= 0).any():
         raise ValueError(
-            f"{num_levels} {method} levels do not fit these {len(values)} scores: neighbouring edges coincide, because "
-            'too many scores are equal. Use fewer levels, or method="uniform".'
+            f"{num_align_levels} {method} levels do not fit these {len(values)} scores: neighbouring edges coincide, "
+            'because too many scores are equal. Use fewer levels, or method="uniform".'
         )
     return bounds
 

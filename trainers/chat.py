@@ -92,9 +92,8 @@ class Chat:
     def _inputs(self, messages: list[dict[str, Any]], pictures: list) -> "dict[str, torch.Tensor]":
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         # the template writes BOS itself
-        inputs = self.processor(
-            text=[text], images=pictures or None, return_tensors="pt", add_special_tokens=False
-        ).to(self.model.device)
+        inputs = self.processor(text=[text], images=pictures or None, return_tensors="pt", add_special_tokens=False)
+        inputs = inputs.to(self.model.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         return inputs
@@ -108,13 +107,19 @@ class Chat:
         if self.weights is None:
             return "no picture so far: nothing to weigh."
         mode = self.model.config.align_mode
-        lines = [f"level {level}  {weight:5.3f}  {'█' * round(weight * BAR_WIDTH)}" for level, weight in enumerate(self.weights)]
+        lines = [
+            f"level {k}  {weight:5.3f}  {'█' * round(weight * BAR_WIDTH)}" for k, weight in enumerate(self.weights)
+        ]
         if self.align_level is not None:
             source = f"steered to level {self.align_level}"
         else:
             source = f'align_mode "{mode}"'
         top = len(self.weights)
-        takes_top = self.align_level == top if self.align_level is not None else mode != "local"
+        level = self.align_level
+        if level is None and mode in ("level", "fixed"):
+            level = self.model.config.default_align_level
+            level = top if level is None else level
+        takes_top = level == top if level is not None else mode != "local"
         return "\n".join([*lines, f"level {top}  {'added' if takes_top else '-----'}  (global; {source})"])
 
 

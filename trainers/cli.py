@@ -55,20 +55,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: unknown command {command!r}{hint}", file=sys.stderr)
         return 2
     try:
-        _run(command, words)
+        return _run(command, words)
     # what users can cause: values, files and missing optional packages
     except (ValueError, OSError, ImportError) as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_message(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped.", file=sys.stderr)
         return 130
-    return 0
 
 
-def _run(command: str, words: list[str]):
+def _message(error: Exception) -> str:
+    """What an error says; torch puts the traceback of a data loader's process in front of it."""
+    text = str(error)
+    if "in DataLoader worker process" in text:
+        text = text.strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+    return text
+
+
+def _run(command: str, words: list[str]) -> int:
     if command in ("pretrain", "instruct"):
         from . import train
 
@@ -84,7 +91,8 @@ def _run(command: str, words: list[str]):
         else:
             from aligngpt_hub import convert as module
         module.add_arguments(parser)
-        module.run(parser.parse_args(words))
+        return module.run(parser.parse_args(words)) or 0
+    return 0
 
 
 class _Parser(argparse.ArgumentParser):

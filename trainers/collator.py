@@ -43,7 +43,7 @@ class AlignGPTDataCollator(DataCollatorMixin):
         on_overlong (`str`): what a row longer than `max_length` does: `"error"` and `"drop"` raise here (the trainers
             leave such rows out before), `"truncate"` cuts the end, never an image token nor the whole answer.
         num_align_levels (`int`, *optional*): levels must be below it; needed for `"pretrain"`.
-        gate_context (`str`): the model's; with `"sequence"`, where the gate reads answers too, no `prompt_mask` is made.
+        gate_context (`str`): the model's; with `"sequence"` the gate reads answers too and no `prompt_mask` is made.
         chat_template (`str`, *optional*): default: "plain" for `"pretrain"`, the processor's own for `"instruct"`.
         pad_to_multiple_of (`int`, *optional*): round batch lengths up to a multiple of it.
 
@@ -189,8 +189,8 @@ class AlignGPTDataCollator(DataCollatorMixin):
             raise ValueError(f"{describe_row(row)} has no assistant message: nothing in it can be learned.")
         if self.stage == "pretrain" and pictures != 1:
             raise ValueError(
-                f"{describe_row(row)} has {pictures} pictures: stage 1 learns from pairs of one picture and its caption; "
-                "leave the row out."
+                f"{describe_row(row)} has {pictures} pictures: stage 1 learns from pairs of one picture and its "
+                "caption; leave the row out."
             )
         return checked
 

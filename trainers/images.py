@@ -59,39 +59,27 @@ def _deep_grey_to_8_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(values.round().astype(np.uint8))
 
 
-def to_rgb(image: Image.Image, alpha: str = "white") -> Image.Image:
-    """Any PIL mode to RGB.
-
-    Args:
-        image: greyscale of 1, 8, 16 or 32 bits, palette, RGB(A), CMYK, ... picture.
-        alpha: what becomes of transparency. `"white"` lays the picture on white, as the image processors of
-            transformers 5 do; `"drop"` forgets the alpha channel, as the authors' data code and transformers 4 do.
-
-    Returns:
-        A picture in mode RGB (the same object when it is one already).
+def to_rgb(image: Image.Image) -> Image.Image:
     """
-    if alpha not in ("white", "drop"):
-        raise ValueError(f"alpha must be 'white' or 'drop', not {alpha!r}.")
+    Any PIL mode to RGB (the same object when it is RGB already). An alpha channel is dropped, as the processor and the
+    authors' code do, so that a picture is scored, trained on and asked about as the same pixels.
+    """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _deep_grey_to_8_bit(image)
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        if alpha == "drop":
-            return rgba.convert("RGB")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+        image = image.convert("RGBA")
     return image.convert("RGB")
 
 
-def load_image(value: Any, row: int | str | None = None, *, alpha: str = "white") -> Image.Image:
+def load_image(value: Any, row: int | str | None = None) -> Image.Image:
     """Decodes one picture to RGB: upright (EXIF orientation applied), first frame of an animation, 8 bits.
 
     Args:
         value: a PIL picture, a path, encoded bytes, the `{"path", "bytes"}` dict of an undecoded
             `datasets.Image`, or a uint8 array [height, width(, channels)].
         row: the data set's row, for the error message.
-        alpha: see `to_rgb`.
 
     Returns:
         The picture in mode RGB, fully loaded.
@@ -104,7 +92,7 @@ def load_image(value: Any, row: int | str | None = None, *, alpha: str = "white"
         image.load()
         with contextlib.suppress(Exception):  # broken EXIF data in a picture whose pixels are fine
             image = ImageOps.exif_transpose(image)
-        return to_rgb(image, alpha)
+        return to_rgb(image)
     except Exception as error:
         where = "picture" if row is None else f"row {row}: picture"
         raise ValueError(

@@ -42,7 +42,7 @@ class AlignGPTInstructTrainer(StageTrainer):
         if config.training_stage is None and not args.allow_unaligned:
             raise ValueError(
                 "This model has not been through stage 1: its projector and alignment levels are random. Run "
-                "`aligngpt pretrain` and give its output folder as `model`, or set allow_unaligned=True to train anyway."
+                "`aligngpt pretrain` and give its output folder as `model`, or set allow_unaligned to train it anyway."
             )
         level = args.default_align_level
         if level is not None and not 0 <= level < config.num_align_levels:

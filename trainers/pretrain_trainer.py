@@ -1,5 +1,5 @@
 """
-Stage 1, alignment-level-aware pre-training (paper, section 3.2): projector and level embeddings learn from scored pairs.
+Stage 1, alignment-level-aware pre-training (paper, section 3.2): projector and level embeddings learn from pairs.
 
 What is overridden of TRL's SFTTrainer stands in [`StageTrainer`]; this stage adds nothing to the list.
 """

@@ -46,7 +46,7 @@ class ScoreConfig:
     the scores by `binning` (see `alignment.cut_levels`).
     """
 
-    dataset_name: str = field(
+    dataset: str = field(
         metadata={"help": "A LLaVA JSON/JSONL, CSV, TSV or parquet file, a folder, or a Hub id of image-text pairs."}
     )
     scorer: str = field(metadata={"help": "Folder or Hub id of the CLIP or SigLIP model that scores."})
@@ -61,7 +61,7 @@ class ScoreConfig:
         default="raise", metadata={"help": "raise: refuse unusable rows and pictures; skip: leave them out and count."}
     )
     scorer_revision: str | None = field(default=None, metadata={"help": "Revision of a scorer on the Hub."})
-    num_levels: int | None = field(
+    num_align_levels: int | None = field(
         default=None, metadata={"help": "Number of alignment levels N; by default 8, or what `edges` say."}
     )
     binning: str = field(
@@ -112,7 +112,7 @@ def score_dataset(config: ScoreConfig) -> dict[str, Any]:
         raise ValueError(f"output {config.output!r} exists: choose another folder or set overwrite.")
     edges = _read_edges(config)
     rows, report = read_rows(
-        config.dataset_name,
+        config.dataset,
         name=config.dataset_config,
         split=config.dataset_split,
         revision=config.dataset_revision,
@@ -141,10 +141,10 @@ def score_dataset(config: ScoreConfig) -> dict[str, Any]:
     if not np.isfinite(scores[good]).all():
         row = report.kept[good[~np.isfinite(scores[good])][0]]
         raise ValueError(f"row {row}: the score is not finite; with a 16-bit dtype, score in float32.")
-    levels, edges, counts = cut_levels(scores[good], config.num_levels, config.binning, edges)
+    levels, edges, counts = cut_levels(scores[good], config.num_align_levels, config.binning, edges)
     record = {
         "method": config.binning,
-        "num_levels": len(counts),
+        "num_align_levels": len(counts),
         "edges": edges.tolist(),
         "counts": counts.tolist(),
         "mean_scores": [float(scores[good][levels == k].mean()) if n else None for k, n in enumerate(counts)],
@@ -381,7 +381,7 @@ def _print_summary(record: dict[str, Any]):
     total = sum(record["counts"])
     for level, count in enumerate(record["counts"]):
         low, high = record["edges"][level : level + 2]
-        interval = f"[{low:.4f}, {high:.4f}{']' if level == record['num_levels'] - 1 else ')'}"
+        interval = f"[{low:.4f}, {high:.4f}{']' if level == record['num_align_levels'] - 1 else ')'}"
         mean = record["mean_scores"][level]
         print(f"{level:>5}  {interval:<20} {count:>9,} {count / total:>7.2%}  {'-' if mean is None else f'{mean:.4f}'}")
     rows = record["rows"]

@@ -1,17 +1,16 @@
-"""What both training stages share: settings, checks of the rows, the freeze, resuming and saving (see `StageTrainer`)."""
+"""What both training stages share: settings, the freeze, resuming and saving (see `StageTrainer`)."""
 
 import json
 import os
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import datasets
-import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
@@ -22,30 +21,14 @@ from trl import SFTConfig, SFTTrainer
 
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
-from .collator import (
-    ON_OVERLONG,
-    ROW_INDEX_COLUMN,
-    SUPERVISED_COLUMN,
-    TOKENS_COLUMN,
-    AlignGPTDataCollator,
-    describe_row,
-    overlong_message,
-)
+from .collator import ON_OVERLONG, AlignGPTDataCollator
+from .rows import ENCODED_FEATURES, prepare_rows
 
 
 logger = logging.get_logger(__name__)
 
 SUMMARY_NAME = "training_summary.json"
 IMAGE_ASPECT_RATIOS = ("square", "pad")
-ENCODED_FEATURES = datasets.Features(
-    {
-        ROW_INDEX_COLUMN: datasets.Value("int64"),
-        TOKENS_COLUMN: datasets.List(datasets.Value("int32")),
-        SUPERVISED_COLUMN: datasets.List(datasets.Value("bool")),
-        "length": datasets.Value("int32"),
-        "needed": datasets.Value("int32"),
-    }
-)
 
 
 @dataclass
@@ -110,8 +93,13 @@ class StageConfig(SFTConfig):
             if getattr(self, name) != only:
                 raise ValueError(f"{name}={getattr(self, name)} has no effect here: leave it at {only}.")
         if self.on_overlong != "error" and not self.check_rows:
-            raise ValueError(f"on_overlong={self.on_overlong!r} needs check_rows=True, which finds and counts the rows.")
-        super().__post_init__()
+            raise ValueError(
+                f"on_overlong={self.on_overlong!r} needs check_rows=True, which finds and counts the rows."
+            )
+        with warnings.catch_warnings():
+            # TRL 1.16 sets the old name itself
+            warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
+            super().__post_init__()
 
 
 class StageTrainer(SFTTrainer):
@@ -119,8 +107,8 @@ class StageTrainer(SFTTrainer):
     [`SFTTrainer`] for one stage of AlignGPT. Subclasses name `stage` and say what trains (`configure_stage`,
     `trainable_modules`). Overridden, and why:
 
-    - `__init__`: loads a path with our own classes, hands in the collator, checks the rows, then freezes. Freezing comes
-      after `super().__init__` so that it holds for a path and for an instance.
+    - `__init__`: loads a path with our own classes, hands in the collator and checked rows, then freezes (after
+      `super().__init__`, so that nothing there undoes it).
     - `_set_signature_columns_if_needed`: TRL would strip `align_level` and the names of rows.
     - `train`: resumes from the last *complete* checkpoint when asked for `"auto"`, and measures the run.
     - `create_model_card`: TRL's card shows a text-generation pipeline, which cannot run this model; cards are made from
@@ -171,13 +159,17 @@ class StageTrainer(SFTTrainer):
             pad_to_multiple_of=args.pad_to_multiple_of,
         )
         self.row_counts: dict[str, int] = {}
-        train_dataset = self._prepare_rows(train_dataset, collator, args, "train")
+
+        def prepare(rows: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+            rows, counts = prepare_rows(rows, collator, args, name)
+            self.row_counts |= counts
+            return rows
+
+        train_dataset = prepare(train_dataset, "train")
         if isinstance(eval_dataset, dict):
-            eval_dataset = {
-                name: self._prepare_rows(rows, collator, args, name) for name, rows in eval_dataset.items()
-            }
+            eval_dataset = {name: prepare(rows, name) for name, rows in eval_dataset.items()}
         elif eval_dataset is not None:
-            eval_dataset = self._prepare_rows(eval_dataset, collator, args, "eval")
+            eval_dataset = prepare(eval_dataset, "eval")
         super().__init__(
             model=model,
             args=args,
@@ -212,88 +204,6 @@ class StageTrainer(SFTTrainer):
     def trained_parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
-    # ---- rows ----
-
-    def _prepare_rows(
-        self, rows: Dataset | IterableDataset, collator: AlignGPTDataCollator, args: StageConfig, name: str
-    ) -> Dataset | IterableDataset:
-        """Rows with encoded pictures and names; over-long ones handled, all texts checked."""
-        if not isinstance(rows, (Dataset, IterableDataset)):
-            raise ValueError(
-                f"The {name} data is a {type(rows).__name__}: make it a `datasets.Dataset` "
-                "(`Dataset.from_list`, or `load_rows` of aligngpt_trainers)."
-            )
-        columns = rows.column_names or list(next(iter(rows)))
-        if "messages" not in columns:
-            raise ValueError(f"The {name} data has no `messages` column but {', '.join(columns)}: use `load_rows`.")
-        streamed = isinstance(rows, IterableDataset)
-        if not streamed and len(rows) == 0:
-            raise ValueError(f"The {name} data is empty.")
-        if "images" not in columns:
-            rows = rows.map(lambda row: {"images": []}) if streamed else rows.add_column("images", [[]] * len(rows))
-        # encoded pictures are opened in the collator, where an error can name the row
-        images = (rows.features or {}).get("images")
-        if isinstance(getattr(images, "feature", None), datasets.Image):
-            rows = rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
-        if streamed:
-            if "id" not in columns:
-                rows = rows.map(lambda row, index: {ROW_INDEX_COLUMN: index}, with_indices=True)
-            if args.on_overlong != "error" and args.max_length is not None:
-                which = 1 if args.on_overlong == "truncate" else 0
-                rows = rows.filter(lambda row: collator.measure(*collator.encode([row]))[which] <= args.max_length)
-            return rows
-        if args.check_rows:
-            return self._check_all(rows, collator, args, name)
-        return rows.add_column(ROW_INDEX_COLUMN, list(range(len(rows)))) if rows._indices is None else rows
-
-    def _check_all(self, rows: Dataset, collator: AlignGPTDataCollator, args: StageConfig, name: str) -> Dataset:
-        """Encodes every text once: raises at the first bad row, leaves out what `on_overlong` says."""
-        needs_level = self.stage == "pretrain"
-        texts = rows.select_columns([column for column in ("messages", "align_level", "id") if column in rows.column_names])
-
-        def encode(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-            chunk = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-            chunk = [{ROW_INDEX_COLUMN: index, **row} for index, row in zip(indices, chunk, strict=True)]
-            if needs_level:
-                for row in chunk:
-                    collator.check_level(row)
-            encoded = collator.encode(chunk)
-            measured = [collator.measure(row) for row in encoded]
-            if args.on_overlong == "error" and args.max_length is not None:
-                for row, (length, _) in zip(chunk, measured, strict=True):
-                    if length > args.max_length:
-                        raise ValueError(overlong_message(describe_row(row), length, args.max_length))
-            columns = {key: [row[key] for row in encoded] for key in (TOKENS_COLUMN, SUPERVISED_COLUMN)}
-            return {ROW_INDEX_COLUMN: indices, **columns, "length": [m[0] for m in measured], "needed": [m[1] for m in measured]}
-
-        encoded = texts.map(
-            encode,
-            batched=True,
-            with_indices=True,
-            remove_columns=texts.column_names,
-            num_proc=args.dataset_num_proc,
-            features=ENCODED_FEATURES,
-            desc=f"Reading the {name} texts",
-        )
-        lengths, needed = np.array(encoded["length"]), np.array(encoded["needed"])
-        limit = np.inf if args.max_length is None else args.max_length
-        kept = (needed if args.on_overlong == "truncate" else lengths) <= limit
-        cut, left_out = int((kept & (lengths > limit)).sum()), int((~kept).sum())
-        self.row_counts.update({f"{name}_rows": int(kept.sum()), f"{name}_longest_row": int(lengths.max())})
-        if cut or left_out:
-            self.row_counts.update({f"{name}_rows_cut": cut, f"{name}_rows_left_out": left_out})
-            logger.warning(
-                f"{name} data: {left_out} of {len(rows)} rows left out and {cut} cut, because they are longer than "
-                f"max_length={args.max_length} (the longest has {lengths.max()} tokens)."
-            )
-        if not kept.any():
-            raise ValueError(f"No row of the {name} data fits into max_length={args.max_length}: raise it.")
-        if rows._indices is None:  # beside a selection, columns could only be put by copying all pictures
-            clash = [column for column in encoded.column_names if column in rows.column_names]
-            encoded = encoded.remove_columns(["length", "needed"])
-            rows = datasets.concatenate_datasets([rows.remove_columns(clash), encoded], axis=1)
-        return rows.select(np.flatnonzero(kept)) if left_out else rows
-
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
             self._signature_columns = ["images", "messages", "align_level", "id", *ENCODED_FEATURES]
@@ -307,9 +217,20 @@ class StageTrainer(SFTTrainer):
             resume_from_checkpoint = find_last_checkpoint(self.args.output_dir)
         self.resumed_from = resume_from_checkpoint or None
         started = time.perf_counter()
-        output = super().train(resume_from_checkpoint=self.resumed_from, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint=self.resumed_from, **kwargs)
+        except BaseException:
+            self._close_progress_bar()
+            raise
         self.train_seconds = time.perf_counter() - started
         return output
+
+    def _close_progress_bar(self):
+        """So that an error stands on a line of its own, below the bar."""
+        for callback in self.callback_handler.callbacks:
+            bar = getattr(callback, "training_bar", None)
+            if bar is not None:
+                bar.close()
 
     def create_model_card(self, *args: Any, **kwargs: Any):
         """Nothing: see the class."""

@@ -46,7 +46,10 @@ class DataArguments:
     )
     on_bad_row: str = field(
         default="raise",
-        metadata={"help": "Rows that cannot be used: `raise` or `skip` (left out, counted).", "choices": ["raise", "skip"]},
+        metadata={
+            "help": "Rows that cannot be used: `raise` or `skip` (left out, counted).",
+            "choices": ["raise", "skip"],
+        },
     )
 
 
@@ -112,7 +115,9 @@ def pretrain_command(argv: Sequence[str]) -> dict[str, Any]:
         fresh_only = {**parts, "chat_template": None, "num_align_levels": None, "config_overrides": None}
         given = [name for name in fresh_only if getattr(model_args, name) is not None]
         if given:
-            raise ValueError(f"{', '.join(given)} has no effect on a finished model: leave it out, or leave `model` out.")
+            raise ValueError(
+                f"{', '.join(given)} has no effect on a finished model: leave it out, or leave `model` out."
+            )
         model, processor = _load(model_args)
     else:
         overrides = dict(model_args.config_overrides or {})
@@ -245,5 +250,3 @@ def describe_run(summary: dict[str, Any], output_dir: str) -> str:
         f"trained {summary['trained_parameters']:,} of {summary['parameters']:,} parameters, "
         f'align_mode "{summary["align_mode"]}"; saved to {output_dir}'
     )
-
-

@@ -1,4 +1,4 @@
-"""The processor: the authors' ids, labels and pixel values, every way to give pictures, errors, saving, the pipeline."""
+"""The processor: the authors' ids, labels and pixel values, ways to give pictures, errors, saving, the pipeline."""
 
 import base64
 import io
@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from modeling.test_chat_templates import make_tokenizer
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import processors
-from transformers import AutoProcessor, AutoTokenizer, CLIPVisionConfig, LlamaConfig, SiglipVisionConfig, pipeline
+from transformers import AutoProcessor, AutoTokenizer, CLIPVisionConfig, LlamaConfig, SiglipImageProcessor, pipeline
 
-import modeling_aligngpt
 from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
 from modeling_aligngpt.compat_v4 import IS_TRANSFORMERS_4
 from modeling_aligngpt.processing_aligngpt import infer_image_suffix, pil_image_processor
@@ -69,8 +69,6 @@ def small():
 
 
 def make_small(chat_template="chatml", adds_bos=True, **kwargs):
-    from modeling.test_chat_templates import make_tokenizer
-
     tokenizer = make_tokenizer("<s>", "<|im_end|>", ("<pad>", "<|im_start|>"))
     tokenizer.pad_token = "<pad>"
     if adds_bos:
@@ -254,7 +252,7 @@ def test_bos_that_starts_a_turn_is_no_bos(small):
 def test_image_suffix():
     processor = make_small(image_suffix=" ")
     for prompt, wanted in (
-        ("<image>a", "<s><align> ".strip() + "[picture] a"),
+        ("<image>a", "<s><align>[picture] a"),
         ("a<image>", "<s><align> a[picture]"),
         ("<image><image>\n", "<s><align>[picture][picture] \n"),
         ("<|im_start|>a<image><|im_end|>", "<s><align><|im_start|>a[picture]<|im_end|>"),
@@ -307,7 +305,7 @@ def test_unreadable_pictures_are_named(small, tmp_path):
         for given in (bad, str(bad)):
             with pytest.raises(ValueError, match=rf"row 1, image 0 \(.*{bad.name}\): the picture cannot be read"):
                 small(images=[[picture()], [given]], text=text)
-    with pytest.raises(ValueError, match="image 1: the picture cannot be read .*repair the file or leave the row out"):
+    with pytest.raises(ValueError, match=r"image 1: the picture cannot be read .*repair the file or leave the row out"):
         small(images=[picture(), Image.open(cut)], text=text)
     with pytest.raises(ValueError, match="row 0, image 1: the picture cannot be read"):
         small(images=[[picture(), 3.5]], text="<image><image>")
@@ -340,15 +338,23 @@ def test_processor_and_config_must_agree(golden):
         golden.validate_with(config)
 
 
-def test_image_processor_follows_the_tower(golden):
-    tokenizer, image_processor = golden.tokenizer, golden.image_processor
-    assert image_processor.do_pad and image_processor.do_center_crop and dict(image_processor.crop_size)["height"] == 48
-    config = config_for(tokenizer)
-    config.vision_config = SiglipVisionConfig(image_size=24, patch_size=1)
-    from transformers import SiglipImageProcessor
-
-    tower = Path(os.environ["TMPDIR"] if "TMPDIR" in os.environ else "/tmp")
-    del tower, SiglipImageProcessor
+def test_image_processor_follows_the_tower(golden, tmp_path, caplog):
+    tokenizer, config = golden.tokenizer, config_for(golden.tokenizer)
+    assert golden.image_processor.do_pad and golden.image_processor.do_center_crop
+    assert dict(golden.image_processor.size)["shortest_edge"] == dict(golden.image_processor.crop_size)["height"] == 48
+    SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "siglip")
+    # SigLIP's own way is to resize to the square, with its own normalisation, and the size is the tower's
+    processor = AlignGPTProcessor.from_parts(tokenizer, config, vision_tower=tmp_path / "siglip")
+    assert (
+        list(processor.image_processor.image_mean) == [0.5, 0.5, 0.5] and not processor.image_processor.do_center_crop
+    )
+    white = processor(images=Image.new("RGB", (30, 10), "white"), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(white, torch.ones(1, 3, 48, 48))
+    (tmp_path / "bare").mkdir()
+    config.vision_config.save_pretrained(tmp_path / "bare")
+    processor = AlignGPTProcessor.from_parts(tokenizer, config, vision_tower=tmp_path / "bare", do_pad=True)
+    assert processor.image_processor.image_mean == golden.image_processor.image_mean
+    assert "no image processor" in caplog.text
 
 
 @needs_masks
@@ -491,5 +497,5 @@ def test_pipeline_with_prompts(pipe):
         one[0]["generated_text"]
     ] * 2
     assert isinstance(pipe(text="no picture", max_new_tokens=3)[0]["generated_text"], str)
-    with pytest.raises(ValueError, match="Row 0: .* it has 1 and 0 pictures"):
+    with pytest.raises(ValueError, match=r"Row 0: .* it has 1 and 0 pictures"):
         pipe(text="<image> a", max_new_tokens=3)

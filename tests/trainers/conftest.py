@@ -6,7 +6,14 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from modeling_aligngpt.assembly import assemble
 
@@ -66,7 +73,12 @@ def conversation_rows(number: int) -> list[dict]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    texts = [part["text"] or "" for row in pair_rows(8) + conversation_rows(8) for m in row["messages"] for part in m["content"]]
+    texts = [
+        part["text"] or ""
+        for row in pair_rows(8) + conversation_rows(8)
+        for m in row["messages"]
+        for part in m["content"]
+    ]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -185,14 +185,14 @@ class TestScorer:
 
 
 class TestCutLevels:
-    @pytest.mark.parametrize("num_levels", [2, 8, 13])
-    def test_uniform_is_numpy_on_equal_intervals(self, num_levels):
+    @pytest.mark.parametrize("num_align_levels", [2, 8, 13])
+    def test_uniform_is_numpy_on_equal_intervals(self, num_align_levels):
         scores = np.random.default_rng(0).normal(0.25, 0.05, 5000).astype(np.float32)
-        levels, edges, counts = cut_levels(scores, num_levels)
+        levels, edges, counts = cut_levels(scores, num_align_levels)
         assert edges[0] == scores.min() and edges[-1] == scores.max() and np.ptp(np.diff(edges)) < 1e-12
         inside = scores < scores.max()
         np.testing.assert_array_equal(levels[inside], np.digitize(scores[inside].astype(np.float64), edges) - 1)
-        assert (levels[~inside] == num_levels - 1).all() and levels.min() == 0
+        assert (levels[~inside] == num_align_levels - 1).all() and levels.min() == 0
         np.testing.assert_array_equal(counts, np.histogram(scores.astype(np.float64), edges)[0])
 
     def test_quantile_fills_levels_evenly(self):
@@ -224,15 +224,15 @@ class TestCutLevels:
             ([0.3] * 9, {"method": "quantile"}, r"All 9 scores are 0\.3"),
             ([0.1, *[0.3] * 9], {"method": "quantile"}, "too many scores are equal"),
             ([1, 1 + 2e-16], {}, "too many scores are equal"),
-            ([0.1, 0.2], {"num_levels": 1}, "at least 2"),
+            ([0.1, 0.2], {"num_align_levels": 1}, "at least 2"),
             ([0.1, 0.2], {"method": "kmeans"}, "one of uniform, quantile, edges"),
             ([0.1, 0.2], {"method": "edges"}, "Give `edges`"),
             ([0.1, 0.2], {"edges": [0, 1, 2]}, "only there"),
             ([0.1, 0.2], {"method": "edges", "edges": [0, 2, 1]}, "each above the one before"),
             (
                 [0.1, 0.2],
-                {"method": "edges", "edges": [0, 1, 2], "num_levels": 8},
-                "make 2 levels, but num_levels is 8",
+                {"method": "edges", "edges": [0, 1, 2], "num_align_levels": 8},
+                "make 2 levels, but num_align_levels is 8",
             ),
         ],
     )
@@ -243,11 +243,11 @@ class TestCutLevels:
 
 def config(pairs, scorers, output, **options):
     return ScoreConfig(
-        dataset_name=pairs[0],
+        dataset=pairs[0],
         scorer=scorers["clip"],
         output=str(output),
         device="cpu",
-        **{"batch_size": 8, "shard_size": 16, "num_levels": 4, **options},
+        **{"batch_size": 8, "shard_size": 16, "num_align_levels": 4, **options},
     )
 
 
@@ -300,8 +300,8 @@ class TestScoreDataset:
         other = config((str(half),), {"clip": scorers["siglip"]}, tmp_path / "o", binning="edges", edges=again.edges)
         score_dataset(other)
         assert "were made by scorer clip" in caplog.text
-        with pytest.raises(ValueError, match="make 4 levels, but num_levels is 8"):
-            score_dataset(config(pairs, scorers, tmp_path / "x", binning="edges", edges=written, num_levels=8))
+        with pytest.raises(ValueError, match="make 4 levels, but num_align_levels is 8"):
+            score_dataset(config(pairs, scorers, tmp_path / "x", binning="edges", edges=written, num_align_levels=8))
         with pytest.raises(ValueError, match="neither numbers nor an existing"):
             score_dataset(config(pairs, scorers, tmp_path / "x", binning="edges", edges=["nowhere.json"]))
 
@@ -376,8 +376,8 @@ def slow(self, *inputs):
     time.sleep(0.1)
     return score(self, *inputs)
 PairScorer.score = slow
-score_dataset(ScoreConfig(dataset_name=sys.argv[1], scorer=sys.argv[2], output=sys.argv[3], device="cpu",
-                          batch_size=8, shard_size=16, num_levels=4))
+score_dataset(ScoreConfig(dataset=sys.argv[1], scorer=sys.argv[2], output=sys.argv[3], device="cpu",
+                          batch_size=8, shard_size=16, num_align_levels=4))
 """
 
 

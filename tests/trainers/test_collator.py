@@ -52,7 +52,10 @@ def test_equals_the_processors_own_chat_template(processor, template, suffix):
     )
     batch = collator(rows)
     conversations = [
-        [{**m, "content": [{k: v for k, v in part.items() if v is not None} for part in m["content"]]} for m in r["messages"]]
+        [
+            {**m, "content": [{k: v for k, v in part.items() if v is not None} for part in m["content"]]}
+            for m in r["messages"]
+        ]
         for r in rows
     ]
     expected = processor.apply_chat_template(
@@ -117,7 +120,9 @@ def test_overlong_rows_raise_with_length_and_remedy(processor):
     length = int(AlignGPTDataCollator(processor, "instruct")([row])["attention_mask"].sum())
     for on_overlong in ("error", "drop"):
         collator = AlignGPTDataCollator(processor, "instruct", max_length=length - 1, on_overlong=on_overlong)
-        with pytest.raises(ValueError, match=rf"coco-7.* has {length} tokens.*max_length={length - 1}.*Raise max_length"):
+        with pytest.raises(
+            ValueError, match=rf"coco-7.* has {length} tokens.*max_length={length - 1}.*Raise max_length"
+        ):
             collator([row])
     AlignGPTDataCollator(processor, "instruct", max_length=length)([row])
 

@@ -339,16 +339,14 @@ class TestLoadImage:
         image = load_image(encode(PILImage.fromarray(deep), format=kind))
         assert np.abs(np.asarray(image)[..., 0].astype(int).ravel() - np.arange(256)).max() <= 1
 
-    def test_transparency(self):
+    def test_alpha_is_dropped_as_the_processor_does(self):
         clear = PILImage.new("RGBA", (6, 4), (200, 0, 0, 0))
         clear.putpixel((1, 1), (*BLUE, 255))
         for source in (clear, encode(clear)):
-            assert load_image(source).getpixel((0, 0)) == (255, 255, 255)
-            assert load_image(source).getpixel((1, 1)) == BLUE
-            assert load_image(source, alpha="drop").tobytes() == clear.convert("RGB").tobytes()
+            assert load_image(source).tobytes() == clear.convert("RGB").tobytes()
         palette = picture(mode="P")
         gif = load_image(encode(palette, transparency=palette.getpixel((0, 0))))
-        assert gif.getpixel((0, 0)) == (255, 255, 255)
+        assert gif.tobytes() == palette.convert("RGB").tobytes()
 
     def test_orientation_of_the_camera(self):
         image = picture()

@@ -23,7 +23,12 @@ def trainer_for(model, folder, rows, processor=None, **overrides) -> AlignGPTIns
 
 def test_the_papers_settings_are_the_defaults(tmp_path):
     args = AlignGPTInstructConfig(str(tmp_path), use_cpu=True)
-    assert (args.learning_rate, args.lr_scheduler_type, args.warmup_steps, args.weight_decay) == (2e-5, "cosine", 0.03, 0)
+    assert (args.learning_rate, args.lr_scheduler_type, args.warmup_steps, args.weight_decay) == (
+        2e-5,
+        "cosine",
+        0.03,
+        0,
+    )
     assert (args.num_train_epochs, args.max_length, args.image_aspect_ratio) == (1, 2048, "pad")
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == 128
     assert (args.align_mode, args.gate_context, args.allow_unaligned) == ("gate", "prompt", False)
@@ -50,7 +55,9 @@ def test_what_trains_in_each_mode(stage1_folder, conversations, tmp_path, mode):
 def test_random_draws_the_table_afresh_and_reproducibly(stage1_folder, conversations, tmp_path):
     trained = AlignGPTForConditionalGeneration.from_pretrained(stage1_folder).model.align_embeddings.weight
     tables = [
-        trainer_for(str(stage1_folder), tmp_path, conversations, align_mode="random", seed=seed).model.model.align_embeddings.weight
+        trainer_for(
+            str(stage1_folder), tmp_path, conversations, align_mode="random", seed=seed
+        ).model.model.align_embeddings.weight
         for seed in (1, 1, 2)
     ]
     assert torch.equal(tables[0], tables[1])
@@ -147,9 +154,7 @@ def test_resuming_is_bit_exact(stage1_folder, conversations, tmp_path):
     straight.train()
     shutil.copytree(tmp_path / "straight" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
     set_seed(99)
-    resumed = trainer_for(
-        str(stage1_folder), tmp_path / "resumed", conversations, resume_from_checkpoint="auto", **run
-    )
+    resumed = trainer_for(str(stage1_folder), tmp_path / "resumed", conversations, resume_from_checkpoint="auto", **run)
     resumed.train()
     assert resumed.state.global_step == 6 and losses(straight) == losses(resumed)
     ours = resumed.model.state_dict()

@@ -27,7 +27,12 @@ def fresh(parts):
 
 def test_the_papers_settings_are_the_defaults(tmp_path):
     args = AlignGPTPretrainConfig(str(tmp_path), use_cpu=True)
-    assert (args.learning_rate, args.lr_scheduler_type, args.warmup_steps, args.weight_decay) == (1e-3, "cosine", 0.03, 0)
+    assert (args.learning_rate, args.lr_scheduler_type, args.warmup_steps, args.weight_decay) == (
+        1e-3,
+        "cosine",
+        0.03,
+        0,
+    )
     assert (args.num_train_epochs, args.max_length, args.image_aspect_ratio, args.bf16) == (1, 2048, "square", False)
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == 256
     assert args.report_to == [] and not args.push_to_hub and args.gradient_checkpointing
@@ -107,7 +112,13 @@ def test_gradient_checkpointing_does_not_change_the_run(parts, pairs, tmp_path):
 
 
 def test_resuming_is_bit_exact(parts, pairs, tmp_path):
-    run = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "save_total_limit": None, "dataloader_num_workers": 0}
+    run = {
+        "max_steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "save_total_limit": None,
+        "dataloader_num_workers": 0,
+    }
     straight = trainer_for(fresh(parts), tmp_path / "straight", pairs, lr_scheduler_type="cosine", **run)
     straight.train()
     shutil.copytree(tmp_path / "straight" / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
@@ -168,7 +179,9 @@ def test_saving_again_replaces_the_first_save(assembled, pairs, tmp_path):
 def test_evaluates(assembled, pairs, tmp_path):
     model, processor = assembled
     args = settings(AlignGPTPretrainConfig, tmp_path, eval_strategy="steps", eval_steps=3)
-    trainer = AlignGPTPretrainTrainer(model, args, pairs, eval_dataset=pairs.select(range(4)), processing_class=processor)
+    trainer = AlignGPTPretrainTrainer(
+        model, args, pairs, eval_dataset=pairs.select(range(4)), processing_class=processor
+    )
     trainer.train()
     assert trainer.summary()["eval"][0]["eval_loss"] > 0
 
@@ -187,10 +200,10 @@ def test_streams(assembled, pairs, tmp_path):
 def test_a_bad_row_stops_the_run_before_its_first_step(assembled, tmp_path):
     rows = pair_rows(8)
     rows[6]["align_level"] = None
-    with pytest.raises(ValueError, match="Row 6 has no `align_level`.*aligngpt score"):
+    with pytest.raises(ValueError, match=r"Row 6 has no `align_level`.*aligngpt score"):
         trainer_for(assembled, tmp_path, to_dataset(rows))
     no_column = to_dataset([{k: v for k, v in row.items() if k != "align_level"} for row in pair_rows(3)])
-    with pytest.raises(ValueError, match="Row 0 has no `align_level`.*aligngpt score"):
+    with pytest.raises(ValueError, match=r"Row 0 has no `align_level`.*aligngpt score"):
         trainer_for(assembled, tmp_path, no_column)
     with pytest.raises(ValueError, match=r"Row \d has no `align_level`"):
         trainer_for(assembled, tmp_path, no_column, check_rows=False).train()
@@ -232,3 +245,17 @@ def test_settings_without_effect_and_wrong_data_are_refused(assembled, pairs, tm
         trainer_for(assembled, tmp_path, pairs.select([]))
     with pytest.raises(ValueError, match="is a list"):
         trainer_for(assembled, tmp_path, pair_rows(2))
+
+
+def test_frozen_weights_may_be_bfloat16(parts, pairs, tmp_path):
+    model, processor = assemble(*parts, num_align_levels=NUM_LEVELS, gate_hidden_size=16, dtype=torch.bfloat16)
+    trainer = trainer_for((model, processor), tmp_path, pairs, bf16=True)
+    trainer.train()
+    kinds = {parameter.requires_grad: parameter.dtype for parameter in model.parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+    trainer.save_final()
+    saved = AlignGPTForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    levels = model.model.align_embeddings.weight
+    assert torch.equal(saved.model.align_embeddings.weight, levels)
+    inputs = {k: v for k, v in trainer.data_collator(pair_rows(2)).items() if k != "labels"}
+    assert saved.generate(**inputs, max_new_tokens=2).shape[0] == 2

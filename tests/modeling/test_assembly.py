@@ -1,0 +1,238 @@
+"""`assemble`: an untrained AlignGPT whose parts are those of two checkpoints."""
+
+import pytest
+import torch
+from modeling.tiny import CLIP, IMAGE_SIZE, LLAMA, PATCH_SIZE, SIGLIP, randomize
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPImageProcessor,
+    CLIPModel,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    SiglipModel,
+)
+
+from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTForConditionalGeneration, AlignGPTProcessor
+from modeling_aligngpt.assembly import assemble, extend_rows, padded_vocabulary_size
+
+
+SAME_TEXT = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
+def chatml_tokenizer():
+    """Byte-level, without placeholders."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe = Tokenizer(models.BPE({char: i for i, char in enumerate(alphabet)}, []))
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<pad>"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **special)
+    tokenizer.add_tokens(["<|im_start|>"], special_tokens=True)
+    return tokenizer
+
+
+def save_language_model(folder, generation_config=None, **text):
+    tokenizer = chatml_tokenizer()
+    tokenizer.save_pretrained(folder)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    values = {**LLAMA, **ids, "vocab_size": len(tokenizer), **text}
+    model = randomize(AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)))
+    if generation_config is not None:
+        model.generation_config = generation_config
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_tower(folder, kind: str, mean=0.4):
+    vision = CLIP if kind.startswith("clip") else SIGLIP
+    if kind.endswith("tower"):
+        model = AutoModel.from_config(AutoConfig.for_model(**vision))
+    else:
+        text, parts = dict(SAME_TEXT), {"clip": CLIPModel, "siglip": SiglipModel}
+        model_class = parts[kind]
+        parts = {"text_config": text, "vision_config": {k: v for k, v in vision.items() if k != "model_type"}}
+        model = model_class(model_class.config_class(**parts, **({"projection_dim": 16} if kind == "clip" else {})))
+    randomize(model).save_pretrained(folder)
+    size = {"shortest_edge": IMAGE_SIZE} if kind.startswith("clip") else {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    CLIPImageProcessor(size=size, crop_size=IMAGE_SIZE, image_mean=[mean] * 3).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def language_model(tmp_path):
+    return save_language_model(tmp_path / "language model")
+
+
+@pytest.fixture
+def tower(tmp_path):
+    return save_tower(tmp_path / "tower", "clip")
+
+
+@pytest.mark.parametrize("kind", ["clip", "clip tower", "siglip", "siglip tower"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"model_type": "phi", "partial_rotary_factor": 0.5},
+        {"model_type": "qwen2"},
+    ],
+    ids=["llama", "llama tied", "phi with a head bias", "qwen2"],
+)
+def test_weights_are_the_parts(tmp_path, kind, text):
+    language_model, tower = save_language_model(tmp_path / "lm", **text), save_tower(tmp_path / "tower", kind)
+    model, processor = assemble(language_model, tower)
+    causal_lm, vision = AutoModelForCausalLM.from_pretrained(language_model), AutoModel.from_pretrained(tower)
+    old = causal_lm.config.vocab_size
+    size = padded_vocabulary_size(len(processor.tokenizer))
+    assert size % 64 == 0 and size >= old + 2
+    assert model.config.text_config.vocab_size == model.get_input_embeddings().num_embeddings == size
+
+    ours, theirs = model.state_dict(), causal_lm.state_dict()
+    heads = [name for name in theirs if name.startswith("lm_head.")]
+    for name, weight in theirs.items():
+        our_weight = ours[name if name in heads else name.replace("model.", "model.language_model.", 1)]
+        assert torch.equal(our_weight[: len(weight)], weight), name
+        if len(our_weight) > len(weight):
+            assert name in (*heads, "model.embed_tokens.weight")
+    assert ("lm_head.bias" in heads) == model.config.lm_head_bias == (text.get("model_type") == "phi")
+    if "bias" in str(heads):
+        torch.testing.assert_close(model.lm_head.bias[old:], theirs["lm_head.bias"].mean().expand(size - old))
+    is_tied = model.lm_head.weight is model.get_input_embeddings().weight
+    assert is_tied == model.config.tie_word_embeddings == text.get("tie_word_embeddings", False)
+
+    tower_weights = getattr(vision, "vision_model", vision).state_dict()
+    assert tower_weights.keys() == model.model.vision_tower.state_dict().keys()
+    for name, weight in model.model.vision_tower.state_dict().items():
+        assert torch.equal(weight, tower_weights[name]), name
+    strategy = "default" if kind.startswith("clip") else "full"
+    assert model.config.vision_feature_select_strategy == strategy
+    assert model.config.image_seq_length == processor.image_seq_length == (IMAGE_SIZE // PATCH_SIZE) ** 2
+    assert not model.training and all(p.device.type == "cpu" for p in model.parameters())
+
+
+def test_new_rows_are_at_the_mean_and_placeholders_differ(language_model, tower):
+    model, processor = assemble(language_model, tower)
+    old = AutoModelForCausalLM.from_pretrained(language_model)
+    for ours, theirs in (
+        (model.get_input_embeddings().weight, old.get_input_embeddings().weight),
+        (model.lm_head.weight, old.lm_head.weight),
+    ):
+        mean = theirs.mean(0)
+        torch.testing.assert_close(ours[processor.image_token_id], mean)
+        torch.testing.assert_close(ours[-1], mean)
+        assert len(ours) > len(theirs)
+    rows = model.get_input_embeddings().weight
+    assert not torch.equal(rows[processor.image_token_id], rows[processor.align_token_id])
+    torch.testing.assert_close(rows[processor.align_token_id], rows[processor.image_token_id], rtol=0.02, atol=1e-6)
+    assert extend_rows(rows, 3) is rows
+
+
+def test_a_vocabulary_that_is_padded_already_stays(tmp_path, tower):
+    model, processor = assemble(save_language_model(tmp_path / "lm", vocab_size=512), tower)
+    assert model.config.text_config.vocab_size == 512 > len(processor.tokenizer)
+
+
+def test_generation_config(tmp_path, tower):
+    settings = GenerationConfig(temperature=0.3, do_sample=True, eos_token_id=7)
+    model, processor = assemble(save_language_model(tmp_path / "lm", settings), tower)
+    ours, end = model.generation_config, processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    size = model.config.text_config.vocab_size
+    padded = range(len(processor.tokenizer), size)
+    assert ours.suppress_tokens == sorted({processor.image_token_id, processor.align_token_id, *padded})
+    assert (ours.temperature, ours.do_sample, ours.pad_token_id) == (0.3, True, processor.tokenizer.pad_token_id)
+    assert ours.eos_token_id == [7, end]
+    picture = Image.new("RGB", (10, 6), "red")
+    inputs = processor(images=picture, text="<image> what?", return_tensors="pt")
+    torch.manual_seed(0)
+    answer = model.generate(**inputs, max_new_tokens=40, min_new_tokens=40)[0, inputs["input_ids"].shape[1] :]
+    assert len(answer) == 40 and int(answer.max()) < len(processor.tokenizer)
+    assert not set(answer.tolist()) & {processor.image_token_id, processor.align_token_id}
+
+
+def test_the_seed_alone_draws_what_is_new(language_model, tower):
+    def new(model):
+        inner = model.model
+        parts = (inner.multi_modal_projector, inner.align_gate, inner.align_embeddings)
+        return [p for part in parts for p in part.parameters()]
+
+    torch.manual_seed(1)
+    first = assemble(language_model, tower)[0]
+    state = torch.get_rng_state()
+    second = assemble(language_model, tower)[0]
+    assert torch.equal(torch.get_rng_state(), state)  # the caller's random numbers are left alone
+    other = assemble(language_model, tower, seed=1)[0]
+    assert all(torch.equal(a, b) for a, b in zip(new(first), new(second), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(new(first), new(other), strict=True) if a.ndim > 1)
+    spread = first.get_input_embeddings().weight.detach().std()
+    assert float(first.model.align_embeddings.weight.detach().std()) == pytest.approx(float(spread), rel=0.2)
+
+
+def test_processor_and_template(language_model, tower):
+    _, processor = assemble(language_model, tower)
+    assert isinstance(processor, AlignGPTProcessor)
+    assert processor.chat_template == CHAT_TEMPLATES["chatml"]  # the tokenizer has its marks
+    assert not processor.image_processor.do_pad
+    assert list(processor.image_processor.image_mean) == [0.4] * 3
+    _, processor = assemble(language_model, tower, chat_template="plain", do_pad=True)
+    assert processor.chat_template == CHAT_TEMPLATES["plain"] and processor.image_processor.do_pad
+
+
+def test_fields_of_the_config_and_dtype(language_model, tower):
+    model, _ = assemble(
+        language_model, tower, dtype=torch.bfloat16, num_align_levels=5, gate_hidden_size=4, align_mode="gate"
+    )
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.model.align_embeddings.weight.shape[0] == 5
+    assert model.model.align_gate.linear_1.out_features == 4
+    assert model.config.align_mode == "gate"
+    assert assemble(language_model, tower)[0].config.align_mode == "level"
+
+
+def test_saved_and_loaded_again(tmp_path, language_model, tower):
+    model, processor = assemble(language_model, tower)
+    model.save_pretrained(tmp_path / "saved")
+    processor.save_pretrained(tmp_path / "saved")
+    loaded = AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    again = AlignGPTProcessor.from_pretrained(tmp_path / "saved")
+    assert loaded.generation_config.suppress_tokens == model.generation_config.suppress_tokens
+    picture = Image.linear_gradient("L").convert("RGB")
+    batches = [p(images=picture, text="<image>what is it?", return_tensors="pt") for p in (processor, again)]
+    assert torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
+    with torch.no_grad():
+        assert torch.equal(model(**batches[0]).logits, loaded(**batches[1]).logits)
+
+
+def test_it_trains(language_model, tower):
+    model, processor = assemble(language_model, tower)
+    picture = Image.linear_gradient("L").convert("RGB")
+    batch = processor(images=picture, text="<image>a grey ramp", return_tensors="pt")
+    model.requires_grad_(False)
+    for part in (model.model.multi_modal_projector, model.model.align_embeddings):
+        part.requires_grad_()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(10):
+        losses.append(model(**batch, labels=batch["input_ids"], align_level=2).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_what_is_refused(tmp_path, language_model, tower):
+    with pytest.raises(ValueError, match="chat_template='latin' is not one of vicuna_v1"):
+        assemble(language_model, tower, chat_template="latin")
+    with pytest.raises(OSError, match="no such folder"):
+        assemble(tmp_path / "no such folder", tower)
+    with pytest.raises(ValueError, match="yields 4 tokens"):
+        assemble(language_model, tower, image_seq_length=9)

@@ -1,0 +1,177 @@
+"""`generate`: the gate reads the prompt alone, whatever the cache, search, padding or form of the inputs."""
+
+import pytest
+import torch
+from modeling.tiny import (
+    ALIGN,
+    EOS,
+    IMAGE,
+    MIXED_ROWS,
+    PAD,
+    TOP_LEVEL,
+    num_pictures,
+    prompts,
+    row,
+    tiny_model,
+)
+from transformers import GenerationConfig
+from transformers.generation import CompileConfig
+
+
+NEW = 8
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+def answers(model, inputs, **kwargs) -> torch.Tensor:
+    """New tokens of a greedy search that no EOS ends."""
+    kwargs = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, **kwargs}
+    output = model.generate(**inputs, **kwargs)
+    return output[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else output
+
+
+def step_by_step(model, ids: list[int], pictures=None, **kwargs) -> list[int]:
+    """Greedy search written out: a whole forward pass for each token, the prompt's length given by hand."""
+    prompt_mask, start = torch.ones(1, len(ids)), len(ids)
+    for _ in range(NEW):
+        logits = model(
+            input_ids=torch.tensor([ids]), pixel_values=pictures, prompt_mask=prompt_mask, **kwargs
+        ).logits[0, -1]
+        logits[[EOS, IMAGE, ALIGN]] = -torch.inf
+        ids = [*ids, int(logits.argmax())]
+    return ids[start:]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"use_cache": False},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"num_beams": 1, "num_return_sequences": 1, "prompt_lookup_num_tokens": 2},
+    ],
+    ids=["cache", "no cache", "static cache", "prompt lookup"],
+)
+@pytest.mark.parametrize("ids", MIXED_ROWS, ids=["one picture", "two pictures", "text"])
+def test_greedy_search_is_step_by_step(model, ids, how):
+    inputs = prompts([ids])
+    with torch.no_grad():
+        expected = step_by_step(model, ids, inputs.get("pixel_values"))
+    assert answers(model, inputs, **how)[0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}, {"num_beams": 3}],
+    ids=["cache", "no cache", "static cache", "beams"],
+)
+def test_batched_answers_are_single_answers(model, how):
+    batched = answers(model, prompts(MIXED_ROWS), **how)
+    pictures, start = prompts(MIXED_ROWS)["pixel_values"], 0
+    for ids, answer in zip(MIXED_ROWS, batched, strict=True):
+        stop = start + num_pictures(ids)
+        single = {**prompts([ids]), **({"pixel_values": pictures[start:stop]} if stop > start else {})}
+        assert answers(model, single, **how)[0].tolist() == answer.tolist()
+        start = stop
+
+
+@pytest.mark.parametrize("how", [{}, {"cache_implementation": "static", "disable_compile": True}])
+@pytest.mark.parametrize("where", ["argument", "config argument", "own config"])
+def test_padding_is_found_without_an_attention_mask(where, how):
+    model = tiny_model()
+    model.generation_config.pad_token_id = None
+    inputs = prompts(MIXED_ROWS)
+    expected = answers(model, inputs, pad_token_id=PAD, **how)
+    inputs.pop("attention_mask")
+    if where == "argument":
+        how = {**how, "pad_token_id": PAD}
+    elif where == "config argument":
+        settings = GenerationConfig(pad_token_id=PAD, eos_token_id=EOS, suppress_tokens=[IMAGE, ALIGN])
+        how = {**how, "generation_config": settings}
+    else:
+        model.generation_config.pad_token_id = PAD
+    assert answers(model, inputs, **how).tolist() == expected.tolist()
+
+
+def test_generation_is_steered_by_level(model):
+    inputs = prompts(MIXED_ROWS[:2])
+    by_level = [answers(model, inputs, align_level=level).tolist() for level in range(TOP_LEVEL + 1)]
+    assert len({str(rows) for rows in by_level}) > 4
+    mixed = answers(model, inputs, align_level=torch.tensor([2, 6])).tolist()
+    assert mixed == [by_level[2][0], by_level[6][1]]
+    assert answers(model, inputs, align_level=[2, 6]).tolist() == mixed
+    assert answers(model, inputs, align_level=torch.tensor([2])).tolist() == by_level[2]
+    beams = [answers(model, inputs, align_level=level, num_beams=2).tolist() for level in (2, 6)]
+    both = answers(model, inputs, align_level=torch.tensor([2, 6]), num_beams=2).tolist()
+    assert both == [beams[0][0], beams[1][1]]
+    assert answers(model, inputs, align_level=torch.tensor(2), num_beams=2).tolist() == beams[0]
+    with pytest.raises(ValueError, match="out of range"):
+        answers(model, inputs, align_level=8)
+
+
+def test_several_returns_and_beams(model):
+    inputs = prompts(MIXED_ROWS)
+    greedy = answers(model, inputs)
+    beams = answers(model, inputs, num_beams=3, num_return_sequences=2)
+    assert beams.shape == (6, NEW)
+    assert answers(model, inputs, num_beams=3).tolist() == beams[::2].tolist()
+    torch.manual_seed(0)
+    # top_k=1 leaves sampling no choice: every return is the greedy answer of its own row
+    sampled = answers(model, inputs, do_sample=True, top_k=1, num_return_sequences=2)
+    assert sampled.tolist() == greedy.repeat_interleave(2, 0).tolist()
+
+
+def test_embeddings_in_place_of_ids(model):
+    inputs = prompts(MIXED_ROWS)
+    expected = answers(model, inputs).tolist()
+    ids = inputs.pop("input_ids")
+    assert answers(model, {**inputs, "inputs_embeds": model.get_input_embeddings()(ids)}).tolist() == expected
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_pictures_are_encoded_once_with_a_cache(model, use_cache):
+    calls = []
+    hook = model.model.multi_modal_projector.register_forward_hook(lambda *_: calls.append(1))
+    answers(model, prompts(MIXED_ROWS[:1]), use_cache=use_cache)
+    hook.remove()
+    assert len(calls) == 1  # transformers 5 hands the encoded pictures on where there is no cache
+
+
+def test_no_placeholder_in_an_answer():
+    model, inputs = tiny_model(), prompts(MIXED_ROWS[:1])
+    with torch.no_grad():
+        best = int(model(**inputs).logits[0, -1].argmax())
+        model.lm_head.weight[[IMAGE, ALIGN]] = 3 * model.lm_head.weight[best]  # now it wants nothing else
+        assert int(model(**inputs).logits[0, -1].argmax()) in (IMAGE, ALIGN)
+    for how in ({}, {"do_sample": True}, {"num_beams": 2}):
+        torch.manual_seed(0)
+        assert not set(answers(model, inputs, **how).flatten().tolist()) & {IMAGE, ALIGN}
+
+
+def test_pictures_that_are_none(model):
+    inputs = prompts([row(5, 6, pictures=0)])
+    assert answers(model, {**inputs, "pixel_values": None}).tolist() == answers(model, inputs).tolist()
+
+
+def test_scores_of_bfloat16(model):
+    inputs = prompts(MIXED_ROWS)
+    half = tiny_model().bfloat16()
+    exact, rounded = (
+        m.generate(**inputs, max_new_tokens=1, do_sample=False, output_logits=True, return_dict_in_generate=True).logits
+        for m in (model, half)
+    )
+    assert (exact[0] - rounded[0].float()).abs().mean() < 0.02 * exact[0].std()
+
+
+def test_a_decode_step_compiles_without_a_graph_break():
+    model, inputs = tiny_model(), prompts(MIXED_ROWS[:2])
+    expected = answers(model, inputs).tolist()
+    torch.compiler.reset()
+    compile_config = CompileConfig(fullgraph=True, dynamic=False, backend="eager")
+    compile_config._compile_all_devices = True
+    compiled = answers(model, inputs, cache_implementation="static", compile_config=compile_config)
+    assert hasattr(model, "_compiled_call")
+    assert compiled.tolist() == expected

@@ -1,0 +1,261 @@
+"""The `aligngpt` command: both stages and a question in a row, and the errors that a user meets."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from aligngpt_trainers.cli import COMMANDS, main
+from modeling_aligngpt import AlignGPTForConditionalGeneration
+
+from .conftest import NUM_LEVELS, conversation_rows, pair_rows, picture, to_dataset
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    to_dataset(pair_rows(16)).save_to_disk(folder / "pairs")
+    to_dataset(conversation_rows(16)).save_to_disk(folder / "conversations")
+    picture("red").save(folder / "red.png")
+    return folder
+
+
+@pytest.fixture
+def recipe(parts, data, tmp_path):
+    """Writes a YAML file of stage-1 settings, changed by `changes`; None leaves a key out."""
+
+    def write(**changes) -> str:
+        values = {
+            "language_model": str(parts[0]),
+            "vision_tower": str(parts[1]),
+            "dataset": str(data / "pairs"),
+            "num_align_levels": NUM_LEVELS,
+            "config_overrides": {"gate_hidden_size": 16},
+            "output_dir": str(tmp_path / "stage1"),
+            "per_device_train_batch_size": 8,
+            "gradient_accumulation_steps": 1,
+            "gradient_checkpointing": False,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **changes,
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}))
+        return str(path)
+
+    return write
+
+
+def failure(capsys, *words: str) -> str:
+    """The one line that a failing command prints."""
+    assert main(list(words)) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    return shown.strip().splitlines()[-1]
+
+
+def test_both_stages_and_a_question(recipe, data, tmp_path, capsys):
+    assert main(["pretrain", "--config", recipe(), "--num_train_epochs", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "pretrain: 16 rows, 4 steps of 8, loss " in shown and "trained 1,728 of " in shown
+    stage1, stage2 = tmp_path / "stage1", tmp_path / "stage2"
+    words = ["instruct", "--model", str(stage1), "--dataset", str(data / "conversations"), "--output_dir", str(stage2)]
+    words += ["--per_device_train_batch_size=8", "--use_cpu", "true", "--logging-steps", "1", "--learning_rate", "1e-3"]
+    words += ["--save_strategy", "no", "--disable_tqdm", "true", "--align_mode", "gate"]
+    assert main(words) == 0
+    assert "instruct: 16 rows, 2 steps of 8, loss " in capsys.readouterr().out
+    summaries = [json.loads((folder / "training_summary.json").read_text()) for folder in (stage1, stage2)]
+    assert [s["stage"] for s in summaries] == ["pretrain", "instruct"]
+    assert summaries[1]["sources"] == {"dataset": "conversations", "model": "stage1"}
+    assert summaries[0]["sources"]["language_model"] == "language_model"
+    assert str(tmp_path) not in json.dumps(summaries)
+    first, second = (AlignGPTForConditionalGeneration.from_pretrained(folder) for folder in (stage1, stage2))
+    assert torch.equal(first.model.align_embeddings.weight, second.model.align_embeddings.weight)
+    assert not torch.equal(first.lm_head.weight, second.lm_head.weight)
+    words = ["chat", "--model", str(stage2), "--image", str(data / "red.png"), "--question", "what colour is it?"]
+    assert main([*words, "--show-weights", "--max-new-tokens", "4"]) == 0
+    assert f'level {NUM_LEVELS - 1}  added  (global; align_mode "gate")' in capsys.readouterr().out
+
+
+def test_continues_where_it_stopped(recipe, tmp_path, capsys):
+    path = recipe(save_strategy="steps", save_steps=1, max_steps=1)
+    assert main(["pretrain", "--config", path]) == 0
+    line = failure(capsys, "pretrain", "--config", path, "--max_steps", "2")
+    assert "holds checkpoints of an earlier run" in line and "resume_from_checkpoint=auto" in line
+    assert main(["pretrain", "--config", path, "--max_steps", "2", "--resume_from_checkpoint", "auto"]) == 0
+    assert "(resumed)" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "stage1" / "training_summary.json").read_text())
+    assert summary["steps"] == 2 and [step for step, _ in summary["loss_curve"]] == [1, 2]
+
+
+def test_a_finished_model_can_be_trained_on(recipe, stage1_folder, tmp_path, capsys):
+    only_fresh = dict.fromkeys(("language_model", "vision_tower", "num_align_levels", "config_overrides"))
+    assert main(["pretrain", "--config", recipe(model=str(stage1_folder), max_steps=1, **only_fresh)]) == 0
+    capsys.readouterr()
+    line = failure(capsys, "pretrain", "--config", recipe(model=str(stage1_folder)))
+    assert "language_model, vision_tower, num_align_levels, config_overrides has no effect" in line
+
+
+def test_unaligned_models_are_refused_in_one_line(assembled, data, tmp_path, capsys):
+    for part in assembled:
+        part.save_pretrained(tmp_path / "fresh")
+    words = [
+        "instruct",
+        "--model",
+        str(tmp_path / "fresh"),
+        "--dataset",
+        str(data / "conversations"),
+        "--use_cpu",
+        "true",
+    ]
+    line = failure(capsys, *words, "--output_dir", str(tmp_path / "out"))
+    assert line.startswith("error: This model has not been through stage 1") and "allow_unaligned" in line
+
+
+def test_rows_without_levels_point_to_score(recipe, data, capsys):
+    line = failure(capsys, "pretrain", "--config", recipe(dataset=str(data / "conversations")))
+    assert line.startswith("error: Row 0 has no `align_level`") and "aligngpt score" in line
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lerning_rate": 1e-3}, "unknown setting 'lerning_rate'; did you mean 'learning_rate'?"),
+        ({"save_strategy": False}, 'save_strategy is False here, because YAML reads yes, no.*save_strategy: "no"'),
+        ({"max_length": "long"}, "max_length is 'long'; a number is expected"),
+        ({"max_steps": 1.5}, "max_steps is 1.5; a whole number is expected"),
+        ({"use_cpu": "maybe"}, "use_cpu is 'maybe'; write true or false"),
+        ({"output_dir": ["a", "b"]}, "output_dir takes a single value, not a list"),
+        ({"dataset": {"path": "a"}}, "dataset takes a single value, not a mapping"),
+        ({"dataset": None}, "dataset is missing"),
+        ({"vision_tower": None}, "vision_tower missing"),
+        ({"on_overlong": "shrug"}, "on_overlong='shrug' is not one of error, drop, truncate"),
+        ({"dtype": "bfloat16"}, "dtype=bfloat16 needs bf16"),
+        ({"chat_template": "vicuna"}, "chat_template='vicuna' is not one of"),
+        ({"dataset": "/nowhere/pairs.json"}, "/nowhere/pairs.json: no such file or folder"),
+        ({"eval_strategy": "steps"}, "eval_strategy=steps needs eval_dataset"),
+    ],
+)
+def test_settings_fail_with_a_remedy(recipe, capsys, changes, words):
+    path = recipe(**changes)
+    line = failure(capsys, "pretrain", "--config", path)
+    assert re.search(words, line), line
+
+
+def test_scientific_notation_and_empty_values(recipe, tmp_path, capsys):
+    """YAML 1.1 reads 1e-3 as text; an empty value is null."""
+    path = tmp_path / "short.yaml"
+    path.write_text(
+        f"dataset: {tmp_path}\nmodel: a/b\nlearning_rate: 1e-3\nmax_length:\noutput_dir: x\nuse_cpu: true\n"
+    )
+    from aligngpt_trainers import AlignGPTInstructConfig
+    from aligngpt_trainers.settings import parse_settings
+    from aligngpt_trainers.train import DataArguments, ModelArguments
+
+    kinds = (ModelArguments, DataArguments, AlignGPTInstructConfig)
+    model_args, _, args = parse_settings("x", kinds, ["--config", str(path), "--learning-rate", "2e-4"])
+    assert (model_args.model, args.learning_rate, args.max_length) == ("a/b", 2e-4, None)
+    assert parse_settings("x", kinds, [f"--config={path}"])[2].learning_rate == 1e-3
+    path.write_text("use_cpu: true\nmodel: a\nmodel: b\n")
+    assert "line 3: the key 'model' stands twice" in failure(capsys, "pretrain", "--config", str(path))
+    path.write_text("- model\n")
+    assert "must hold settings" in failure(capsys, "pretrain", "--config", str(path))
+    path.write_text("model: [\n")
+    assert main(["pretrain", "--config", str(path)]) == 2
+    assert "is not valid YAML" in capsys.readouterr().err
+    path.write_text("bf16:\nlearning_rate:\n")
+    assert "learning_rate has no value" in failure(capsys, "instruct", "--config", str(path))
+    assert "there is no such file" in failure(capsys, "pretrain", "--config", str(tmp_path / "gone.yaml"))
+
+
+def test_unknown_words_name_the_nearest(capsys):
+    assert failure(capsys, "pretain") == "error: unknown command 'pretain'; did you mean 'pretrain'?"
+    line = failure(capsys, "instruct", "--lerning_rate", "1")
+    assert "unknown setting --lerning_rate; did you mean '--learning_rate'?" in line
+    assert "invalid" in failure(capsys, "instruct", "--learning_rate", "fast")
+    assert "required: --model" in failure(capsys, "chat")
+    assert failure(capsys, "chat", "--model", "x", "--colour", "y").startswith("error: unrecognized arguments")
+
+
+def test_debug_shows_the_traceback(capsys, monkeypatch):
+    assert main(["--debug", "instruct", "--lerning_rate", "1"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("ALIGNGPT_DEBUG", "1")
+    assert main(["instruct", "--lerning_rate", "1"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_every_command_has_help(capsys):
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as end:
+            main([command, "--help"])
+        assert end.value.code == 0
+        assert f"aligngpt {command}" in capsys.readouterr().out
+
+
+def test_help_needs_no_heavy_import():
+    code = "import sys; from aligngpt_trainers.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and all(command in done.stdout for command in COMMANDS)
+    done = subprocess.run([sys.executable, "-m", "aligngpt_trainers"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "usage: aligngpt" in done.stdout
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_broken_picture_is_named_in_one_line(stage1_folder, tmp_path, capsys, workers):
+    (tmp_path / "broken.png").write_bytes(b"not a picture")
+    turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a cat"}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"id": "q7", "image": "broken.png", "conversations": turns}]))
+    words = ["instruct", "--model", str(stage1_folder), "--dataset", str(tmp_path / "rows.json"), "--use_cpu", "true"]
+    words += ["--output_dir", str(tmp_path / "out"), "--dataloader_num_workers", workers]
+    line = failure(capsys, *words)
+    assert line.startswith("error: row ") and "broken.png" in line
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_two_processes_train_as_one(stage1_folder, data, tmp_path):
+    """Same rows, same total batch: the same losses and weights (gloo on the CPU)."""
+    words = [
+        "-m",
+        "aligngpt_trainers",
+        "instruct",
+        "--model",
+        str(stage1_folder),
+        "--dataset",
+        str(data / "conversations"),
+    ]
+    words += [
+        "--use_cpu",
+        "true",
+        "--logging_steps",
+        "1",
+        "--optim",
+        "sgd",
+        "--learning_rate",
+        "0.1",
+        "--max_steps",
+        "3",
+    ]
+    words += ["--save_strategy", "no", "--disable_tqdm", "true", "--gradient_checkpointing", "false"]
+    launchers = {
+        "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+        "one": [],
+    }
+    summaries, models = [], []
+    for name, launcher in launchers.items():
+        batch = ["--per_device_train_batch_size", "4" if launcher else "8", "--output_dir", str(tmp_path / name)]
+        done = subprocess.run([sys.executable, *launcher, *words, *batch], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        summaries.append(json.loads((tmp_path / name / "training_summary.json").read_text()))
+        models.append(AlignGPTForConditionalGeneration.from_pretrained(tmp_path / name).state_dict())
+    assert summaries[0]["batch_size"] == summaries[1]["batch_size"] == 8
+    ours, theirs = (torch.tensor([loss for _, loss in summary["loss_curve"]]) for summary in summaries)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    for name, tensor in models[0].items():
+        torch.testing.assert_close(tensor, models[1][name], rtol=0, atol=1e-4)
