@@ -84,10 +84,21 @@ def placeholder_generation_config(
 
 
 def load_vision_tower(vision_tower: str | os.PathLike, dtype=None):
-    """The vision part of a CLIP/SigLIP dual encoder, or a vision tower as it is; returns the model."""
+    """
+    The vision part of a CLIP/SigLIP dual encoder, or a vision tower as it is; returns the model.
+
+    Raises:
+        ValueError: the checkpoint lacks weights of the tower, which would stay random.
+    """
     config = AutoConfig.from_pretrained(vision_tower)
     vision_config = getattr(config, "vision_config", config)
-    return AutoModel.from_pretrained(vision_tower, config=vision_config, dtype=dtype)
+    tower, report = AutoModel.from_pretrained(vision_tower, config=vision_config, dtype=dtype, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{vision_tower} lacks {len(missing)} weights of a {vision_config.model_type} ({', '.join(missing[:3])}): "
+            "name a vision tower, or a CLIP or SigLIP model."
+        )
+    return tower
 
 
 def assemble(

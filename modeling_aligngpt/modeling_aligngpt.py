@@ -14,13 +14,14 @@ from torch import nn
 from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple, is_torchdynamo_compiling
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdynamo_compiling
 
-from .compat_v4 import PrefillOnlyPicturesMixin
+from .compat_v4 import run_vision_tower
 from .configuration_aligngpt import AUTO_MAP, AlignGPTConfig
+from .generation_aligngpt import AlignGPTGenerationMixin
 
 
 @dataclass
@@ -125,7 +126,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         pixel_values: torch.FloatTensor,
         vision_feature_layer: int | None = None,
         vision_feature_select_strategy: str | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
         Pictures through tower and projector.
@@ -145,7 +146,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         # a frozen tower needs no graph, even where gradient checkpointing makes its embeddings require one
         trains = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            tower_outputs = self.vision_tower(pixel_values, **kwargs)
+            tower_outputs = run_vision_tower(self.vision_tower, pixel_values, **kwargs)
         features_ISV = tower_outputs.hidden_states[layer]
         if strategy == "default":
             features_ISV = features_ISV[:, 1:]
@@ -300,9 +301,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         vectors_BD = (weights_BN @ self.align_embeddings.weight).to(inputs_embeds.dtype)
         has_picture_B1 = (images_per_row_B > 0).unsqueeze(1)
         inputs_embeds = inputs_embeds.masked_scatter(image_BT.unsqueeze(-1), image_features)
-        inputs_embeds = torch.where(
-            (align_BT & has_picture_B1).unsqueeze(-1), vectors_BD.unsqueeze(1), inputs_embeds
-        )
+        inputs_embeds = torch.where((align_BT & has_picture_B1).unsqueeze(-1), vectors_BD.unsqueeze(1), inputs_embeds)
         return inputs_embeds, weights_BN[:, :-1] * has_picture_B1
 
     @can_return_tuple
@@ -317,7 +316,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         align_level: int | torch.LongTensor | None = None,
         prompt_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> AlignGPTModelOutputWithPast:
         """
         Args:
@@ -368,7 +367,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         )
 
 
-class AlignGPTForConditionalGeneration(PrefillOnlyPicturesMixin, AlignGPTPreTrainedModel, GenerationMixin):
+class AlignGPTForConditionalGeneration(AlignGPTGenerationMixin, AlignGPTPreTrainedModel):
     """AlignGPT with a language modelling head: what is trained, published and asked."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -411,7 +410,7 @@ class AlignGPTForConditionalGeneration(PrefillOnlyPicturesMixin, AlignGPTPreTrai
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> AlignGPTCausalLMOutputWithPast:
         """
         As [`AlignGPTModel.forward`], and
@@ -453,44 +452,6 @@ class AlignGPTForConditionalGeneration(PrefillOnlyPicturesMixin, AlignGPTPreTrai
             image_hidden_states=outputs.image_hidden_states,
             align_weights=outputs.align_weights,
         )
-
-    def generate(self, inputs=None, generation_config=None, **kwargs):
-        """
-        As transformers' `generate`; also takes `align_level` (int or `(B,)`). The gate reads the prompt alone: what
-        belongs to it is fixed here, so that generated tokens stay out with and without a cache.
-        """
-        # transformers 5 encodes whatever stands under this name, None too
-        if "pixel_values" in kwargs and kwargs["pixel_values"] is None:
-            kwargs.pop("pixel_values")
-        if kwargs.get("align_level") is not None:
-            # a level per row is repeated with its row for beams and several returns, one for all is not
-            levels = torch.as_tensor(kwargs["align_level"])
-            is_one_level = levels.numel() == 1 and not levels.is_floating_point() and levels.dtype != torch.bool
-            kwargs["align_level"] = int(levels) if is_one_level else levels
-        if kwargs.get("prompt_mask") is None:
-            kwargs["prompt_mask"] = self._prompt_mask(inputs, generation_config, kwargs)
-        return super().generate(inputs, generation_config, **kwargs)
-
-    def _prompt_mask(self, inputs, generation_config, kwargs) -> torch.Tensor | None:
-        """The attention mask of the prompt, inferred from its padding as transformers does when none is given."""
-        if (attention_mask := kwargs.get("attention_mask")) is not None:
-            return attention_mask.bool() if attention_mask.ndim == 2 else None
-        if kwargs.get("inputs_embeds") is not None:
-            prompt = kwargs["inputs_embeds"]
-            return torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
-        prompt = kwargs.get("input_ids") if inputs is None else inputs
-        if prompt is None:
-            return None
-        # as transformers merges them: arguments first, then the config passed, then the model's own
-        configs = [vars(config) for config in (generation_config, self.generation_config) if config is not None]
-        pad_token_id, eos_token_id = (
-            next((source[name] for source in (kwargs, *configs) if source.get(name) is not None), None)
-            for name in ("pad_token_id", "eos_token_id")
-        )
-        eos_token_ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-        if pad_token_id is None or pad_token_id in eos_token_ids or not bool((prompt == pad_token_id).any()):
-            return torch.ones_like(prompt, dtype=torch.bool)
-        return prompt != pad_token_id
 
 
 AlignGPTModel.register_for_auto_class("AutoModel")

@@ -1,16 +1,21 @@
-"""`python -m aligngpt_playground`: write the small world's data, or train its tiny parts."""
+"""`python -m aligngpt_playground`: the quickstart, the small world's data, the training of its tiny parts."""
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
 
+from . import quickstart
 from .sprites import ATTRIBUTION
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m aligngpt_playground", description=__doc__, epilog=ATTRIBUTION)
     commands = parser.add_subparsers(dest="command", required=True)
+    whole = commands.add_parser(
+        "quickstart", help="the whole way on the small world: data, both stages, figures, report"
+    )
+    quickstart.add_arguments(whole)
     make = commands.add_parser("make", help="write pairs and conversations as datasets folders")
     make.add_argument("--output", required=True, help="folder that gets pairs/ and conversations/")
     make.add_argument("--pairs", type=int, default=8000, help="training pairs (default: %(default)s)")
@@ -32,8 +37,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    args = vars(_parser().parse_args(argv))
+    parsed = _parser().parse_args(argv)
+    args = vars(parsed)
     command = args.pop("command")
+    if command == "quickstart":
+        return quickstart.run(parsed)
     try:
         if command == "make":
             from .world import write_world

@@ -299,21 +299,24 @@ def evaluate_questions(model: str | Path, data: str | Path, pictures: str | Path
     answers, weights = saved.answer(images, [question.question for question in questions])
     training = [question for row in splits["train"].remove_columns("images") for question in questions_of(row)]
     table, overall = question_table(answers, questions, training)
-    examples, means = [], []
+    examples, means, shown = [], [], set()
     for kind in (row.name for row in table):
         those = [index for index, question in enumerate(questions) if question.type == kind]
         means.append({"type": kind, "weights": _mean([weights[index] for index in those])})
-        row, question = asked[those[0]]
+        # the first question of its type on a picture that no other type has shown yet
+        at = next((index for index in those if id(asked[index][0]) not in shown), those[0])
+        row, question = asked[at]
+        shown.add(id(row))
         examples.append(
             {
-                "picture": save_picture(row["images"][0], pictures, f"question-{rows.index(row)}"),
+                "picture": save_picture(row["images"][0], pictures, f"question-{kind}"),
                 "shows": exact_caption(Scene.from_json(row["scene"])),
                 "type": kind,
                 "question": question.question,
-                "answer": answers[those[0]],
+                "answer": answers[at],
                 "expected": question.answer,
-                "right": score_answer(answers[those[0]], question.answer),
-                "weights": [round(weight, 4) for weight in weights[those[0]]],
+                "right": score_answer(answers[at], question.answer),
+                "weights": [round(weight, 4) for weight in weights[at]],
             }
         )
     top = max(weight for entry in [*means, *examples] for weight in entry["weights"])

@@ -30,6 +30,7 @@ from .world import parts_path
 
 TARGETS = {"Captions that name the main object": 0.70, "Questions answered right": 0.65}
 NUM_STEPS = 9
+KIND = "aligngpt quickstart"
 HISTOGRAM_BARS = 40
 
 PROGRAM = """\
@@ -57,8 +58,8 @@ class StepError(Exception):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m aligngpt_playground quickstart`."""
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder to write (%(default)s)")
-    parser.add_argument("--pairs", type=int, default=6000, help="picture-caption pairs of stage 1 (%(default)s)")
-    parser.add_argument("--conversations", type=int, default=6000, help="conversations of stage 2 (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=5000, help="picture-caption pairs of stage 1 (%(default)s)")
+    parser.add_argument("--conversations", type=int, default=4000, help="conversations of stage 2 (%(default)s)")
     parser.add_argument("--heldout", type=int, default=256, help="held-out pictures of either kind (%(default)s)")
     parser.add_argument("--parts", type=Path, help="folder with clip/ and llama/ to use instead of the package's own")
     parser.add_argument("--max-steps", type=int, help="stop each stage after so many steps, for a trial")
@@ -97,7 +98,7 @@ def _output_folder(output: Path) -> Iterator[Path]:
     output = Path(os.path.abspath(output))
     if output.exists() and not output.is_dir():
         raise StepError(f"{output} is a file; give a folder with --output")
-    if output.is_dir() and any(output.iterdir()) and not (output / RESULTS_NAME).is_file():
+    if output.is_dir() and any(output.iterdir()) and not _is_quickstart(output):
         raise StepError(f"{output} holds something other than an earlier quickstart; give another folder with --output")
     before = os.getcwd()
     beside = None
@@ -120,6 +121,14 @@ def _output_folder(output: Path) -> Iterator[Path]:
         os.chdir(before)
         if beside is not None:
             shutil.rmtree(beside, ignore_errors=True)
+
+
+def _is_quickstart(folder: Path) -> bool:
+    """Whether an earlier quickstart has written this folder: nothing else may be replaced."""
+    try:
+        return json.loads((folder / RESULTS_NAME).read_text(encoding="utf-8")).get("kind") == KIND
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _remove_leftovers(output: Path) -> None:
@@ -151,6 +160,9 @@ class Steps:
             yield
         except StepError as error:
             raise StepError(f"step {number} of {self.total} ({name}) failed: {error}") from error
+        except ImportError as error:
+            remedy = 'pip install "aligngpt[train,playground]"'
+            raise StepError(f"step {number} of {self.total} ({name}) failed: {error}; {remedy}") from error
         except Exception as error:
             raise StepError(
                 f"step {number} of {self.total} ({name}) failed: {type(error).__name__}: {error}"
@@ -172,7 +184,7 @@ def _run_steps(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """All steps, in `folder`; returns what results.json holds."""
     steps = Steps(NUM_STEPS)
     limit = [] if args.max_steps is None else ["--max_steps", str(args.max_steps)]
-    results: dict[str, Any] = {"machine": f"{os.cpu_count()} CPU cores", "attribution": ATTRIBUTION}
+    results: dict[str, Any] = {"kind": KIND, "machine": f"{os.cpu_count()} CPU cores", "attribution": ATTRIBUTION}
 
     with steps.step("Load the libraries, lay out parts and recipes"):
         _quiet_libraries()
@@ -181,12 +193,12 @@ def _run_steps(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     steps.aligngpt("Score the pairs with CLIP, cut the scores into levels", "score", "--config", "recipes/score.yaml")
     steps.aligngpt("Stage 1: pre-training", "pretrain", "--config", "recipes/pretrain.yaml", *limit)
     with steps.step("Caption held-out pictures with the stage-1 model, at several levels"):
-        results["captions"] = evaluate_captions("stage1", "data/pairs", pictures="pictures")
+        results["captions"] = evaluate_captions("pretrain", "data/pairs", pictures="pictures")
     steps.aligngpt("Stage 2: instruction tuning", "instruct", "--config", "recipes/instruct.yaml", *limit)
     with steps.step("Ask the stage-2 model about held-out pictures"):
-        results |= evaluate_questions("stage2", "data/conversations", pictures="pictures")
+        results |= evaluate_questions("instruct", "data/conversations", pictures="pictures")
     with steps.step("Load the saved folder in a fresh process, as from the Hub"):
-        results["loaded_back"] = _load_back("stage2", results["questions"]["examples"])
+        results["loaded_back"] = _load_back("instruct", results["questions"]["examples"])
     with steps.step("Write the report"):
         results |= _read_runs()
         reached = (results["captions"]["rows"][0]["accuracy"], results["questions"]["overall"]["accuracy"])
@@ -302,8 +314,8 @@ def _read_runs() -> dict[str, Any]:
             }
         )
     summaries = {
-        stage: json.loads(Path(folder, "training_summary.json").read_text(encoding="utf-8"))
-        for stage, folder in (("pretrain", "stage1"), ("instruct", "stage2"))
+        stage: json.loads(Path(stage, "training_summary.json").read_text(encoding="utf-8"))
+        for stage in ("pretrain", "instruct")
     }
     return {
         "levels": {

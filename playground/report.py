@@ -150,11 +150,12 @@ def loss_curve(curve: Sequence[Sequence[float]], name: str):
 
 
 def gate_bars(weights: Sequence[float], top: float):
-    """The gate's weights of the local levels as bars from 0 to `top`, with their common value when all are equal."""
+    """The gate's weights of the local levels as bars from 0 to `top`; a dashed line marks an even mix."""
     height, floor = 84, 66
     step = (_WIDTH - 20) / max(len(weights), 1)
     scale = (floor - 16) / max(top, 1e-9)
-    body = []
+    even = floor - scale / max(len(weights), 1)
+    body = [_line(10, even, _WIDTH - 10, even, "edge")] if weights else []
     for level, weight in enumerate(weights):
         x, tall = 10 + level * step, weight * scale
         body.append(
@@ -162,7 +163,4 @@ def gate_bars(weights: Sequence[float], top: float):
             + _text(x + step / 2, floor - tall - 4, f"{weight:.2f}")
             + _text(x + step / 2, height - 4, str(level))
         )
-    if weights:
-        even = floor - scale / len(weights)
-        body.append(_line(10, even, _WIDTH - 10, even, "edge"))
     return _svg("Gate weights of levels 0 to " + str(len(weights) - 1), body, height)

@@ -3,8 +3,9 @@
 Three terms: CLIP's symmetric contrastive loss (Radford et al. 2021) on scenes with captions of graded detail; captions
 with one false fact as additional negatives (NegCLIP, Yuksekgonul et al. 2023), without which the scorer is blind to
 places; and a region-word term (in the manner of RegionCLIP, Zhong et al. 2022) on the layer that the language model is
-fed from: each patch predicts, through a linear layer thrown away afterwards, the word of what covers it, so that
-patches keep what stands where.
+fed from: the cosine between a patch and learned vectors, thrown away afterwards, tells the word of what covers the patch
+and its quadrant. Cosines, not a free linear layer, because they leave no room in the patch for anything else: a projector
+then learns the way to words in few steps. Without the quadrant, a linear probe finds it at chance (31 %).
 """
 
 import json
@@ -20,13 +21,14 @@ from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from .captions import KINDS, draw_caption
-from .scenes import BACKGROUNDS, IMAGE_SIZE, draw_scene, draw_scenes, render
+from .scenes import BACKGROUNDS, GRID, IMAGE_SIZE, PLACES, draw_scene, draw_scenes, render
 from .sprites import OBJECTS
 
 
 MAX_TEXT_TOKENS = 40
 FEATURE_LAYER = -2
 REGION_WORDS = (*BACKGROUNDS, *OBJECTS)
+PATCH_PLACES = [2 * (row // (GRID // 2)) + column // (GRID // 2) for row in range(GRID) for column in range(GRID)]
 _CAPTION_KINDS = random.Random(0).choices(("exact", "partial", "loose"), weights=(6, 3, 1), k=1000)
 
 
@@ -126,6 +128,20 @@ def normalise(images: torch.Tensor, processor: CLIPImageProcessor) -> torch.Tens
     return (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
+class RegionHead(nn.Module):
+    """Patches [..., hidden] -> logits of their words and of their quadrants: cosines to learned vectors over a temperature."""
+
+    def __init__(self, hidden_size: int, temperature: float = 0.05):
+        super().__init__()
+        self.vectors = nn.Parameter(torch.randn(len(REGION_WORDS) + len(PLACES), hidden_size))
+        self.temperature = temperature
+
+    def forward(self, patches: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        unit = nn.functional.normalize(patches.float(), dim=-1)
+        cosines = unit @ nn.functional.normalize(self.vectors, dim=-1).T
+        return (cosines / self.temperature).split([len(REGION_WORDS), len(PLACES)], dim=-1)
+
+
 def _features(model: CLIPModel, pixel_values: torch.Tensor, tokens: dict[str, torch.Tensor]):
     seen = model.vision_model(pixel_values=pixel_values, output_hidden_states=True)
     read = model.text_model(**tokens)
@@ -142,7 +158,9 @@ def loss_terms(model: CLIPModel, region_head: nn.Module, batch: dict, pixel_valu
     target = torch.arange(len(images))
     contrastive = nn.functional.cross_entropy(logits, target)
     contrastive = (contrastive + nn.functional.cross_entropy(logits[:, : len(images)].T, target)) / 2
-    regions = nn.functional.cross_entropy(region_head(patches).float().flatten(0, 1), batch["regions"].flatten())
+    words, places = region_head(patches.flatten(0, 1))
+    regions = nn.functional.cross_entropy(words, batch["regions"].flatten())
+    regions = regions + nn.functional.cross_entropy(places, torch.tensor(PATCH_PLACES).repeat(len(images)))
     return {"contrastive": contrastive, "regions": regions}
 
 
@@ -214,7 +232,7 @@ def train(
     tokenizer = build_tokenizer(seed=seed)
     model, image_processor = build_model(tokenizer), build_image_processor()
     processor = CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
-    region_head = nn.Linear(model.config.vision_config.hidden_size, len(REGION_WORDS))
+    region_head = RegionHead(model.config.vision_config.hidden_size)
     parameters = [*model.parameters(), *region_head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
     warmup = min(300, steps // 10 + 1)

@@ -99,7 +99,6 @@ def _texts(answers) -> list[str]:
 def main(folder: str, output: Path):
     output.mkdir(parents=True)
     sys.meta_path.insert(0, _NotInstalled())
-    sys.modules.pop("modeling_aligngpt", None)
     auto_classes = {"AutoModel": AutoModel, "AutoModelForImageTextToText": AutoModelForImageTextToText}
     for name in ("AutoModelForVision2Seq", "AutoModelForMultimodalLM"):
         if hasattr(transformers, name):

@@ -37,9 +37,9 @@ def step_by_step(model, ids: list[int], pictures=None, **kwargs) -> list[int]:
     """Greedy search written out: a whole forward pass for each token, the prompt's length given by hand."""
     prompt_mask, start = torch.ones(1, len(ids)), len(ids)
     for _ in range(NEW):
-        logits = model(
-            input_ids=torch.tensor([ids]), pixel_values=pictures, prompt_mask=prompt_mask, **kwargs
-        ).logits[0, -1]
+        logits = model(input_ids=torch.tensor([ids]), pixel_values=pictures, prompt_mask=prompt_mask, **kwargs).logits[
+            0, -1
+        ]
         logits[[EOS, IMAGE, ALIGN]] = -torch.inf
         ids = [*ids, int(logits.argmax())]
     return ids[start:]
@@ -94,6 +94,31 @@ def test_padding_is_found_without_an_attention_mask(where, how):
     else:
         model.generation_config.pad_token_id = PAD
     assert answers(model, inputs, **how).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}, {"num_beams": 2}],
+    ids=["cache", "no cache", "static cache", "beams"],
+)
+def test_prompts_may_be_padded_on_the_right(model, how):
+    expected = answers(model, prompts(MIXED_ROWS, "left"), **how).tolist()
+    inputs = prompts(MIXED_ROWS, "right")
+    assert not inputs["attention_mask"][:, -1].all()
+    kept = {name: value.clone() for name, value in inputs.items()}
+    assert answers(model, inputs, **how).tolist() == expected
+    assert all(torch.equal(value, kept[name]) for name, value in inputs.items())  # the caller's tensors stay
+    positional = model.generate(
+        inputs["input_ids"], attention_mask=inputs["attention_mask"], pixel_values=inputs["pixel_values"],
+        max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, **how,
+    )  # fmt: skip
+    assert positional[:, -NEW:].tolist() == expected
+    unmasked = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    assert answers(model, unmasked, **how).tolist() == expected
+    unmasked["prompt_mask"] = inputs["attention_mask"]
+    assert answers(model, unmasked, **how).tolist() == expected
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    assert answers(model, {**inputs, "inputs_embeds": embeds}, **how).tolist() == expected
 
 
 def test_generation_is_steered_by_level(model):

@@ -174,11 +174,12 @@ def test_gate_passes_over_bos_padding_and_placeholders():
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_batched_rows_are_single_rows(side, mode):
     model = tiny_model(align_mode=mode)
-    batch = make_batch(MIXED_ROWS, side)
+    rows = [*MIXED_ROWS, [BOS, ALIGN, 5, 6]]  # the last has nothing to align
+    batch = make_batch(rows, side)
     start = 0
     with torch.no_grad():
         batched = model(**batch)
-        for index, ids in enumerate(MIXED_ROWS):
+        for index, ids in enumerate(rows):
             stop = start + num_pictures(ids)
             pictures = {"pixel_values": batch["pixel_values"][start:stop]} if stop > start else {}
             single = model(input_ids=torch.tensor([ids]), **pictures)
@@ -277,6 +278,7 @@ def test_softcapping_of_the_language_model():
         ([row(5, 6)], 2),
         ([row(5, 6, pictures=0)], 1),
         ([row(5, 6)[:-3], row(7)], 2),  # the first row was cut inside its picture
+        ([[BOS, ALIGN, *PICTURE, IMAGE, 5]], 1),
         ([[BOS, ALIGN, *PICTURE, IMAGE], [BOS, ALIGN, *PICTURE[1:], 5]], 2),  # right in total, wrong in each row
     ],
 )

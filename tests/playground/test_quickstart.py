@@ -16,6 +16,7 @@ def arguments(*words):
     return parser.parse_args([str(word) for word in words])
 
 
+EARLIER = json.dumps({"kind": quickstart.KIND})
 TINY = ("--pairs", 64, "--conversations", 32, "--heldout", 6, "--max-steps", 2)
 
 
@@ -27,7 +28,7 @@ def run(random_parts, tmp_path_factory):
     """Exit status, output folder and what was printed by a run on parts with random weights, two steps a stage."""
     output = tmp_path_factory.mktemp("runs") / "quickstart"
     output.mkdir()
-    (output / "results.json").write_text("of an earlier run")
+    (output / "results.json").write_text(EARLIER)
     (output / "stale").write_text("of an earlier run")
     before = os.getcwd()
     with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -39,7 +40,13 @@ def run(random_parts, tmp_path_factory):
 def test_the_run_succeeds_and_leaves_everything(run):
     status, output, printed = run
     assert status == 0, printed
-    files = ("report.html", "results.json", "stage1/config.json", "stage2/model.safetensors", "scored/alignment.json")
+    files = (
+        "report.html",
+        "results.json",
+        "pretrain/config.json",
+        "instruct/model.safetensors",
+        "scored/alignment.json",
+    )
     for name in files:
         assert (output / name).is_file(), name
     for name in ("data/pairs", "data/conversations", "parts/clip", "parts/llama", "recipes"):
@@ -69,7 +76,7 @@ def test_every_step_prints_its_command_and_time(run):
 
 def test_the_stages_are_those_of_the_method(run):
     _, output, _ = run
-    pretrain, instruct = (json.loads((output / stage / "config.json").read_text()) for stage in ("stage1", "stage2"))
+    pretrain, instruct = (json.loads((output / name / "config.json").read_text()) for name in ("pretrain", "instruct"))
     assert (pretrain["training_stage"], pretrain["align_mode"]) == ("pretrain", "level")
     assert (instruct["training_stage"], instruct["align_mode"]) == ("instruct", "gate")
     results = json.loads((output / "results.json").read_text())
@@ -108,11 +115,13 @@ def test_numbers_are_checked(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_of_something_else_is_not_touched(tmp_path, capsys):
-    (tmp_path / "thesis.tex").write_text("precious")
+@pytest.mark.parametrize("name", ["thesis.tex", "results.json"])
+@pytest.mark.parametrize("content", ["precious", "[1]", '{"kind": "of another program"}'])
+def test_a_folder_of_something_else_is_not_touched(name, content, tmp_path, capsys):
+    (tmp_path / name).write_text(content)
     assert quickstart.run(arguments("--output", tmp_path)) == 1
     assert "holds something other than an earlier quickstart" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == content
 
 
 def test_a_file_in_the_way_and_an_impossible_folder_are_named(tmp_path, capsys):
@@ -126,10 +135,10 @@ def test_a_file_in_the_way_and_an_impossible_folder_are_named(tmp_path, capsys):
 def test_missing_parts_are_named_and_the_earlier_output_stays(tmp_path, capsys):
     output = tmp_path / "run"
     output.mkdir()
-    (output / "results.json").write_text("{}")
+    (output / "results.json").write_text(EARLIER)
     assert quickstart.run(arguments("--output", output, "--parts", tmp_path)) == 1
     assert "step 1 of 9" in (error := capsys.readouterr().err) and "clip holds no model" in error
-    assert [path.name for path in tmp_path.iterdir()] == ["run"] and (output / "results.json").read_text() == "{}"
+    assert [path.name for path in tmp_path.iterdir()] == ["run"] and (output / "results.json").read_text() == EARLIER
 
 
 def test_a_command_that_fails_ends_the_run_with_its_name(random_parts, tmp_path, capsys):
@@ -144,12 +153,12 @@ def test_a_command_that_fails_ends_the_run_with_its_name(random_parts, tmp_path,
 def test_an_error_while_finishing_keeps_the_earlier_output(tmp_path):
     output = tmp_path / "run"
     output.mkdir()
-    (output / "results.json").write_text("earlier")
+    (output / "results.json").write_text(EARLIER)
     with pytest.raises(RuntimeError, match="in the middle"), quickstart._output_folder(output) as folder:
         (folder / "results.json").write_text("half")
         raise RuntimeError("in the middle")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    assert (output / "results.json").read_text() == "earlier"
+    assert (output / "results.json").read_text() == EARLIER
 
 
 def test_leftovers_of_killed_runs_are_removed_and_running_ones_kept(tmp_path):

@@ -1,0 +1,64 @@
+"""What AlignGPT adds to transformers' `generate`: a fixed prompt for the gate, levels by hand, padding on any side."""
+
+import torch
+from transformers.generation import GenerationMixin
+
+from .compat_v4 import PrefillOnlyPicturesMixin
+
+
+class AlignGPTGenerationMixin(PrefillOnlyPicturesMixin, GenerationMixin):
+    """`GenerationMixin` for a model whose gate reads the prompt."""
+
+    def generate(self, inputs=None, generation_config=None, **kwargs):
+        """
+        As transformers' `generate`; also takes `align_level` (int or `(B,)`), and rows padded on either side. The gate
+        reads the prompt alone: what belongs to it is fixed here, so that generated tokens stay out with and without a
+        cache.
+        """
+        # transformers 5 encodes whatever stands under this name, None too
+        if "pixel_values" in kwargs and kwargs["pixel_values"] is None:
+            kwargs.pop("pixel_values")
+        if kwargs.get("align_level") is not None:
+            # a level per row is repeated with its row for beams and several returns, one for all is not
+            levels = torch.as_tensor(kwargs["align_level"])
+            is_one_level = levels.numel() == 1 and not levels.is_floating_point() and levels.dtype != torch.bool
+            kwargs["align_level"] = int(levels) if is_one_level else levels
+        mask = self._prompt_mask(inputs, generation_config, kwargs)
+        if kwargs.get("prompt_mask") is None:
+            kwargs["prompt_mask"] = mask
+        if mask is not None and kwargs.get("past_key_values") is None and not bool(mask[:, -1].all()):
+            # answers continue at the right end: padding on the right is moved to the left
+            order = mask.int().argsort(dim=1, stable=True)
+            inputs = _reordered(inputs, order)
+            for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "prompt_mask"):
+                if name in kwargs:
+                    kwargs[name] = _reordered(kwargs[name], order)
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def _prompt_mask(self, inputs, generation_config, kwargs) -> torch.Tensor | None:
+        """The attention mask of the prompt, inferred from its padding as transformers does when none is given."""
+        if (attention_mask := kwargs.get("attention_mask")) is not None:
+            return attention_mask.bool() if attention_mask.ndim == 2 else None
+        if kwargs.get("inputs_embeds") is not None:
+            prompt = kwargs["inputs_embeds"]
+            return torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
+        prompt = kwargs.get("input_ids") if inputs is None else inputs
+        if prompt is None:
+            return None
+        # as transformers merges them: arguments first, then the config passed, then the model's own
+        configs = [vars(config) for config in (generation_config, self.generation_config) if config is not None]
+        pad_token_id, eos_token_id = (
+            next((source[name] for source in (kwargs, *configs) if source.get(name) is not None), None)
+            for name in ("pad_token_id", "eos_token_id")
+        )
+        eos_token_ids = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+        if pad_token_id is None or pad_token_id in eos_token_ids or not bool((prompt == pad_token_id).any()):
+            return torch.ones_like(prompt, dtype=torch.bool)
+        return prompt != pad_token_id
+
+
+def _reordered(values: torch.Tensor | None, order: torch.LongTensor) -> torch.Tensor | None:
+    """Positions of `values` `(B, T, ...)` taken in `order` `(B, T)`; what has another shape is left as it is."""
+    if values is None or values.shape[:2] != order.shape:
+        return values
+    return values[torch.arange(len(order), device=order.device).unsqueeze(1), order]
