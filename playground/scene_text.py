@@ -2,15 +2,15 @@
 
 A scene is told in sixteen slots, one for each patch of its picture in reading order, at the very positions where the
 picture's tokens will stand later. A slot holds the word of what covers the patch, and on top of it, as a sum of
-embeddings, the words of its place ("top", "left"): without them a model this small needs very long to learn where a slot
-is. In front, where the alignment vector will stand, a word says how faithful the retelling is. So a projector has only
-to learn the way from a patch to words, and level embeddings have something to align with.
+embeddings, the words of its place ("top", "left"): without them a model this small needs very long to learn where a
+slot is. In front, where the alignment vector will stand, a word says how faithful the retelling is. So a projector has
+only to learn the way from a patch to words, and level embeddings have something to align with.
 """
 
 import random
 
 from .captions import KINDS, draw_caption, exact_caption
-from .questions import Question, all_questions, draw_questions
+from .questions import Question, draw_questions
 from .scenes import GRID, Scene, draw_scene
 from .sprites import OBJECTS, with_article
 
@@ -79,16 +79,6 @@ def knowledge_text(rng: random.Random) -> list[Segment]:
     return [(BOS, GIVEN), *_turns([], [*questions, Question("greeting", "hello", "hello")])]
 
 
-def drill_questions(scene: Scene, n: int, rng: random.Random) -> list[Question]:
-    """Up to `n` questions that are answered only by finding the named object among the cells; such circuits form late."""
-    pool: dict[str, Question] = {}
-    for _ in range(3):
-        made = all_questions(scene, rng)
-        for kind in ("where", "yesno", "relation"):
-            pool |= {question.question: question for question in made.get(kind, [])}
-    return rng.sample(list(pool.values()), min(n, len(pool)))
-
-
 def draw_texts(n: int, rng: random.Random) -> list[list[Segment]]:
     """Draw a batch of training texts about training scenes, of one length class, so that little is lost to padding.
 
@@ -99,7 +89,7 @@ def draw_texts(n: int, rng: random.Random) -> list[list[Segment]]:
     texts = []
     for _ in range(n):
         draw, scene = rng.random(), draw_scene(rng)
-        questions = (drill_questions if rng.random() < 0.4 else draw_questions)(scene, TURNS, rng)
+        questions = draw_questions(scene, TURNS, rng)
         if draw < 0.87:
             texts.append(chat_text(scene, rng, questions))
         else:

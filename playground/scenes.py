@@ -1,8 +1,8 @@
 """Scenes: what stands where on which background, and how that is drawn.
 
 A scene has one to four objects, each in a quadrant of its own: either different ones (up to three) or copies of one
-(two to four). Whether a scene belongs to the training or the held-out split is decided by a hash of its content, so that no
-held-out combination of objects, places and background is ever trained on, whatever the seed.
+(two to four). Whether a scene belongs to the training or the held-out split is decided by a hash of its content, so
+that no held-out combination of objects, places and background is ever trained on, whatever the seed.
 """
 
 import hashlib

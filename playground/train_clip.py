@@ -3,9 +3,9 @@
 Three terms: CLIP's symmetric contrastive loss (Radford et al. 2021) on scenes with captions of graded detail; captions
 with one false fact as additional negatives (NegCLIP, Yuksekgonul et al. 2023), without which the scorer is blind to
 places; and a region-word term (in the manner of RegionCLIP, Zhong et al. 2022) on the layer that the language model is
-fed from: the cosine between a patch and learned vectors, thrown away afterwards, tells the word of what covers the patch
-and its quadrant. Cosines, not a free linear layer, because they leave no room in the patch for anything else: a projector
-then learns the way to words in few steps. Without the quadrant, a linear probe finds it at chance (31 %).
+fed from: the cosine between a patch and learned vectors, thrown away afterwards, tells the word of what covers the
+patch and its quadrant. Cosines, not a free linear layer, because they leave no room in the patch for anything else: a
+projector then learns the way to words in few steps. Without the quadrant, a linear probe finds it at chance (31 %).
 """
 
 import json
@@ -129,7 +129,7 @@ def normalise(images: torch.Tensor, processor: CLIPImageProcessor) -> torch.Tens
 
 
 class RegionHead(nn.Module):
-    """Patches [..., hidden] -> logits of their words and of their quadrants: cosines to learned vectors over a temperature."""
+    """Patches [..., hidden] -> logits of words and of quadrants: cosines to learned vectors over a temperature."""
 
     def __init__(self, hidden_size: int, temperature: float = 0.05):
         super().__init__()
@@ -207,10 +207,10 @@ def save(model: CLIPModel, processor: CLIPProcessor, output: Path) -> None:
 
 def train(
     output: Path,
-    steps: int = 6000,
-    batch_size: int = 256,
-    learning_rate: float = 1e-3,
-    region_weight: float = 1.0,
+    steps: int = 1200,
+    batch_size: int = 128,
+    learning_rate: float = 1.5e-3,
+    region_weight: float = 2.0,
     seed: int = 0,
     save_every: int = 1000,
 ) -> dict[str, float]:

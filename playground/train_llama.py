@@ -90,8 +90,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         hidden_size=160,
         intermediate_size=448,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
+        num_attention_heads=5,
+        num_key_value_heads=5,
         max_position_embeddings=MAX_TOKENS,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -209,7 +209,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
 
 def train(
     output: Path,
-    steps: int = 2200,
+    steps: int = 1600,
     batch_size: int = 32,
     learning_rate: float = 2e-3,
     softness: float = 0.25,
@@ -249,7 +249,7 @@ def train(
         model.train()
         embeds = embed(model, batch)
         prompt = (batch["labels"] == -100).unsqueeze(-1)
-        embeds = torch.where(prompt, soften(embeds, generator, softness * min(1.0, 2 * step / steps)), embeds)
+        embeds = torch.where(prompt, soften(embeds, generator, softness), embeds)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch["labels"][:, 1:].flatten())
