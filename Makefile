@@ -10,7 +10,7 @@ quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/python -m aligngpt_playground quickstart --output runs/quickstart
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

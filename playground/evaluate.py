@@ -286,8 +286,8 @@ def evaluate_questions(model: str | Path, data: str | Path, pictures: str | Path
         pictures: folder that gets the example pictures.
 
     Returns:
-        `questions` (`Accuracy` fields by type and `overall`; `examples`: the first question of each type) and `gate`
-        (mean weights of the local levels, over all questions and by type; `top`: the largest that is listed).
+        `questions` (`Accuracy` fields by type and `overall`; `examples`: the first question of each type; `notes`) and
+        `gate` (mean weights of the local levels, over all questions and by type; `top`: the largest that is listed).
     """
     from datasets import load_from_disk
 
@@ -320,10 +320,20 @@ def evaluate_questions(model: str | Path, data: str | Path, pictures: str | Path
             }
         )
     top = max(weight for entry in [*means, *examples] for weight in entry["weights"])
+    figures = {"rows": [asdict(row) for row in table], "overall": asdict(overall), "examples": examples}
     return {
-        "questions": {"rows": [asdict(row) for row in table], "overall": asdict(overall), "examples": examples},
+        "questions": {**figures, "notes": _notes([row for row, question in asked if question.type == "where"])},
         "gate": {"mean": _mean(weights), "by_type": means, "top": top},
     }
+
+
+def _notes(rows_asked_where: list[dict[str, Any]]) -> list[str]:
+    """What a question type can be got right by without understanding it, where that is more than the majority answer."""
+    if not rows_asked_where:
+        return []
+    lucky = [1 / len(Scene.from_json(row["scene"]).objects) for row in rows_asked_where]
+    share = sum(lucky) / len(lucky)
+    return [f"where: naming the place of any object in the picture, whichever was asked for, gets {share:.3f} right."]
 
 
 def questions_of(row: dict[str, Any]) -> list[Question]:

@@ -58,8 +58,8 @@ class StepError(Exception):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m aligngpt_playground quickstart`."""
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder to write (%(default)s)")
-    parser.add_argument("--pairs", type=int, default=5000, help="picture-caption pairs of stage 1 (%(default)s)")
-    parser.add_argument("--conversations", type=int, default=4000, help="conversations of stage 2 (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=4400, help="picture-caption pairs of stage 1 (%(default)s)")
+    parser.add_argument("--conversations", type=int, default=3600, help="conversations of stage 2 (%(default)s)")
     parser.add_argument("--heldout", type=int, default=256, help="held-out pictures of either kind (%(default)s)")
     parser.add_argument("--parts", type=Path, help="folder with clip/ and llama/ to use instead of the package's own")
     parser.add_argument("--max-steps", type=int, help="stop each stage after so many steps, for a trial")
@@ -71,6 +71,8 @@ def run(args: argparse.Namespace) -> int:
     # everything is local: nothing may wait for a network that is not there
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # GNU OpenMP threads that wait keep their core busy: with another program on it, training takes three times as long
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         for name in ("pairs", "conversations", "heldout", "max_steps"):
             if (value := getattr(args, name)) is not None and value < 1:
@@ -343,7 +345,7 @@ def describe(results: dict[str, Any]) -> str:
     rows = [Accuracy(**row) for row in (*questions["rows"], questions["overall"])]
     parts = [
         format_table("Captions after stage 1", [Accuracy(**row) for row in captions["rows"]]),
-        format_table("Questions after stage 2", rows),
+        "\n".join([format_table("Questions after stage 2", rows), *(f"  {note}" for note in questions["notes"])]),
         f"The same {captions['number']} pictures at level {lowest['level']}: "
         + ", ".join(f"{row['name']} {row['accuracy']:.3f}" for row in lowest["rows"]),
     ]

@@ -1,6 +1,7 @@
 import random
 
 import pytest
+from datasets import load_from_disk
 
 from aligngpt_playground import Scene, draw_caption, draw_questions, draw_scenes, exact_caption, render, write_world
 from aligngpt_playground.evaluate import (
@@ -188,6 +189,9 @@ def test_folders_are_evaluated_from_end_to_end(untrained_folder, tmp_path):
     right = sum(row["accuracy"] * row["number"] for row in rows)
     assert overall["accuracy"] * overall["number"] == pytest.approx(right)
     assert [example["type"] for example in found["questions"]["examples"]] == [row["name"] for row in rows]
+    asked = [row for row in load_from_disk(str(tmp_path / "conversations"))["heldout"] if "where" in row["types"]]
+    chances = [1 / len(Scene.from_json(row["scene"]).objects) for row in asked]
+    assert f"gets {sum(chances) / len(chances):.3f} right" in found["questions"]["notes"][0]
     assert sum(found["gate"]["mean"]) == pytest.approx(1, abs=1e-3)
     assert found["gate"]["top"] >= max(max(row["weights"]) for row in found["gate"]["by_type"])
     assert len(list((tmp_path / "pictures").glob("*.png"))) >= 3

@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from aligngpt_playground import quickstart
+from aligngpt_playground.__main__ import main
 
 
 def arguments(*words):
@@ -110,7 +111,7 @@ def test_nothing_in_the_output_names_a_folder_that_is_gone(run):
 
 
 def test_numbers_are_checked(tmp_path, capsys):
-    assert quickstart.run(arguments("--output", tmp_path / "run", "--pairs", 0)) == 1
+    assert main(["quickstart", "--output", str(tmp_path / "run"), "--pairs", "0"]) == 1
     assert capsys.readouterr().err == "error: --pairs is 0; it must be at least 1\n"
     assert not (tmp_path / "run").exists()
 
