@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class Accuracy:
         accuracy: share that is right.
         majority: share that the most frequent training answer gets right.
         majority_answer: that answer; None where it differs between the rows that are summed up.
-        at_chance: whether `accuracy` is not above `majority` by more than two standard errors.
+        at_chance: whether `accuracy` is not above `majority`, or a better guess, by more than two standard errors.
     """
 
     name: str
@@ -51,8 +51,13 @@ def accuracy_of(name: str, hits: Sequence[bool], majority_hits: Sequence[bool], 
             f"{name}: {number} results and {len(majority_hits)} of the majority answer; there must be as many"
         )
     accuracy, majority = sum(hits) / number, sum(majority_hits) / number
-    spread = (accuracy * (1 - accuracy) + majority * (1 - majority)) / number
-    return Accuracy(name, number, accuracy, majority, answer, accuracy - majority <= 2 * spread**0.5)
+    return Accuracy(name, number, accuracy, majority, answer, _within_noise(accuracy, majority, number))
+
+
+def _within_noise(accuracy: float, baseline: float, number: int) -> bool:
+    """Whether `accuracy` is not above `baseline` by more than two standard errors."""
+    spread = (accuracy * (1 - accuracy) + baseline * (1 - baseline)) / number
+    return accuracy - baseline <= 2 * spread**0.5
 
 
 # ---- captions ----
@@ -299,6 +304,15 @@ def evaluate_questions(model: str | Path, data: str | Path, pictures: str | Path
     answers, weights = saved.answer(images, [question.question for question in questions])
     training = [question for row in splits["train"].remove_columns("images") for question in questions_of(row)]
     table, overall = question_table(answers, questions, training)
+    notes, lucky = [], [_lucky_place(row) for row, question in asked if question.type == "where"]
+    if lucky:
+        # more than the majority answer gets, and no sign that the question was understood
+        share = sum(lucky) / len(lucky)
+        notes = [f"where: naming the place of just any object in the picture gets {share:.3f} right."]
+        table = [
+            replace(row, at_chance=_within_noise(row.accuracy, share, row.number)) if row.name == "where" else row
+            for row in table
+        ]
     examples, means, shown = [], [], set()
     for kind in (row.name for row in table):
         those = [index for index, question in enumerate(questions) if question.type == kind]
@@ -320,20 +334,16 @@ def evaluate_questions(model: str | Path, data: str | Path, pictures: str | Path
             }
         )
     top = max(weight for entry in [*means, *examples] for weight in entry["weights"])
-    figures = {"rows": [asdict(row) for row in table], "overall": asdict(overall), "examples": examples}
+    listed = [asdict(row) for row in table]
     return {
-        "questions": {**figures, "notes": _notes([row for row, question in asked if question.type == "where"])},
+        "questions": {"rows": listed, "overall": asdict(overall), "examples": examples, "notes": notes},
         "gate": {"mean": _mean(weights), "by_type": means, "top": top},
     }
 
 
-def _notes(rows_asked_where: list[dict[str, Any]]) -> list[str]:
-    """What a question type can be got right by without understanding it, where that is more than the majority answer."""
-    if not rows_asked_where:
-        return []
-    lucky = [1 / len(Scene.from_json(row["scene"]).objects) for row in rows_asked_where]
-    share = sum(lucky) / len(lucky)
-    return [f"where: naming the place of any object in the picture, whichever was asked for, gets {share:.3f} right."]
+def _lucky_place(row: dict[str, Any]) -> float:
+    """How often naming the place of just any object answers "where is the cat?"."""
+    return 1 / len(Scene.from_json(row["scene"]).objects)
 
 
 def questions_of(row: dict[str, Any]) -> list[Question]:

@@ -137,6 +137,7 @@ def run(args: argparse.Namespace):
     if torch.cuda.is_available():
         model.to("cuda")
     processor = AlignGPTProcessor.from_pretrained(args.model)
+    processor.validate_with(model.config)
     chat = Chat(model, processor, args.align_level, args.max_new_tokens, args.temperature)
     for path in args.image:
         chat.add_picture(path)

@@ -144,6 +144,7 @@ class StageTrainer(SFTTrainer):
             args.model_init_kwargs = None
         if processing_class is None:
             raise ValueError("processing_class is missing: pass the AlignGPTProcessor that belongs to the model.")
+        processing_class.validate_with(model.config)
         self.configure_stage(model, args)
         model.config.training_stage = self.stage
         processing_class.image_processor.do_pad = args.image_aspect_ratio == "pad"

@@ -172,6 +172,13 @@ def test_the_projector_can_have_its_own_learning_rate(stage1_folder, conversatio
     assert decay == {0.1, 0.0}
 
 
+def test_a_processor_of_another_tower_is_refused(assembled, conversations, tmp_path):
+    model, processor = assembled
+    processor.image_processor.crop_size = {"height": 64, "width": 64}
+    with pytest.raises(ValueError, match=r"gives pictures of 64x64, the vision tower takes .*: set size and crop_size"):
+        trainer_for(model, tmp_path, conversations, processor)
+
+
 def test_stage_1_comes_first(assembled, conversations, tmp_path):
     model, processor = assembled
     with pytest.raises(ValueError, match=r"has not been through stage 1.*aligngpt pretrain.*allow_unaligned"):
