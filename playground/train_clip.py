@@ -9,7 +9,6 @@ projector then learns the way to words in few steps. Without the quadrant, a lin
 """
 
 import json
-import math
 import random
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from .captions import KINDS, draw_caption
 from .scenes import BACKGROUNDS, GRID, IMAGE_SIZE, PLACES, draw_scene, draw_scenes, render
 from .sprites import OBJECTS
+from .train_parts import build_optimizer, replace_folder
 
 
 MAX_TEXT_TOKENS = 40
@@ -197,8 +197,6 @@ def evaluate(model: CLIPModel, processor: CLIPProcessor, n: int = 512, seed: int
 
 def save(model: CLIPModel, processor: CLIPProcessor, output: Path) -> None:
     """Write model (float16 safetensors) and processor to a folder; written beside, then renamed."""
-    from .train_parts import replace_folder
-
     with replace_folder(output) as folder:
         state = {key: value.half() for key, value in model.state_dict().items() if value.is_floating_point()}
         model.save_pretrained(folder, state_dict={**model.state_dict(), **state})
@@ -234,12 +232,7 @@ def train(
     processor = CLIPProcessor(image_processor=image_processor, tokenizer=tokenizer)
     region_head = RegionHead(model.config.vision_config.hidden_size)
     parameters = [*model.parameters(), *region_head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-    warmup = min(300, steps // 10 + 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps)) + 1e-3),
-    )
+    optimizer, schedule = build_optimizer(parameters, learning_rate, steps, longest_warmup=300)
     data = SceneBatches(tokenizer, steps, batch_size, seed)
     loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=1, prefetch_factor=4)
     started, figures = time.time(), {}

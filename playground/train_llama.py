@@ -1,6 +1,5 @@
 """Train the tiny Llama of `parts/llama` on text alone (see `scene_text`)."""
 
-import math
 import random
 import string
 import time
@@ -30,6 +29,7 @@ from .scene_text import (
 )
 from .scenes import BACKGROUNDS, draw_scenes
 from .sprites import CATEGORIES, OBJECTS, plural
+from .train_parts import build_optimizer, replace_folder
 
 
 MAX_TOKENS = 512
@@ -200,8 +200,6 @@ def evaluate(
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
     """Write model (float16 safetensors) and tokenizer to a folder; written beside, then renamed."""
-    from .train_parts import replace_folder
-
     with replace_folder(output) as folder:
         model.save_pretrained(folder, state_dict={key: value.half() for key, value in model.state_dict().items()})
         tokenizer.save_pretrained(folder)
@@ -234,12 +232,7 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
-    warmup = min(200, steps // 10 + 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * min(step, steps) / steps)) + 1e-3),
-    )
+    optimizer, schedule = build_optimizer(list(model.parameters()), learning_rate, steps, longest_warmup=200)
     loader = torch.utils.data.DataLoader(
         TextBatches(tokenizer, steps, batch_size, seed), batch_size=None, num_workers=1, prefetch_factor=4
     )
