@@ -1,0 +1,152 @@
+"""Pictures of the alignment: bars of what each level contributes, and a heat map of patches over the picture."""
+
+import base64
+import io
+from html import escape
+
+from answers import Alignment
+from pictures import Box
+from PIL import Image
+
+
+MAP_SIDE = 640
+"""Longest side, in pixels, of the picture under the heat map."""
+LARGEST_TABLE = 12
+"""Grids up to this many rows are also given as a table of numbers."""
+
+# dark violet to yellow in equal steps of lightness, told apart without colour vision too
+_COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+
+NO_QUESTION = '<p class="hint">Ask a question: here stands what each alignment level contributes to its answer.</p>'
+NO_MAP = '<p class="hint">Ask a question: here stands how each part of the picture meets it.</p>'
+
+
+def bars_html(lanes: list[tuple[str, Alignment]]) -> str:
+    """
+    One table of bars for each answer, read out as a table by screen readers.
+
+    Args:
+        lanes: what decided the levels ("Gate", "Level 3"), and the alignment.
+    """
+    return '<div class="lanes">' + "".join(_bars(title, alignment) for title, alignment in lanes) + "</div>"
+
+
+def _bars(title: str, alignment: Alignment) -> str:
+    top = len(alignment.shares) - 1
+    gates = _is_mix(alignment)
+    rows = []
+    for level, share in enumerate(alignment.shares):
+        is_top = level == top
+        bar = f'<span class="bar{" top" if is_top else ""}" style="width:{min(max(share, 0), 1):.1%}"></span>'
+        if not gates and not is_top:
+            bar += f'<span class="ghost" style="width:{alignment.gate[level]:.1%}"></span>'
+        name = f"{level}" + (" (loosest)" if level == 0 else " (closest)" if is_top else "")
+        rows.append(
+            f'<tr class="{"some" if share >= 0.005 else "none"}">'
+            f'<th scope="row"><span class="sr">Level </span>{name}</th>'
+            f'<td class="track" aria-hidden="true">{bar}</td><td class="share">{share:.0%}</td></tr>'
+        )
+    return (
+        f'<div class="lane"><table class="levels"><caption>{escape(title)}</caption>'
+        '<thead class="sr"><tr><th scope="col">Level</th><th scope="col">Bar</th><th scope="col">Share</th></tr>'
+        "</thead>"
+        f"<tbody>{''.join(rows)}</tbody></table>{_note(alignment, gates)}</div>"
+    )
+
+
+def _is_mix(alignment: Alignment) -> bool:
+    return all(abs(share - weight) < 1e-3 for share, weight in zip(alignment.shares, alignment.gate, strict=False))
+
+
+def _note(alignment: Alignment, gates: bool) -> str:
+    top = len(alignment.shares) - 1
+    if gates:
+        text = f"The gate mixes levels 0 to {top - 1}" + (
+            f"; level {top} is always added whole." if alignment.shares[top] else "."
+        )
+    else:
+        best = max(range(top), key=alignment.gate.__getitem__)
+        text = f"Thin bars: what the gate would have mixed, most of level {best} ({alignment.gate[best]:.0%})."
+    return f'<p class="hint">{text}</p>'
+
+
+def map_html(picture: Image.Image, dots: list[list[float]], box: Box) -> str:
+    """
+    The picture with each patch coloured by its dot product with the prompt, as inline SVG.
+
+    Args:
+        picture: as it was uploaded, upright.
+        dots: rows of patches.
+        box: where the patches lie on the picture; what is outside the picture is not drawn.
+    """
+    if not dots:
+        return '<p class="hint">This model\'s vision tower has no grid of patches to draw.</p>'
+    width, height = picture.size
+    patches = _visible(dots, box, width, height)
+    low, high = (pick(value for value, _ in patches.values()) for pick in (min, max))
+    cells = "".join(
+        f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" fill="{_colour(value, low, high)}">'
+        f"<title>{value:.2f}</title></rect>"
+        for value, (x, y, w, h) in patches.values()
+    )
+    description = _description(dots, patches)
+    return (
+        f'<figure class="map"><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(description)}">'
+        f'<image href="{_data_url(picture)}" width="{width}" height="{height}" preserveAspectRatio="none"/>'
+        f'<g class="patches">{cells}</g></svg>'
+        f'<figcaption><span>{low:.2f}</span><span class="scale" aria-hidden="true"></span><span>{high:.2f}</span>'
+        f'<span class="what">dot product of each patch with the prompt</span></figcaption>{_numbers(dots)}</figure>'
+    )
+
+
+Patches = dict[tuple[int, int], tuple[float, tuple[float, float, float, float]]]
+
+
+def _visible(dots: list[list[float]], box: Box, width: int, height: int) -> Patches:
+    """Row and column of each patch that shows some of the picture -> its value, and where (x, y, width, height)."""
+    across, down = box.width / len(dots[0]), box.height / len(dots)
+    patches = {}
+    for row, values in enumerate(dots):
+        top, bottom = max(box.top + row * down, 0), min(box.top + (row + 1) * down, height)
+        for column, value in enumerate(values):
+            left, right = max(box.left + column * across, 0), min(box.left + (column + 1) * across, width)
+            # less than a thousandth of a patch is rounding
+            if right - left > across / 1000 and bottom - top > down / 1000:
+                patches[row, column] = value, (left, top, right - left, bottom - top)
+    return patches
+
+
+def _colour(value: float, low: float, high: float) -> str:
+    position = (value - low) / max(high - low, 1e-9) * (len(_COLOURS) - 1)
+    index = min(int(position), len(_COLOURS) - 2)
+    share = position - index
+    mixed = (round(a + (b - a) * share) for a, b in zip(_COLOURS[index], _COLOURS[index + 1], strict=True))
+    return f"rgb({','.join(map(str, mixed))})"
+
+
+def _description(dots: list[list[float]], patches: Patches) -> str:
+    most, least = (pick(patches, key=lambda place: patches[place][0]) for pick in (max, min))
+
+    def say(place: tuple[int, int]) -> str:
+        return f"row {place[0] + 1}, column {place[1] + 1} ({patches[place][0]:.2f})"
+
+    return (
+        f"Heat map of {len(dots)} by {len(dots[0])} patches over the picture. "
+        f"The prompt is met most in {say(most)} and least in {say(least)}."
+    )
+
+
+def _numbers(dots: list[list[float]]) -> str:
+    if len(dots) > LARGEST_TABLE:
+        return ""
+    rows = "".join("<tr>" + "".join(f"<td>{value:.2f}</td>" for value in values) + "</tr>" for values in dots)
+    return f'<details><summary>The values as a table</summary><table class="values">{rows}</table></details>'
+
+
+def _data_url(picture: Image.Image) -> str:
+    # without its colours, so that those of the map can be read
+    small = picture.convert("L")
+    small.thumbnail((MAP_SIDE, MAP_SIDE))
+    stream = io.BytesIO()
+    small.save(stream, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()

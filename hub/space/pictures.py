@@ -1,0 +1,95 @@
+"""Uploaded pictures: what is accepted, and where on a picture the model's patches lie."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+
+MAX_FILE_BYTES = 10 * 2**20
+MAX_PIXELS = 50_000_000
+
+# Pillow's own guard as well: it holds for whatever else opens a picture in this process
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+
+
+class PictureError(ValueError):
+    """A picture that cannot be used; the message says why, for the person who chose it."""
+
+
+def read_picture(path: str | Path | None) -> Image.Image:
+    """
+    A picture file, upright and in RGB.
+
+    Raises:
+        PictureError: there is none, it is too large, or it cannot be read.
+    """
+    if path is None:
+        raise PictureError("There is no picture yet: choose one, paste one, or take an example.")
+    size = Path(path).stat().st_size
+    if size > MAX_FILE_BYTES:
+        raise PictureError(f"The file has {size / 2**20:.1f} MB, at most {MAX_FILE_BYTES // 2**20} MB are accepted.")
+    try:
+        with warnings.catch_warnings():
+            # between one and two times the limit Pillow only warns: refused below, with figures
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            picture = Image.open(path)
+        _check_pixels(picture.size)
+        return ImageOps.exif_transpose(picture).convert("RGB")
+    except PictureError:
+        raise
+    except Image.DecompressionBombError:
+        raise PictureError(f"The picture has more than twice the {MAX_PIXELS:,} pixels that are accepted.") from None
+    except Image.UnidentifiedImageError:
+        raise PictureError("The file is not a picture in a known format (PNG, JPEG, WebP, GIF, BMP ...).") from None
+    # Pillow's plugins raise many kinds of errors on damaged files
+    except Exception as error:
+        raise PictureError(f"The picture is damaged and cannot be read: {_without_path(error)}.") from error
+
+
+def _check_pixels(size: tuple[int, int]):
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise PictureError(f"The picture has {width} x {height} pixels, at most {MAX_PIXELS:,} are accepted.")
+
+
+def _without_path(error: Exception) -> str:
+    """What an error says, without the name that the file has on this server."""
+    text = str(error).partition(" '/")[0].strip().rstrip(".") or type(error).__name__
+    return text[:200]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle on a picture, in its pixels; it may reach beyond the edges (padding)."""
+
+    left: float
+    top: float
+    width: float
+    height: float
+
+
+def seen_box(size: tuple[int, int], image_processor) -> Box:
+    """
+    The part of a picture of `size` (width, height) that an image processor hands to the model: padded to a square,
+    resized and cropped at the centre, each if the processor does so.
+    """
+    width, height = size
+    left = top = 0.0
+    if getattr(image_processor, "do_pad", False):
+        side = max(width, height)
+        left, top = -float((side - width) // 2), -float((side - height) // 2)
+        width = height = side
+    if not getattr(image_processor, "do_center_crop", False):
+        return Box(left, top, width, height)
+    crop = dict(image_processor.crop_size)
+    target = dict(image_processor.size or {}) if getattr(image_processor, "do_resize", True) else {}
+    if "shortest_edge" in target:
+        scale_x = scale_y = target["shortest_edge"] / min(width, height)
+    elif "height" in target:
+        scale_x, scale_y = target["width"] / width, target["height"] / height
+    else:
+        scale_x = scale_y = 1.0
+    seen_width, seen_height = crop["width"] / scale_x, crop["height"] / scale_y
+    return Box(left + (width - seen_width) / 2, top + (height - seen_height) / 2, seen_width, seen_height)
