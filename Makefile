@@ -4,17 +4,23 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint clean browser
 
 quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/python -m aligngpt_playground quickstart --output runs/quickstart
 
-test: $(VENV)/.installed-dev
+test: $(VENV)/.installed-dev browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The demo is tested in a real browser: the system's, or Debian's where packages may be installed (a container, CI)
+browser:
+	@command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+		apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium chromium-driver >/dev/null; } || \
+		echo "no chromium and chromedriver here: the tests of the demo in a browser are skipped"
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +35,8 @@ $(VENV)/.installed-quickstart: pyproject.toml constraints.txt $(VENV)/bin/python
 $(VENV)/.installed-dev: pyproject.toml constraints.txt $(VENV)/bin/python
 	$(BIN)/python -m pip install --progress-bar off -c constraints.txt torch
 	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e ".[dev]"
+	# without its requirements, which would replace torch: extra `eval` names those it imports
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt --no-deps lmms-eval
 	touch $@
 
 clean:

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from aligngpt_trainers.cli import COMMANDS, main
+
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {
@@ -90,7 +92,7 @@ def test_constraints_hold_what_pyproject_allows():
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.lower().replace("_", "-").split("==") for line in lines if line and not line.startswith("#"))
     wanted = [*project["dependencies"]]
-    wanted += [line for extra in ("train", "playground", "dev") for line in project["optional-dependencies"][extra]]
+    wanted += [line for extra in project["optional-dependencies"] for line in project["optional-dependencies"][extra]]
     for line in wanted:
         requirement = Requirement(line)
         if requirement.name == "aligngpt":
@@ -103,6 +105,14 @@ def test_constraints_hold_what_pyproject_allows():
 def test_the_command_is_installed():
     (command,) = [entry for entry in entry_points(group="console_scripts") if entry.name == "aligngpt"]
     assert command.load()(["--version"]) == 0
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_its_help(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"usage: aligngpt {command}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["make quickstart", "make test"])

@@ -2,18 +2,31 @@
 
 import argparse
 import difflib
+import importlib
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 
+# Command -> (what does it, what it does). `module:function` takes the words behind the command; a bare `module` has
+# `add_arguments(parser)` and `run(args)`.
 COMMANDS = {
-    "score": "score image-text pairs with CLIP and cut the scores into alignment levels",
-    "pretrain": "stage 1: train projector and alignment levels on scored pairs",
-    "instruct": "stage 2: train language model, projector and gate on conversations",
-    "chat": "talk with a model about pictures in the terminal",
-    "convert": "convert the authors' checkpoints to this format, and back",
+    "init": ("aligngpt_trainers.init:init_command", "assemble a fresh model from a language model and a vision tower"),
+    "score": ("aligngpt_trainers.train:score_command", "score image-text pairs with CLIP, cut scores into levels"),
+    "check": ("aligngpt_trainers.check:check_command", "try a stage's data, tokens and memory without training"),
+    "pretrain": ("aligngpt_trainers.train:pretrain_command", "stage 1: train projector and alignment levels"),
+    "instruct": ("aligngpt_trainers.train:instruct_command", "stage 2: train language model, projector and gate"),
+    "merge": ("aligngpt_trainers.lora:merge_command", "merge a LoRA adapter into a model of its own"),
+    "chat": ("aligngpt_trainers.chat", "talk with a model about pictures in the terminal"),
+    "convert": ("aligngpt_hub.convert", "convert the authors' checkpoints to this format, and back"),
+    "publish": ("aligngpt_hub.publish", "publish a trained model to the Hub, with code and card"),
+    "publish-data": ("aligngpt_hub.publish_data", "publish a scored data set to the Hub, with its card"),
+    "space": ("aligngpt_hub.space_command", "make a Gradio Space for a model"),
+    "demo": ("aligngpt_hub.demo", "start the Gradio demo here"),
+    "serve": ("aligngpt_hub.serve", "serve a model by an OpenAI-compatible interface"),
+    "evaluate": ("aligngpt_hub.evaluate_command", "run the paper's benchmarks by lmms-eval"),
+    "levels": ("aligngpt_hub.levels", "report what the alignment levels do in a model"),
 }
 
 USAGE = """\
@@ -29,7 +42,8 @@ options:
   --version   the version
   --debug     show the traceback of an error (or set ALIGNGPT_DEBUG=1)
 
-Several processes: `accelerate launch -m aligngpt_trainers COMMAND ...`."""
+Several processes: `aligngpt COMMAND ... --accelerate_config FILE|ddp|fsdp2|zero2|zero3 [--num_processes N]`, or
+`accelerate launch -m aligngpt_trainers COMMAND ...`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         debug = True
         words.pop(0)
     if not words or words[0] in ("-h", "--help"):
-        lines = "\n".join(f"  {name:<10}{text}" for name, text in COMMANDS.items())
+        lines = "\n".join(f"  {name:<14}{text}" for name, (_, text) in COMMANDS.items())
         print(USAGE.format(commands=lines))
         return 0
     if words[0] == "--version":
@@ -76,23 +90,19 @@ def _message(error: Exception) -> str:
 
 
 def _run(command: str, words: list[str]) -> int:
-    if command in ("pretrain", "instruct"):
-        from . import train
+    if any(word.partition("=")[0] in ("--accelerate_config", "--accelerate-config") for word in words):
+        from .launch import launch_words
 
-        {"pretrain": train.pretrain_command, "instruct": train.instruct_command}[command](words)
-    elif command == "score":
-        from . import train
-
-        train.score_command(words)
-    else:
-        parser = _Parser(prog=f"aligngpt {command}", description=COMMANDS[command])
-        if command == "chat":
-            from . import chat as module
-        else:
-            from aligngpt_hub import convert as module
-        module.add_arguments(parser)
-        return module.run(parser.parse_args(words)) or 0
-    return 0
+        return launch_words(command, words)
+    target, description = COMMANDS[command]
+    name, _, function = target.partition(":")
+    module = importlib.import_module(name)
+    if function:
+        result = getattr(module, function)(words)
+        return result if isinstance(result, int) else 0
+    parser = _Parser(prog=f"aligngpt {command}", description=description)
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(words)) or 0
 
 
 class _Parser(argparse.ArgumentParser):
