@@ -24,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 LEFT_OUT = (
     "checkpoint-*/*", "unfinished/*", "runs/*", "logs/*", "wandb/*", "trackio/*", "samples/*", ".cache/*", ".git/*",
     "__pycache__/*", "*.pyc", ".DS_Store", "*.log", "*.lock", "events.out.tfevents*", "trainer_state.json",
+    # rows of the evaluation data with the answers given while training; answers and judgements of `aligngpt evaluate`
+    "generations.jsonl", "evaluation/*",
     "trainer_log.jsonl", "training_args.bin", "optimizer*", "scheduler*", "scaler*", "rng_state*", "global_step*/*",
     "pytorch_model_fsdp*/*", "latest", "zero_to_fp32.py", "profile/*",
 )  # fmt: skip

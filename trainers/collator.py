@@ -21,7 +21,7 @@ from .images import load_image
 STAGES = ("pretrain", "instruct")
 ON_OVERLONG = ("error", "drop", "truncate")
 IGNORE_INDEX = -100
-# Column that the trainers add where rows have no `id`: the position in the data set, for error messages.
+# Column that the trainers add: the position in the data set, for error messages.
 ROW_INDEX_COLUMN = "row_index"
 # What `encode` makes of a row; the trainers keep it beside the rows.
 TOKENS_COLUMN, SUPERVISED_COLUMN = "token_ids", "supervised"
@@ -46,6 +46,8 @@ class AlignGPTDataCollator(DataCollatorMixin):
         gate_context (`str`): the model's; with `"sequence"` the gate reads answers too and no `prompt_mask` is made.
         chat_template (`str`, *optional*): default: "plain" for `"pretrain"`, the processor's own for `"instruct"`.
         pad_to_multiple_of (`int`, *optional*): round batch lengths up to a multiple of it.
+        emit_row_index (`bool`): give `row_index` of shape `(batch,)`, for rows that have one, so that a trainer can say
+            which rows a batch was made of; it must take it out before the model sees the batch.
 
     Returns, when called with a list of rows:
         `input_ids`, `attention_mask`, `labels` (-100: not supervised), `prompt_mask` (bool, the unsupervised
@@ -65,6 +67,7 @@ class AlignGPTDataCollator(DataCollatorMixin):
     gate_context: str = "prompt"
     chat_template: str | None = None
     pad_to_multiple_of: int | None = None
+    emit_row_index: bool = False
     return_tensors: str = "pt"
 
     def __post_init__(self):
@@ -106,6 +109,8 @@ class AlignGPTDataCollator(DataCollatorMixin):
             batch["pixel_values"] = self.processor.image_processor(flat, return_tensors="pt")["pixel_values"]
         if levels is not None:
             batch["align_level"] = torch.tensor(levels)
+        if self.emit_row_index and all(row.get(ROW_INDEX_COLUMN) is not None for row in rows):
+            batch[ROW_INDEX_COLUMN] = torch.tensor([row[ROW_INDEX_COLUMN] for row in rows])
         return batch
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, np.ndarray]]:

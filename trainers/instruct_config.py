@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from .stage import StageConfig
+from .sampling import GROUPINGS
+from .stage_config import StageConfig
 
 
 INSTRUCT_ALIGN_MODES = ("gate", "local", "global", "mean", "fixed", "random")
@@ -12,7 +13,8 @@ INSTRUCT_ALIGN_MODES = ("gate", "local", "global", "mean", "fixed", "random")
 class AlignGPTInstructConfig(StageConfig):
     """
     Settings of [`AlignGPTInstructTrainer`]: those of [`StageConfig`] and TRL's [`SFTConfig`], with the paper's values
-    for stage 2 as defaults (learning rate 2e-5; 16 rows on each of 8 GPUs; pictures padded to a square).
+    for stage 2 as defaults (learning rate 2e-5; 16 rows on each of 8 GPUs; pictures padded to a square; batches of one
+    modality and similar length).
 
     Args:
         align_mode (`str`): what the alignment vector is. `"gate"` is the method (mix of the local levels plus the top
@@ -21,7 +23,6 @@ class AlignGPTInstructConfig(StageConfig):
         default_align_level (`int`, *optional*): 0-based level of `"fixed"`; the top one when `None`.
         gate_context (`str`): `"prompt"`: the gate reads what it will read at inference; `"sequence"`: answers too, as
             in the authors' code.
-        projector_learning_rate (`float`, *optional*): the projector's own peak learning rate.
         allow_unaligned (`bool`): train a model that has not been through stage 1.
 
     Raises:
@@ -44,8 +45,9 @@ class AlignGPTInstructConfig(StageConfig):
             "choices": ("prompt", "sequence"),
         },
     )
-    projector_learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate of the projector, where it is to differ."}
+    group_by: str = field(
+        default="modality_length",
+        metadata={"help": "Rows of a batch: `none` (random), `length` or `modality_length`.", "choices": GROUPINGS},
     )
     allow_unaligned: bool = field(
         default=False, metadata={"help": "Train a model that has not been through stage 1 (`aligngpt pretrain`)."}

@@ -2,21 +2,18 @@
 Stage 2, adaptive alignment instruction tuning (paper, section 3.3): language model, projector and gate learn from
 conversations.
 
-Overridden of TRL's SFTTrainer beyond the list in [`StageTrainer`]:
-
-- `create_optimizer`: gives the projector its own learning rate.
+What is overridden of TRL's SFTTrainer stands in [`StageTrainer`]; this stage adds nothing to the list.
 """
+
+from typing import Any
 
 import torch
 
 from modeling_aligngpt import AlignGPTForConditionalGeneration
 
+from .eval_callback import GATED_MODES
 from .instruct_config import AlignGPTInstructConfig
 from .stage import StageTrainer
-
-
-# The modes whose alignment vector comes from the gate; in the others the gate is frozen, having no gradient.
-GATED_MODES = ("gate", "local", "random")
 
 
 class AlignGPTInstructTrainer(StageTrainer):
@@ -58,22 +55,26 @@ class AlignGPTInstructTrainer(StageTrainer):
             table.data.copy_(drawn)
 
     def trainable_modules(self, model: AlignGPTForConditionalGeneration) -> list[torch.nn.Module]:
+        # in the other modes the gate has no gradient
         modules = [model.model.language_model, model.lm_head, model.model.multi_modal_projector]
         if model.config.align_mode in GATED_MODES:
             modules.append(model.model.align_gate)
         return modules
 
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        fresh = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        learning_rate = self.args.projector_learning_rate
-        if learning_rate is None or not fresh:
-            return optimizer
-        named = (self.model if model is None else model).named_parameters()
-        projector = {id(parameter) for name, parameter in named if "multi_modal_projector" in name}
-        for group in list(optimizer.param_groups):
-            own = [parameter for parameter in group["params"] if id(parameter) in projector]
-            if own:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in projector]
-                optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
-        return optimizer
+    def uses_gate(self) -> bool:
+        return self.model.config.align_mode in GATED_MODES
+
+    def check_adapter(self, peft_config: Any, args: AlignGPTInstructConfig):
+        if peft_config is None:
+            return
+        whole = set(getattr(peft_config, "modules_to_save", None) or ())
+        missing = [name for name in ("multi_modal_projector", "align_gate") if name not in whole]
+        if missing:
+            raise ValueError(
+                f"peft_config.modules_to_save lacks {' and '.join(missing)}, which stage 2 trains whole: add it."
+            )
+        if args.align_mode == "random" and "align_embeddings" not in whole:
+            raise ValueError(
+                'align_mode="random" draws the level table afresh, and an adapter would not hold it: train without an '
+                "adapter, or add align_embeddings to peft_config.modules_to_save."
+            )

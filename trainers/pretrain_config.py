@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from .stage import IMAGE_ASPECT_RATIOS, StageConfig
+from .stage_config import IMAGE_ASPECT_RATIOS, StageConfig
 
 
 @dataclass

@@ -4,6 +4,8 @@ Stage 1, alignment-level-aware pre-training (paper, section 3.2): projector and 
 What is overridden of TRL's SFTTrainer stands in [`StageTrainer`]; this stage adds nothing to the list.
 """
 
+from typing import Any
+
 import torch
 
 from modeling_aligngpt import AlignGPTForConditionalGeneration
@@ -29,6 +31,13 @@ class AlignGPTPretrainTrainer(StageTrainer):
 
     def configure_stage(self, model: AlignGPTForConditionalGeneration, args: AlignGPTPretrainConfig):
         model.config.align_mode = "level"
+
+    def check_adapter(self, peft_config: Any, args: AlignGPTPretrainConfig):
+        if peft_config is not None:
+            raise ValueError(
+                "peft_config has no effect in stage 1, where projector and level embeddings train and the language "
+                "model does not: leave it out, and give it to stage 2."
+            )
 
     def trainable_modules(self, model: AlignGPTForConditionalGeneration) -> list[torch.nn.Module]:
         return [model.model.multi_modal_projector, model.model.align_embeddings]

@@ -4,7 +4,11 @@ from typing import TYPE_CHECKING
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
+from datasets.arrow_dataset import update_metadata_with_features
+from datasets.fingerprint import Hasher
 from transformers.utils import logging
 
 from .collator import (
@@ -15,6 +19,7 @@ from .collator import (
     describe_row,
     overlong_message,
 )
+from .streaming import ROWS_AT_ONCE, StreamCounts
 
 
 if TYPE_CHECKING:
@@ -22,15 +27,22 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-ENCODED_FEATURES = datasets.Features(
+# Tokens of a row with its pictures expanded, and how many pictures it has: what grouped batches go by.
+LENGTH_COLUMN, NUM_IMAGES_COLUMN = "length", "num_images"
+# The least `max_length` that leaves a row its pictures and the beginning of its answer.
+NEEDED_COLUMN = "needed"
+PICTURES = datasets.List(datasets.Image(decode=False))
+INDEX_FEATURES = datasets.Features({ROW_INDEX_COLUMN: datasets.Value("int64")})
+TEXT_FEATURES = datasets.Features(
     {
-        ROW_INDEX_COLUMN: datasets.Value("int64"),
+        **INDEX_FEATURES,
         TOKENS_COLUMN: datasets.List(datasets.Value("int32")),
         SUPERVISED_COLUMN: datasets.List(datasets.Value("bool")),
-        "length": datasets.Value("int32"),
-        "needed": datasets.Value("int32"),
+        LENGTH_COLUMN: datasets.Value("int32"),
+        NEEDED_COLUMN: datasets.Value("int32"),
     }
 )
+ENCODED_FEATURES = datasets.Features({**TEXT_FEATURES, NUM_IMAGES_COLUMN: datasets.Value("int32")})
 
 
 def prepare_rows(
@@ -46,8 +58,10 @@ def prepare_rows(
         name: of the data set, in messages and counts.
 
     Returns:
-        The rows, and counts for the summary: `{name}_rows`, `{name}_longest_row` (tokens), and where there are any
-        `{name}_rows_cut`, `{name}_rows_left_out`. A streamed data set is not counted.
+        The rows with the columns of `ENCODED_FEATURES` except `needed` (without `check_rows` only `row_index`, the
+        position in `rows`, and `num_images`), and counts for the summary: `{name}_rows`, `{name}_longest_row` (tokens),
+        and where there are any `{name}_rows_cut`, `{name}_rows_left_out`. A stream is counted on the way, by its
+        attribute `stream_counts` (see [`stream_totals`]).
 
     Raises:
         ValueError: missing columns, no rows, or the first bad row.
@@ -60,61 +74,144 @@ def prepare_rows(
     streamed = isinstance(rows, IterableDataset)
     if not streamed and len(rows) == 0:
         raise ValueError(f"The {name} data is empty.")
-    columns = rows.column_names or list(next(iter(rows)))
+    counts = getattr(rows, "stream_counts", None) or StreamCounts(f"{name} data") if streamed else None
+    columns = rows.column_names or list(next(iter(rows), {}))
     if "messages" not in columns:
         raise ValueError(f"The {name} data has no `messages` column but {', '.join(columns)}: use `load_rows`.")
-    if "images" not in columns:
-        rows = rows.map(lambda row: {"images": []}) if streamed else rows.add_column("images", [[]] * len(rows))
-    # encoded pictures are opened in the collator, where an error can name the row
     images = (rows.features or {}).get("images")
+    if isinstance(images, (datasets.Image, datasets.Value)):
+        raise ValueError(f"The {name} data's `images` must hold lists of pictures, not {images}: use `load_rows`.")
+    # encoded pictures are opened in the collator, where an error can name the row
     if isinstance(getattr(images, "feature", None), datasets.Image):
-        rows = rows.cast_column("images", datasets.List(datasets.Image(decode=False)))
+        rows = rows.cast_column("images", PICTURES) if streamed else _undecoded(rows)
     if streamed:
-        return _prepare_stream(rows, collator, args, "id" in columns), {}
+        # every process reads rows of its own: a batch whose rows have several pictures cannot be cut for the others
+        args.accelerator_config.dispatch_batches = False
+        return _prepare_stream(rows, collator, args, counts), {}
+    selected = None if rows._indices is None else rows._indices.column(0).to_numpy()
+    # columns are put beside the whole table, which copies no picture, and the selection is made again
+    whole = rows if selected is None else _whole(rows)
+    if "images" not in columns:
+        whole = whole.add_column("images", [[]] * len(whole))
+    positions = _positions(len(whole), selected)
+    num_images = pc.fill_null(pc.list_value_length(whole.data.column("images")), 0).cast(pa.int32())
     if args.check_rows:
         with args.main_process_first(desc=f"reading the {name} texts"):
-            encoded = _encode_all(rows, collator, args, name)
-        return _select(rows, encoded, args, name)
-    # beside a selection, a column could only be put by copying all pictures
-    if "id" not in columns and rows._indices is None:
-        rows = rows.add_column(ROW_INDEX_COLUMN, list(range(len(rows))))
-    return rows, {f"{name}_rows": len(rows)}
+            encoded = _encode_all(whole, collator, args, name, positions)
+        kept, counts = _fitting(encoded, selected, args, name)
+        encoded = encoded.remove_columns(NEEDED_COLUMN)
+    else:
+        index = pa.array(np.arange(len(whole)) if positions is None else positions)
+        encoded = Dataset(pa.table({ROW_INDEX_COLUMN: index}), info=datasets.DatasetInfo(features=INDEX_FEATURES))
+        kept, counts = None, {f"{name}_rows": len(rows)}
+    encoded = encoded.add_column(NUM_IMAGES_COLUMN, num_images, feature=ENCODED_FEATURES[NUM_IMAGES_COLUMN])
+    clash = [column for column in encoded.column_names if column in whole.column_names]
+    beside = datasets.concatenate_datasets([whole.remove_columns(clash), encoded], axis=1)
+    if selected is not None:
+        beside = beside.select(selected)
+    return (beside if kept is None else beside.select(kept)), counts
+
+
+def stream_totals(rows: Dataset | IterableDataset | None, name: str) -> dict[str, int]:
+    """
+    What became of a streamed data set's rows so far, in this process and its data loader's: `{name}_rows_read`,
+    `{name}_rows_left_out`, `{name}_rows_cut`, where there are any; nothing for other data sets.
+    """
+    counts = getattr(rows, "stream_counts", None)
+    return {} if counts is None else {f"{name}_{kind}": number for kind, number in counts.totals().items()}
+
+
+def _undecoded(rows: Dataset) -> Dataset:
+    """The same table with pictures left encoded; `cast_column` would copy the pictures of lists."""
+    features = datasets.Features({**rows.features, "images": PICTURES})
+    table = update_metadata_with_features(rows.data.cast(features.arrow_schema), features)
+    fingerprint = Hasher.hash([rows._fingerprint, "undecoded"])
+    info = rows.info.copy()
+    info.features = features
+    return Dataset(table, info=info, split=rows.split, indices_table=rows._indices, fingerprint=fingerprint)
+
+
+def _whole(rows: Dataset) -> Dataset:
+    """The table that a selection was made from."""
+    fingerprint = Hasher.hash([rows._fingerprint, "whole"])
+    return Dataset(rows._data, info=rows.info.copy(), split=rows.split, fingerprint=fingerprint)
+
+
+def _positions(length: int, selected: np.ndarray | None) -> np.ndarray | None:
+    """For each row of the whole table its (first) position in the selection, -1 for none; `None` without selection."""
+    if selected is None:
+        return None
+    positions = np.full(length, -1, dtype=np.int64)
+    positions[selected[::-1]] = np.arange(len(selected))[::-1]
+    return positions
+
+
+def _encode_chunk(
+    chunk: list[dict], collator: AlignGPTDataCollator, limit: int | None
+) -> tuple[list[dict], list[int], list[int]]:
+    """(tokens, lengths, needed lengths) of rows; the first bad row, or one above `limit` tokens, raises."""
+    if collator.stage == "pretrain":
+        for row in chunk:
+            collator.check_level(row)
+    encoded = collator.encode(chunk)
+    lengths, needed = map(list, zip(*map(collator.measure, encoded), strict=True))
+    for row, length in zip(chunk, lengths, strict=True):
+        if limit is not None and length > limit:
+            raise ValueError(overlong_message(describe_row(row), length, limit))
+    return encoded, lengths, needed
 
 
 def _prepare_stream(
-    rows: IterableDataset, collator: AlignGPTDataCollator, args: "StageConfig", has_id: bool
+    rows: IterableDataset, collator: AlignGPTDataCollator, args: "StageConfig", counts: StreamCounts
 ) -> IterableDataset:
-    if not has_id:
-        rows = rows.map(lambda row, index: {ROW_INDEX_COLUMN: index}, with_indices=True)
-    if args.on_overlong == "error" or args.max_length is None:
-        return rows
-
-    def fits(row: dict) -> bool:
-        length, needed = collator.measure(*collator.encode([row]))
-        return (needed if args.on_overlong == "truncate" else length) <= args.max_length
-
-    return rows.filter(fits)
-
-
-def _encode_all(rows: Dataset, collator: AlignGPTDataCollator, args: "StageConfig", name: str) -> Dataset:
-    """A data set of `ENCODED_FEATURES`, a row for each of `rows`; raises at the first bad row."""
-    needed_columns = [column for column in ("messages", "align_level", "id") if column in rows.column_names]
-    texts = rows.select_columns(needed_columns)
+    limit = args.max_length
 
     def encode(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         chunk = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        chunk = [{ROW_INDEX_COLUMN: index, **row} for index, row in zip(indices, chunk, strict=True)]
-        if collator.stage == "pretrain":
-            for row in chunk:
-                collator.check_level(row)
-        encoded = collator.encode(chunk)
-        lengths, needed = map(list, zip(*map(collator.measure, encoded), strict=True))
-        if args.on_overlong == "error" and args.max_length is not None:
-            for row, length in zip(chunk, lengths, strict=True):
-                if length > args.max_length:
-                    raise ValueError(overlong_message(describe_row(row), length, args.max_length))
-        columns = {key: [row[key] for row in encoded] for key in (TOKENS_COLUMN, SUPERVISED_COLUMN)}
-        return {ROW_INDEX_COLUMN: indices, **columns, "length": lengths, "needed": needed}
+        chunk = [{**row, ROW_INDEX_COLUMN: index} for index, row in zip(indices, chunk, strict=True)]
+        encoded, lengths, needed = _encode_chunk(chunk, collator, limit if args.on_overlong == "error" else None)
+        counts.add("rows_read", len(chunk))
+        kept = []
+        for row, tokens, length, least in zip(chunk, encoded, lengths, needed, strict=True):
+            if limit is not None and length > limit:
+                out = args.on_overlong == "drop" or least > limit
+                reason = f"{describe_row(row)} has {length} tokens, more than max_length={limit}"
+                counts.add("rows_left_out" if out else "rows_cut", reason=reason)
+                if out:
+                    continue
+            pictures = row.get("images") or []
+            kept.append({**row, "images": pictures, **tokens, LENGTH_COLUMN: length, NUM_IMAGES_COLUMN: len(pictures)})
+        columns = dict.fromkeys([*batch, "images", *ENCODED_FEATURES])
+        columns.pop(NEEDED_COLUMN)
+        return {column: [row[column] for row in kept] for column in columns}
+
+    rows = rows.map(encode, batched=True, batch_size=ROWS_AT_ONCE, with_indices=True)
+    rows.stream_counts = counts
+    return rows
+
+
+def _encode_all(
+    rows: Dataset, collator: AlignGPTDataCollator, args: "StageConfig", name: str, positions: np.ndarray | None
+) -> Dataset:
+    """A data set of `TEXT_FEATURES`, a row for each of `rows`, empty where not selected; the first bad row raises."""
+    needed_columns = [column for column in ("messages", "align_level", "id") if column in rows.column_names]
+    texts = rows.select_columns(needed_columns)
+    limit = args.max_length if args.on_overlong == "error" else None
+
+    def encode(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
+        indices = indices if positions is None else positions[indices].tolist()
+        chunk = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        chunk = [{**row, ROW_INDEX_COLUMN: i} for i, row in zip(indices, chunk, strict=True) if i >= 0]
+        filled = iter(zip(*_encode_chunk(chunk, collator, limit), strict=True) if chunk else ())
+        nothing = {TOKENS_COLUMN: np.empty(0, np.int32), SUPERVISED_COLUMN: np.empty(0, bool)}
+        results = [next(filled) if index >= 0 else (nothing, 0, 0) for index in indices]
+        return {
+            ROW_INDEX_COLUMN: indices,
+            TOKENS_COLUMN: [tokens[TOKENS_COLUMN] for tokens, _, _ in results],
+            SUPERVISED_COLUMN: [tokens[SUPERVISED_COLUMN] for tokens, _, _ in results],
+            LENGTH_COLUMN: [length for _, length, _ in results],
+            NEEDED_COLUMN: [needed for _, _, needed in results],
+        }
 
     return texts.map(
         encode,
@@ -122,14 +219,18 @@ def _encode_all(rows: Dataset, collator: AlignGPTDataCollator, args: "StageConfi
         with_indices=True,
         remove_columns=needed_columns,
         num_proc=args.dataset_num_proc,
-        features=ENCODED_FEATURES,
+        features=TEXT_FEATURES,
         desc=f"Reading the {name} texts",
     )
 
 
-def _select(rows: Dataset, encoded: Dataset, args: "StageConfig", name: str) -> tuple[Dataset, dict[str, int]]:
-    """The rows that fit, with what was encoded beside them, and the counts."""
-    lengths, needed = np.array(encoded["length"]), np.array(encoded["needed"])
+def _fitting(
+    encoded: Dataset, selected: np.ndarray | None, args: "StageConfig", name: str
+) -> tuple[np.ndarray | None, dict[str, int]]:
+    """Which rows of the selection fit (`None`: all), and the counts."""
+    lengths, needed = (encoded.data.column(column).to_numpy() for column in (LENGTH_COLUMN, NEEDED_COLUMN))
+    if selected is not None:
+        lengths, needed = lengths[selected], needed[selected]
     limit = np.inf if args.max_length is None else args.max_length
     kept = (needed if args.on_overlong == "truncate" else lengths) <= limit
     cut, left_out = int((kept & (lengths > limit)).sum()), int((~kept).sum())
@@ -137,14 +238,9 @@ def _select(rows: Dataset, encoded: Dataset, args: "StageConfig", name: str) -> 
     if cut or left_out:
         counts |= {f"{name}_rows_cut": cut, f"{name}_rows_left_out": left_out}
         logger.warning(
-            f"{name} data: {left_out} of {len(rows)} rows left out and {cut} cut, because they are longer than "
+            f"{name} data: {left_out} of {len(lengths)} rows left out and {cut} cut, because they are longer than "
             f"max_length={args.max_length} (the longest has {lengths.max()} tokens)."
         )
     if not kept.any():
         raise ValueError(f"No row of the {name} data fits into max_length={args.max_length}: raise it.")
-    # beside a selection, columns could only be put by copying all pictures: such rows are encoded again in the collator
-    if rows._indices is None:
-        encoded = encoded.remove_columns(["length", "needed"])
-        clash = [column for column in encoded.column_names if column in rows.column_names]
-        rows = datasets.concatenate_datasets([rows.remove_columns(clash), encoded], axis=1)
-    return (rows.select(np.flatnonzero(kept)) if left_out else rows), counts
+    return (np.flatnonzero(kept) if left_out else None), counts

@@ -48,6 +48,23 @@ def parse_settings(
         ValueError: naming file and key: unknown keys (with the nearest valid name), keys that stand twice, values of
             another kind than the setting, YAML's `no` and `yes` where text is meant.
     """
+    parser, words = check_settings(prog, dataclass_types, argv, description)
+    parsed = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False)
+    return tuple(parsed[: len(dataclass_types)])
+
+
+def check_settings(
+    prog: str, dataclass_types: Sequence[type], argv: Sequence[str], description: str | None = None
+) -> tuple[SettingsParser, list[str]]:
+    """
+    The first half of [`parse_settings`], which makes none of the dataclasses (those of a training ask for the GPU).
+
+    Returns:
+        The parser, with the YAML file's values as defaults, and the words that are left.
+
+    Raises:
+        ValueError: as `parse_settings`, but for what the dataclasses find out themselves.
+    """
     parser = SettingsParser(dataclass_types, prog=prog, description=description, allow_abbrev=False)
     hints = {name: hint for kind in dataclass_types for name, hint in typing.get_type_hints(kind).items()}
     names = {action.dest: action for action in parser._actions if action.dest != "help"}
@@ -62,12 +79,13 @@ def parse_settings(
     if config_path is not None:
         config = read_yaml(config_path)
         for key, value in config.items():
+            if key == "accelerate_config":
+                raise ValueError(f"{config_path}: accelerate_config belongs on the command line: --accelerate_config.")
             if key not in names:
                 raise ValueError(f"{config_path}: unknown setting {key!r}{nearest(key, names)}.")
             config[key] = _checked_value(config_path, key, value, names[key], hints.get(key))
         parser.set_defaults_with_config(**config)
-    parsed = parser.parse_args_into_dataclasses(args=words, look_for_args_file=False)
-    return tuple(parsed[: len(dataclass_types)])
+    return parser, words
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

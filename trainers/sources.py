@@ -1,46 +1,111 @@
-"""A path, a Hub id or something in memory -> a `datasets.Dataset` or a list of records, not yet interpreted."""
+"""A path, a Hub id or something in memory -> a `datasets` data set or plain records, not yet interpreted."""
 
 import csv
+import glob
 import json
 import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 
 
-FILE_SUFFIXES = {".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow"}
+READ = 1 << 20  # characters of a JSON file read at a time
+LONGEST_RECORD = 64 << 20  # characters: a record that does not end before is taken for broken JSON
+# Shards of a data set in memory or on disk that is streamed: how many loader processes can share it.
+NUM_SHARDS = 64
+
+
+@dataclass(frozen=True)
+class Records:
+    """
+    The records of JSON, JSONL, CSV or TSV files, read one after the other: no file is ever held whole.
+
+    Attributes:
+        paths: the files, all of one kind.
+    """
+
+    paths: tuple[Path, ...]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for path in self.paths:
+            yield from read_records(path)
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of one JSON, JSONL, CSV or TSV file; raises ValueError naming file and place."""
+    try:
+        yield from READERS[path.suffix](path)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}).") from error
 
 
 def open_source(
-    source: Any, split: str | None, name: str | None, revision: str | None
-) -> tuple[Dataset | list[dict], Path | None]:
-    """(what was opened, the folder that relative picture paths start from)."""
-    if isinstance(source, (Dataset, DatasetDict)):
+    source: Any, split: str | None, name: str | None, revision: str | None, streaming: bool = False
+) -> tuple[Dataset | IterableDataset | Records | list[dict], Path | None]:
+    """
+    Opens what a user names.
+
+    Args:
+        source: a file, a pattern such as `parts/*.parquet`, a folder, a Hub id, or something in memory.
+        split: which split, where there are several.
+        name: configuration of a Hub data set.
+        revision: revision of a Hub data set.
+        streaming: read on the way where that is possible, without a local copy.
+
+    Returns:
+        What was opened, and the folder that relative picture paths start from.
+
+    Raises:
+        ValueError: naming the source, where it cannot be opened.
+    """
+    if isinstance(source, (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)):
         return _one_split(source, split, "the data set"), None
     if isinstance(source, (list, tuple)):
         return list(source), None
     if not isinstance(source, (str, os.PathLike)):
         raise ValueError(f"A data source is a path, a Hub id, a Dataset or a list of dicts, not {type(source)}.")
     path = Path(source)
-    if path.is_file():
+    paths = _files(path)
+    if paths:
         if split not in (None, "train"):
-            raise ValueError(f"{source}: a single file has no split {split!r}; leave it out.")
-        return _open_file(path), path.parent
+            raise ValueError(f"{source}: files named one by one have no split {split!r}; leave it out.")
+        return _open_files(paths, streaming), Path(os.path.commonpath([str(path.parent) for path in paths]))
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return _one_split(load_from_disk(str(path)), split, str(path)), path
     elif path.suffix in FILE_SUFFIXES or path.is_absolute() or str(source).count("/") > 1 or str(source)[:1] in ".~":
         raise ValueError(f"{source}: no such file or folder.")
     try:
-        loaded = load_dataset(str(source), name, split=split, revision=revision)
+        # streamed, a split is chosen by key: the same error then names those that there are
+        loaded = load_dataset(
+            str(source), name, split=None if streaming else split, revision=revision, streaming=streaming
+        )
+        opened = _one_split(loaded, split if streaming else None, str(source))
     except Exception as error:
         raise ValueError(f"{source}: `datasets` cannot load it ({type(error).__name__}: {error}).") from error
-    return _one_split(loaded, None, str(source)), path if path.is_dir() else None
+    return opened, path if path.is_dir() else None
 
 
-def _one_split(loaded: Dataset | DatasetDict, split: str | None, title: str) -> Dataset:
-    if isinstance(loaded, Dataset):
+def _files(path: Path) -> list[Path]:
+    """The files that a path or pattern names, in order of their names; none for a folder or a Hub id."""
+    if path.is_file():
+        return [path]
+    if not glob.has_magic(str(path)):
+        return []
+    found = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(name)]
+    if not found:
+        raise ValueError(f"{path}: no file fits this pattern.")
+    suffixes = {file.suffix for file in found}
+    if len(suffixes) > 1:
+        raise ValueError(f"{path}: files of several kinds fit this pattern ({', '.join(sorted(suffixes))}).")
+    return found
+
+
+def _one_split(loaded: Any, split: str | None, title: str) -> Dataset | IterableDataset:
+    if isinstance(loaded, (Dataset, IterableDataset)):
         if split not in (None, "train", str(loaded.split)):
             raise ValueError(f"{title}: it is a single split, so there is no split {split!r}; leave it out.")
         return loaded
@@ -50,29 +115,82 @@ def _one_split(loaded: Dataset | DatasetDict, split: str | None, title: str) -> 
     return loaded[chosen]
 
 
-def _open_file(path: Path) -> Dataset | list[dict]:
-    suffix = path.suffix
-    if suffix == ".parquet":
-        return Dataset.from_parquet(str(path))
-    if suffix == ".arrow":
-        return Dataset.from_file(str(path))
-    if suffix in (".csv", ".tsv"):
-        with path.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file, delimiter="\t" if suffix == ".tsv" else ","))
-    if suffix not in (".json", ".jsonl"):
-        raise ValueError(f"{path}: unknown kind of file; accepted are {', '.join(sorted(FILE_SUFFIXES))}.")
-    records, number = [], 0
-    with path.open(encoding="utf-8") as file:
-        try:
-            if suffix == ".jsonl":
-                for number, line in enumerate(file, 1):  # noqa: B007, the message below names it
-                    if line.strip():
-                        records.append(json.loads(line))
-            else:
-                records = json.load(file)
-        except ValueError as error:
-            where = f", line {number}" if suffix == ".jsonl" else ""
-            raise ValueError(f"{path}{where}: not valid JSON ({error}).") from error
-    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise ValueError(f"{path}: expected a list of records (JSON) or a record a line (JSONL).")
-    return records
+def _open_files(paths: list[Path], streaming: bool) -> Dataset | IterableDataset | Records:
+    suffix, names = paths[0].suffix, [str(path) for path in paths]
+    if suffix not in FILE_SUFFIXES:
+        raise ValueError(f"{paths[0]}: unknown kind of file; accepted are {', '.join(sorted(FILE_SUFFIXES))}.")
+    if suffix in READERS:
+        return Records(tuple(paths))
+    try:
+        if suffix == ".parquet":
+            # row groups become shards, so that several loader processes can read one file
+            return Dataset.from_parquet(names, streaming=True).reshard() if streaming else Dataset.from_parquet(names)
+        return load_dataset("arrow", data_files={"train": names}, split="train", streaming=streaming)
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"{', '.join(names[:3])}: not readable as {suffix[1:]} ({cause}).") from error
+
+
+def _array_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Records of a JSON array, decoded one by one from a sliding window over the file."""
+    decoder, window, place, number = json.JSONDecoder(), "", 0, -1
+    refused = f"{path}: expected a list of records (JSON) or a record a line (JSONL)"
+    with path.open(encoding="utf-8-sig") as file:
+        while True:
+            while place < len(window) and window[place] in " \t\r\n":
+                place += 1
+            problem = "the file ends too early"
+            if place < len(window):
+                if number < 0:
+                    if window[place] != "[":
+                        raise ValueError(f"{refused}.")
+                    number, place = 0, place + 1
+                    continue
+                if window[place] == "]":
+                    return
+                if window[place] == "," and number:
+                    place += 1
+                    continue
+                if window[place] != "{":
+                    raise ValueError(f"{refused}; record {number} begins with {window[place : place + 20]!r}.")
+                try:
+                    record, place = decoder.raw_decode(window, place)
+                    number += 1
+                    yield record
+                    continue
+                except json.JSONDecodeError as error:  # the window ends within the record, or it is broken
+                    problem = error.msg
+            more = file.read(max(READ, len(window) - place)) if len(window) - place < LONGEST_RECORD else ""
+            if not more:
+                raise ValueError(f"{path}, record {max(number, 0)}: not valid JSON ({problem}).")
+            window, place = window[place:] + more, 0
+
+
+def _line_records(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
+            if not isinstance(record, dict):
+                raise ValueError(
+                    f"{path}, line {number}: expected a list of records (JSON) or a record a line (JSONL)."
+                )
+            yield record
+
+
+def _table_records(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+
+
+READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
+    ".json": _array_records,
+    ".jsonl": _line_records,
+    ".csv": _table_records,
+    ".tsv": _table_records,
+}
+FILE_SUFFIXES = {*READERS, ".parquet", ".arrow"}

@@ -1,116 +1,60 @@
-"""What both training stages share: settings, the freeze, resuming and saving (see `StageTrainer`)."""
+"""What both training stages share: the freeze, the loss on answers, evaluation, resuming (see `StageTrainer`)."""
 
-import json
 import os
-import re
-import shutil
 import time
-import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import ProcessorMixin
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
-from .collator import ON_OVERLONG, AlignGPTDataCollator
+from .checkpoints import SUMMARY_NAME, CheckpointError, CheckpointMixin, find_last_checkpoint, read_record, read_state
+from .collator import ROW_INDEX_COLUMN, AlignGPTDataCollator
+from .eval_callback import GenerationMetrics, GenerationMixin
+from .guards import FiniteGuard, NonFiniteError, StopCallback, TrainingStopped, outlive_signals
 from .rows import ENCODED_FEATURES, prepare_rows
+from .sampling import make_sampler
+from .stage_config import IMAGE_ASPECT_RATIOS, StageConfig
+from .summary import summarize
+from .supervised_head import SupervisedHead
 
 
 logger = logging.get_logger(__name__)
 
-SUMMARY_NAME = "training_summary.json"
-IMAGE_ASPECT_RATIOS = ("square", "pad")
+__all__ = [
+    "IMAGE_ASPECT_RATIOS",
+    "SUMMARY_NAME",
+    "CheckpointError",
+    "NonFiniteError",
+    "StageConfig",
+    "StageTrainer",
+    "TrainingStopped",
+    "find_last_checkpoint",
+]
 
 
-@dataclass
-class StageConfig(SFTConfig):
-    """
-    Settings of both stages on top of TRL's [`SFTConfig`]; the defaults are the paper's (section 4.1).
-
-    Args:
-        image_aspect_ratio (`str`): `"square"` resizes and crops pictures, `"pad"` pads them to a square first. The
-            choice is saved with the processor.
-        on_overlong (`str`): what happens to rows longer than `max_length`: `"error"`, `"drop"` (left out, counted) or
-            `"truncate"` (the end of the answer is cut; rows that would lose the whole answer or image tokens are left
-            out; both counted).
-        check_rows (`bool`): read all texts, not the pictures, before the first step, so that a bad row stops the run
-            at its start and not hours later. `"drop"` and `"truncate"` need it. A streamed data set is checked on the
-            way instead.
-        resume_from_checkpoint (`str`, *optional*): a checkpoint folder, or `"auto"`: the last complete one in
-            `output_dir`, or a fresh start when there is none.
-
-    Raises:
-        ValueError: for a value outside these, or a setting of TRL that cannot have an effect here.
-    """
-
-    max_length: int | None = field(
-        default=2048,
-        metadata={"help": "Most tokens of a row, image tokens included. Longer rows: see `on_overlong`."},
-    )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
-    warmup_steps: float = field(
-        default=0.03, metadata={"help": "Warm-up: a share of all steps when below 1, else a number of steps."}
-    )
-    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
-    save_total_limit: int | None = field(
-        default=1, metadata={"help": "Checkpoints to keep; each is a full model with optimizer state."}
-    )
-    bf16: bool | None = field(
-        default=None, metadata={"help": "bfloat16 mixed precision. Default: on where a GPU supports it."}
-    )
-    assistant_only_loss: bool = field(
-        default=True, metadata={"help": "Always on: only answers are supervised, in both stages."}
-    )
-    image_aspect_ratio: str = field(
-        default="pad",
-        metadata={"help": "`square`: resize and crop. `pad`: pad to a square first.", "choices": IMAGE_ASPECT_RATIOS},
-    )
-    on_overlong: str = field(
-        default="error",
-        metadata={"help": "Rows longer than `max_length`: `error`, `drop` or `truncate`.", "choices": ON_OVERLONG},
-    )
-    check_rows: bool = field(
-        default=True, metadata={"help": "Read all texts before the first step, so that a bad row stops the run there."}
-    )
-
-    def __post_init__(self):
-        if self.bf16 is None:
-            self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        for name, allowed in (("image_aspect_ratio", IMAGE_ASPECT_RATIOS), ("on_overlong", ON_OVERLONG)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")
-        for name, only in (("assistant_only_loss", True), ("packing", False), ("padding_free", False)):
-            if getattr(self, name) != only:
-                raise ValueError(f"{name}={getattr(self, name)} has no effect here: leave it at {only}.")
-        if self.on_overlong != "error" and not self.check_rows:
-            raise ValueError(
-                f"on_overlong={self.on_overlong!r} needs check_rows=True, which finds and counts the rows."
-            )
-        with warnings.catch_warnings():
-            # TRL 1.16 sets the old name itself
-            warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
-            super().__post_init__()
-
-
-class StageTrainer(SFTTrainer):
+class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
     """
     [`SFTTrainer`] for one stage of AlignGPT. Subclasses name `stage` and say what trains (`configure_stage`,
-    `trainable_modules`). Overridden, and why:
+    `trainable_modules`). Overridden beyond the lists in [`CheckpointMixin`] and [`GenerationMixin`], and why:
 
     - `__init__`: loads a path with our own classes, hands in the collator and checked rows, then freezes (after
       `super().__init__`, so that nothing there undoes it).
-    - `_set_signature_columns_if_needed`: TRL would strip `align_level` and the names of rows.
-    - `train`: resumes from the last *complete* checkpoint when asked for `"auto"`, and measures the run.
+    - `_set_signature_columns_if_needed`: TRL would strip `align_level`, lengths and the names of rows.
+    - `_get_train_sampler`: batches of similar rows (`group_by`).
+    - `get_train_dataloader`, `get_eval_dataloader`: their processes sit out signals.
+    - `create_optimizer`: gives the projector its own learning rate.
+    - `compute_loss`: takes the rows' names out of the batch, stops at a loss that is not finite, counts padding; on a
+      CPU it keeps the head to supervised positions, as TRL does on a GPU.
+    - `_get_grad_norm`: stops at a gradient that is not finite.
+    - `train`: resumes from the last *complete* checkpoint when asked for `"auto"`, stops in good order at a signal, and
+      measures the run.
     - `create_model_card`: TRL's card shows a text-generation pipeline, which cannot run this model; cards are made from
       `training_summary.json` when a model is published.
 
@@ -120,6 +64,15 @@ class StageTrainer(SFTTrainer):
         train_dataset (`Dataset` or `IterableDataset`): rows `images`, `messages`, in stage 1 `align_level`.
         eval_dataset (*optional*): the same, or a dict of such.
         processing_class (`AlignGPTProcessor`, *optional*): loaded from the model's folder when `None`.
+        generation_metrics (`Callable`, *optional*): takes the records of `eval_generations` (see
+            [`~eval_callback.generate_answers`]) and gives metrics by name, which are logged as `eval_{name}`.
+        kwargs: of SFTTrainer, such as `peft_config` (stage 2) and `callbacks`.
+
+    Raises:
+        ValueError: settings, model and data that do not fit each other.
+        TrainingStopped: from `train`, after a signal; a `SystemExit` with the signal's status.
+        NonFiniteError: from `train`, at a loss or gradient that is not finite.
+        CheckpointError: from `train` and `save_final`, when a folder cannot be written.
     """
 
     stage: ClassVar[str]
@@ -134,17 +87,22 @@ class StageTrainer(SFTTrainer):
         train_dataset: Dataset | IterableDataset,
         eval_dataset: Dataset | IterableDataset | dict[str, Dataset] | None = None,
         processing_class: ProcessorMixin | None = None,
+        generation_metrics: GenerationMetrics | None = None,
         **kwargs,
     ):
         if isinstance(model, (str, os.PathLike)):
             processing_class = processing_class or AlignGPTProcessor.from_pretrained(model)
-            model = AlignGPTForConditionalGeneration.from_pretrained(
-                model, **{"dtype": torch.float32, **(args.model_init_kwargs or {})}
-            )
+            init_kwargs = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
+            if kwargs.get("quantization_config") is not None:
+                init_kwargs["quantization_config"] = kwargs.pop("quantization_config")
+            model = AlignGPTForConditionalGeneration.from_pretrained(model, **init_kwargs)
             args.model_init_kwargs = None
         if processing_class is None:
             raise ValueError("processing_class is missing: pass the AlignGPTProcessor that belongs to the model.")
         processing_class.validate_with(model.config)
+        if args.use_kernels:
+            model.use_kernels = True
+        self.check_adapter(kwargs.get("peft_config"), args)
         self.configure_stage(model, args)
         model.config.training_stage = self.stage
         processing_class.image_processor.do_pad = args.image_aspect_ratio == "pad"
@@ -158,6 +116,7 @@ class StageTrainer(SFTTrainer):
             num_align_levels=model.config.num_align_levels,
             gate_context=model.config.gate_context,
             pad_to_multiple_of=args.pad_to_multiple_of,
+            emit_row_index=True,
         )
         self.row_counts: dict[str, int] = {}
 
@@ -181,6 +140,17 @@ class StageTrainer(SFTTrainer):
             **kwargs,
         )
         self._freeze()
+        self.generation_metrics = generation_metrics
+        self.finite_guard, self.stop_callback = FiniteGuard(self), StopCallback(self)
+        self.add_callback(self.stop_callback)
+        self.resumed_from: str | None = None
+        self._started: float | None = None
+        self._record_before: dict[str, float] = {}
+        self.record: dict[str, float] = {}
+        # attended and all positions of the batches trained on
+        self._positions = torch.zeros(2, dtype=torch.int64)
+        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        self.supervised_head = SupervisedHead(base.model)
 
     # ---- what a stage is ----
 
@@ -188,13 +158,21 @@ class StageTrainer(SFTTrainer):
         """Checks that the model fits the stage and sets what its config says from now on."""
         raise NotImplementedError
 
+    def check_adapter(self, peft_config: Any, args: StageConfig):
+        """Refuses an adapter that the stage has no use for."""
+
     def trainable_modules(self, model: AlignGPTForConditionalGeneration) -> list[torch.nn.Module]:
         """The modules whose parameters this stage trains; all others are frozen."""
         raise NotImplementedError
 
     def _freeze(self):
         if is_peft_model(self.model):
-            return  # an adapter's own selection of what trains stands
+            # an adapter's own selection stands, but for what the stage leaves without a gradient
+            idle = () if self.uses_gate() else ("align_gate",)
+            for name, parameter in self.model.named_parameters():
+                if any(module in name for module in idle):
+                    parameter.requires_grad_(False)
+            return
         self.model.requires_grad_(False)
         for module in self.trainable_modules(self.model):
             for parameter in module.parameters():
@@ -202,14 +180,70 @@ class StageTrainer(SFTTrainer):
                 # a low-precision copy would swallow small updates; the frozen rest may stay as it was loaded
                 parameter.data = parameter.data.float()
 
+    def uses_gate(self) -> bool:
+        """Whether the gate decides anything in this stage."""
+        return False
+
     def trained_parameters(self) -> int:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        learning_rate = self.args.projector_learning_rate
+        if learning_rate is None or not fresh:
+            return optimizer
+        named = (self.model if model is None else model).named_parameters()
+        projector = {id(parameter) for name, parameter in named if "multi_modal_projector" in name}
+        for group in list(optimizer.param_groups):
+            own = [parameter for parameter in group["params"] if id(parameter) in projector]
+            if own:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in projector]
+                optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
+        return optimizer
+
+    # ---- batches and loss ----
+
     def _set_signature_columns_if_needed(self):
         if self._signature_columns is None:
-            self._signature_columns = ["images", "messages", "align_level", "id", *ENCODED_FEATURES]
+            extra = ["images", "messages", "align_level", "id", "length", "num_images"]
+            self._signature_columns = list(dict.fromkeys([*extra, *ENCODED_FEATURES]))
 
-    # ---- running and saving ----
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
+        sampler = make_sampler(
+            rows, args.group_by, args.train_batch_size, args.world_size, seed, args.dataloader_drop_last
+        )
+        return super()._get_train_sampler(train_dataset) if sampler is None else sampler
+
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        return outlive_signals(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args, **kwargs) -> torch.utils.data.DataLoader:
+        return outlive_signals(super().get_eval_dataloader(*args, **kwargs))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        row_index = inputs.pop(ROW_INDEX_COLUMN, None)
+        own_head = return_outputs or self.label_smoother is not None or self.compute_loss_func is not None
+        compact = inputs["input_ids"].device.type == "cpu" and not own_head and not self.args.torch_compile
+        with self.supervised_head(inputs) if compact else nullcontext(inputs) as given:
+            result = super().compute_loss(model, given, return_outputs, num_items_in_batch)
+        if self.model.training and "attention_mask" in inputs:
+            mask = inputs["attention_mask"]
+            # on the device: reading it here would make a GPU wait at every step
+            self._positions = self._positions.to(mask.device) + torch.stack([mask.sum(), mask.new_tensor(mask.numel())])
+            self.finite_guard.check_loss(result[0] if return_outputs else result, inputs, row_index)
+        return result
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm)
+        self.finite_guard.check_gradient(norm)
+        return norm
+
+    # ---- running ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         if resume_from_checkpoint is None:
@@ -217,14 +251,31 @@ class StageTrainer(SFTTrainer):
         if resume_from_checkpoint in ("auto", "true", "True", True):
             resume_from_checkpoint = find_last_checkpoint(self.args.output_dir)
         self.resumed_from = resume_from_checkpoint or None
-        started = time.perf_counter()
+        self._record_before = read_record(self.resumed_from)
+        self._positions.zero_()
+        self.finite_guard.batches = []
+        self.remove_unfinished()
+        self.forget_generations_after(read_state(self.resumed_from).get("global_step", 0))
+        self._report_first_batch()
+        self._started = time.perf_counter()
         try:
-            output = super().train(resume_from_checkpoint=self.resumed_from, **kwargs)
+            with self.stop_callback:
+                output = super().train(resume_from_checkpoint=self.resumed_from, **kwargs)
         except BaseException:
             self._close_progress_bar()
             raise
-        self.train_seconds = time.perf_counter() - started
+        self.record = self.run_record()
+        if self.stop_callback.stopped_by:
+            raise self.stop_callback.error()
         return output
+
+    def _report_first_batch(self):
+        """What `aligngpt check` says, in short, once a run starts."""
+        if self.args.check_rows and self.is_world_process_zero():
+            from .check import log_first_batch
+
+            with torch.random.fork_rng(devices=[]):
+                log_first_batch(self)
 
     def _close_progress_bar(self):
         """So that an error stands on a line of its own, below the bar."""
@@ -233,91 +284,23 @@ class StageTrainer(SFTTrainer):
             if bar is not None:
                 bar.close()
 
+    def run_record(self) -> dict[str, float]:
+        """
+        Counts of the whole run, the part before a checkpoint that it was continued from included: `seconds`, and
+        `attended` of `positions`. Called in all processes at once.
+        """
+        kind = torch.float32 if self.args.device.type == "mps" else torch.float64
+        positions = self._positions.to(kind).to(self.args.device)
+        if self.args.world_size > 1:
+            positions = self.accelerator.reduce(positions, reduction="sum")
+        attended, all_positions = positions.tolist()
+        seconds = 0.0 if self._started is None else time.perf_counter() - self._started
+        counts = {"seconds": seconds, "attended": attended, "positions": all_positions}
+        return {name: value + self._record_before.get(name, 0.0) for name, value in counts.items()}
+
     def create_model_card(self, *args: Any, **kwargs: Any):
         """Nothing: see the class."""
 
     def summary(self) -> dict[str, Any]:
-        """What the run did, in plain values: counts, losses, time and the settings that made it."""
-        curve = [[log["step"], log["loss"]] for log in self.state.log_history if "loss" in log]
-        evals = [log for log in self.state.log_history if any(key.startswith("eval_") for key in log)]
-        config = self.model.config
-        return {
-            "stage": self.stage,
-            "align_mode": config.align_mode,
-            "gate_context": config.gate_context,
-            "num_align_levels": config.num_align_levels,
-            **self.row_counts,
-            "steps": self.state.global_step,
-            "epochs": self.state.epoch,
-            "batch_size": self.args.train_batch_size
-            * self.args.gradient_accumulation_steps
-            * self.accelerator.num_processes,
-            "trained_parameters": self.trained_parameters(),
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "loss_first": curve[0][1] if curve else None,
-            "loss_last": curve[-1][1] if curve else None,
-            "loss_curve": curve,
-            "eval": evals,
-            "train_seconds": round(getattr(self, "train_seconds", 0.0), 2),
-            "resumed": getattr(self, "resumed_from", None) is not None,
-            "learning_rate": self.args.learning_rate,
-            "seed": self.args.seed,
-            "max_length": self.args.max_length,
-            "image_aspect_ratio": self.args.image_aspect_ratio,
-            "versions": {"torch": torch.__version__, **_versions("transformers", "trl", "datasets", "accelerate")},
-        }
-
-    def save_final(self, extra: dict[str, Any] | None = None) -> dict[str, Any]:
-        """
-        Saves model, processor, code and `training_summary.json` to `output_dir`, ready for the Hub.
-
-        Everything is written beside and moved at the end, the summary last: a folder with a summary is complete.
-        """
-        output_dir = Path(self.args.output_dir)
-        beside = output_dir / "unfinished"
-        if self.args.should_save:
-            shutil.rmtree(beside, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.save_model(str(beside))
-        self.save_state()
-        summary = {**self.summary(), **(extra or {})}
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            # a pickle with this machine's paths; the summary holds what matters of it
-            (beside / "training_args.bin").unlink(missing_ok=True)
-            lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in summary.items())
-            (beside / SUMMARY_NAME).write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
-            (output_dir / SUMMARY_NAME).unlink(missing_ok=True)
-            for stale in _model_files(output_dir):
-                stale.unlink()
-            for path in sorted(beside.iterdir(), key=lambda path: path.name == SUMMARY_NAME):
-                if path.is_dir():
-                    shutil.rmtree(output_dir / path.name, ignore_errors=True)
-                os.replace(path, output_dir / path.name)
-            beside.rmdir()
-        self.accelerator.wait_for_everyone()
-        return summary
-
-
-def find_last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest complete checkpoint in a folder, or `None`. `trainer_state.json` is what a save writes last."""
-    complete = []
-    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
-        if match and path.is_dir():
-            if (path / "trainer_state.json").exists():
-                complete.append((int(match[1]), str(path)))
-            else:
-                logger.warning(f"{path.name} is incomplete (the run stopped while saving): passed over.")
-    return max(complete)[1] if complete else None
-
-
-def _model_files(folder: Path) -> Iterable[Path]:
-    """Weights of an earlier run, which could outlive a new save with another number of shards."""
-    return [path for pattern in ("*.safetensors", "*.safetensors.index.json") for path in folder.glob(pattern)]
-
-
-def _versions(*packages: str) -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {package: version(package) for package in packages}
+        """What the run did, in plain values; see [`~summary.summarize`]."""
+        return summarize(self)

@@ -3,150 +3,126 @@
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers.utils import logging
+from accelerate.utils import patch_environment
+from datasets import Dataset, IterableDataset
+from transformers.integrations import is_deepspeed_zero3_enabled
 
-from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTForConditionalGeneration, AlignGPTProcessor
+from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 from modeling_aligngpt.assembly import assemble
 
+from .arguments import DTYPES, DataArguments, ModelArguments, PretrainModelArguments
 from .data import load_rows
+from .folders import at_revision, read_record
+from .init import checked_overrides
 from .instruct_config import AlignGPTInstructConfig
 from .instruct_trainer import AlignGPTInstructTrainer
+from .lora import ADAPTER_CONFIG, check_lora, lora_config, quantization_config, settle_adapter
 from .pretrain_config import AlignGPTPretrainConfig
 from .pretrain_trainer import AlignGPTPretrainTrainer
-from .settings import parse_settings
+from .settings import check_settings, parse_settings
 from .stage import StageConfig, StageTrainer, find_last_checkpoint
 
 
-logger = logging.get_logger(__name__)
-
-DTYPES = ("float32", "bfloat16")
-
-
-@dataclass
-class DataArguments:
-    """Where the rows come from; see [`load_rows`]."""
-
-    dataset: str | None = field(
-        default=None,
-        metadata={"help": "Rows to train on: JSON(L), CSV or parquet file, folder of `save_to_disk`, or Hub id."},
-    )
-    dataset_split: str | None = field(default=None, metadata={"help": "Split; default: train, or the only one."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub data set."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "Rows to evaluate on (see `eval_strategy`)."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split of `eval_dataset`."})
-    image_folder: str | None = field(
-        default=None, metadata={"help": "What relative picture paths start from; default: the folder of the file."}
-    )
-    on_bad_row: str = field(
-        default="raise",
-        metadata={
-            "help": "Rows that cannot be used: `raise` or `skip` (left out, counted).",
-            "choices": ["raise", "skip"],
-        },
-    )
+STAGES = {
+    "pretrain": (
+        AlignGPTPretrainTrainer,
+        (PretrainModelArguments, DataArguments, AlignGPTPretrainConfig),
+        "Stage 1: train projector and level embeddings on pairs with an `align_level` (see `aligngpt score`).",
+    ),
+    "instruct": (
+        AlignGPTInstructTrainer,
+        (ModelArguments, DataArguments, AlignGPTInstructConfig),
+        "Stage 2: train language model, projector and gate on conversations, from the output of `aligngpt pretrain`.",
+    ),
+}
 
 
 @dataclass
-class ModelArguments:
-    """Which model is trained and how it is loaded."""
+class StageRun:
+    """A stage that is ready to run.
 
-    model: str | None = field(default=None, metadata={"help": "An AlignGPT: folder or Hub id."})
-    model_revision: str | None = field(default=None, metadata={"help": "Revision of a model on the Hub."})
-    dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "Of the loaded weights. With `bfloat16` (needs bf16) only what trains is kept in float32.",
-            "choices": list(DTYPES),
-        },
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "Attention, such as `sdpa`, `flash_attention_2`, `eager`."}
-    )
+    Attributes:
+        trainer: the trainer, with its model, processor and rows; not yet trained.
+        config: its settings.
+        model_args: which model it was told to train.
+        data_args: which rows.
+        extra: what the summary says beside what the trainer knows: `sources`, and where they exist `pretrain` (the
+            summary of stage 1) and `alignment` (how the levels were made).
+    """
 
+    trainer: StageTrainer
+    config: StageConfig
+    model_args: ModelArguments
+    data_args: DataArguments
+    extra: dict[str, Any]
 
-@dataclass
-class PretrainModelArguments(ModelArguments):
-    """`model`, or `language_model` and `vision_tower` that a fresh one is assembled from."""
-
-    language_model: str | None = field(
-        default=None, metadata={"help": "Causal language model to start from: folder or Hub id."}
-    )
-    vision_tower: str | None = field(
-        default=None, metadata={"help": "CLIP or SigLIP model, or its vision tower: folder or Hub id."}
-    )
-    chat_template: str | None = field(
-        default=None,
-        metadata={
-            "help": f"Conversation format: {', '.join(CHAT_TEMPLATES)}. Default: recognised from the language model."
-        },
-    )
-    num_align_levels: int | None = field(
-        default=None, metadata={"help": "Size of the level table of a fresh model (paper: 8)."}
-    )
-    config_overrides: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "More fields of AlignGPTConfig for a fresh model, as a mapping."}
-    )
+    def run(self) -> dict[str, Any]:
+        """Trains, saves and reports; returns the summary."""
+        self.trainer.train()
+        summary = self.trainer.save_final(self.extra)
+        if self.config.should_log:
+            print(describe_run(summary, self.config.output_dir), flush=True)
+        return summary
 
 
 def pretrain_command(argv: Sequence[str]) -> dict[str, Any]:
     """`aligngpt pretrain`: stage 1. Returns the summary that it writes."""
-    model_args, data_args, config = parse_settings(
-        "aligngpt pretrain",
-        (PretrainModelArguments, DataArguments, AlignGPTPretrainConfig),
-        argv,
-        "Stage 1: train projector and level embeddings on pairs with an `align_level` (see `aligngpt score`).",
-    )
-    _check_run(model_args, data_args, config)
-    parts = {"language_model": model_args.language_model, "vision_tower": model_args.vision_tower}
-    missing = [name for name, value in parts.items() if value is None]
-    if model_args.model is None and missing:
-        raise ValueError(
-            f"{' and '.join(missing)} missing: give language_model and vision_tower (a fresh model is assembled from "
-            "them), or model (an AlignGPT)."
-        )
-    if model_args.model is not None:
-        fresh_only = {**parts, "chat_template": None, "num_align_levels": None, "config_overrides": None}
-        given = [name for name in fresh_only if getattr(model_args, name) is not None]
-        if given:
-            raise ValueError(
-                f"{', '.join(given)} has no effect on a finished model: leave it out, or leave `model` out."
-            )
-        model, processor = _load(model_args)
-    else:
-        overrides = dict(model_args.config_overrides or {})
-        if model_args.num_align_levels is not None:
-            overrides["num_align_levels"] = model_args.num_align_levels
-        model, processor = assemble(
-            model_args.language_model,
-            model_args.vision_tower,
-            chat_template=model_args.chat_template,
-            dtype=getattr(torch, model_args.dtype),
-            seed=config.seed,
-            **overrides,
-        )
-    return _run_stage(AlignGPTPretrainTrainer, model, processor, model_args, data_args, config)
+    return build_stage("pretrain", argv).run()
 
 
 def instruct_command(argv: Sequence[str]) -> dict[str, Any]:
     """`aligngpt instruct`: stage 2. Returns the summary that it writes."""
-    model_args, data_args, config = parse_settings(
-        "aligngpt instruct",
-        (ModelArguments, DataArguments, AlignGPTInstructConfig),
-        argv,
-        "Stage 2: train language model, projector and gate on conversations, from the output of `aligngpt pretrain`.",
+    return build_stage("instruct", argv).run()
+
+
+def check_words(stage: str, argv: Sequence[str]) -> None:
+    """Refuses settings that do not exist, without making any; see [`check_settings`]."""
+    _, kinds, description = STAGES[stage]
+    check_settings(f"aligngpt {stage}", kinds, argv, description)
+
+
+def build_stage(stage: str, argv: Sequence[str], *, prog: str | None = None, will_train: bool = True) -> StageRun:
+    """
+    Everything of a stage up to its first step.
+
+    Args:
+        stage: `"pretrain"` or `"instruct"`.
+        argv: the words behind the command: `--config FILE.yaml` and overrides.
+        prog: name of the command in help and errors; `aligngpt <stage>` when `None`.
+        will_train: refuse an `output_dir` that holds an earlier run's checkpoints.
+
+    Raises:
+        ValueError: unusable settings, model or rows.
+    """
+    trainer_class, kinds, description = STAGES[stage]
+    model_args, data_args, config = parse_settings(prog or f"aligngpt {stage}", kinds, argv, description)
+    _check_run(stage, model_args, data_args, config)
+    if will_train and config.resume_from_checkpoint is None and find_last_checkpoint(config.output_dir):
+        raise ValueError(
+            f"{config.output_dir} holds checkpoints of an earlier run: continue it with resume_from_checkpoint=auto, "
+            "or choose another output_dir."
+        )
+    if _is_fresh(stage, model_args):
+        model, processor = _assemble(model_args, config)
+    else:
+        model, processor = _load(model_args, config)
+    if model_args.attn_implementation is not None:
+        model.set_attn_implementation(model_args.attn_implementation)
+    streaming = {"streaming": True, "shuffle_buffer": data_args.shuffle_buffer, "seed": config.seed}
+    rows = _rows(data_args, data_args.dataset, data_args.dataset_split, **(streaming if data_args.streaming else {}))
+    eval_rows = _rows(data_args, data_args.eval_dataset, data_args.eval_split) if data_args.eval_dataset else None
+    adapter = lora_config(model_args, model)
+    trainer = trainer_class(
+        model, config, rows, eval_dataset=eval_rows, processing_class=processor, peft_config=adapter
     )
-    _check_run(model_args, data_args, config)
-    if model_args.model is None:
-        raise ValueError("model is missing: give the output folder of `aligngpt pretrain`.")
-    model, processor = _load(model_args)
-    return _run_stage(AlignGPTInstructTrainer, model, processor, model_args, data_args, config)
+    if adapter is not None:
+        settle_adapter(trainer.model)
+    return StageRun(trainer, config, model_args, data_args, run_records(stage, model_args, data_args))
 
 
 def score_command(argv: Sequence[str]) -> Any:
@@ -159,35 +135,86 @@ def score_command(argv: Sequence[str]) -> Any:
     return score_dataset(config)
 
 
-def _check_run(model_args: ModelArguments, data_args: DataArguments, config: StageConfig):
+def _check_run(stage: str, model_args: ModelArguments, data_args: DataArguments, config: StageConfig):
     """What can be refused before anything is loaded."""
+    check_lora(model_args, stage)
     if data_args.dataset is None:
         raise ValueError("dataset is missing: a file, a folder or a Hub id.")
     if model_args.dtype not in DTYPES:
         raise ValueError(f"dtype={model_args.dtype!r} is not one of {', '.join(DTYPES)}.")
     if model_args.dtype != "float32" and not config.bf16:
         raise ValueError(f"dtype={model_args.dtype} needs bf16: set bf16 to true, or leave dtype out.")
+    if data_args.streaming and config.max_steps <= 0:
+        raise ValueError("streaming needs max_steps: a stream does not say how many rows it has.")
     if config.eval_strategy != "no" and data_args.eval_dataset is None:
         raise ValueError(f"eval_strategy={config.eval_strategy.value} needs eval_dataset.")
-    if config.resume_from_checkpoint is None and find_last_checkpoint(config.output_dir):
-        raise ValueError(
-            f"{config.output_dir} holds checkpoints of an earlier run: continue it with resume_from_checkpoint=auto, "
-            "or choose another output_dir."
-        )
     if not torch.cuda.is_available():
         # the loader's hint about pinned memory, which concerns GPUs alone
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
 
 
-def _load(args: ModelArguments) -> tuple[AlignGPTForConditionalGeneration, AlignGPTProcessor]:
+def _is_fresh(stage: str, args: ModelArguments) -> bool:
+    """Whether a model is to be assembled; refuses too much and too little."""
+    if stage == "instruct":
+        if args.model is None:
+            raise ValueError("model is missing: give the output folder of `aligngpt pretrain`.")
+        return False
+    parts = ("language_model", "vision_tower")
+    if args.model is None:
+        if missing := [name for name in parts if getattr(args, name) is None]:
+            raise ValueError(
+                f"{' and '.join(missing)} missing: give language_model and vision_tower (a fresh model is assembled "
+                "from them), or model (an AlignGPT)."
+            )
+        return True
+    revisions = [f"{name}_revision" for name in parts]
+    fresh_only = (*parts, *revisions, "chat_template", "num_align_levels", "config_overrides")
+    if given := [name for name in fresh_only if getattr(args, name) is not None]:
+        raise ValueError(f"{', '.join(given)} has no effect on a finished model: leave it out, or leave `model` out.")
+    return False
+
+
+def _assemble(
+    args: PretrainModelArguments, config: StageConfig
+) -> tuple[AlignGPTForConditionalGeneration, AlignGPTProcessor]:
+    overrides = checked_overrides(args.config_overrides)
+    if args.num_align_levels is not None:
+        overrides["num_align_levels"] = args.num_align_levels
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "ZeRO-3 splits weights while a checkpoint is read, so a fresh model cannot be assembled under it: run "
+            "`aligngpt init` once and give its folder as model, or use zero2 for stage 1."
+        )
+    # every process reads the weights: the fresh rows and levels are drawn after the old ones
+    with patch_environment(FSDP_CPU_RAM_EFFICIENT_LOADING="false"):
+        return assemble(
+            at_revision(args.language_model, args.language_model_revision, "language_model"),
+            at_revision(args.vision_tower, args.vision_tower_revision, "vision_tower"),
+            chat_template=args.chat_template,
+            dtype=getattr(torch, args.dtype),
+            seed=config.seed,
+            **overrides,
+        )
+
+
+def _load(args: ModelArguments, config: StageConfig) -> tuple[AlignGPTForConditionalGeneration, AlignGPTProcessor]:
     """Model and processor of a folder or Hub id, with the installed code."""
     path = Path(args.model)
+    if (path / ADAPTER_CONFIG).is_file():
+        raise ValueError(
+            f"{args.model} holds an adapter: make a whole model of it with `aligngpt merge --adapter {args.model} "
+            "--output DIR`, and give that."
+        )
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{args.model} holds no config.json: give a finished model, such as stage 1's output_dir.")
     if not path.is_dir() and (path.is_absolute() or args.model.count("/") != 1 or args.model.startswith((".", "~"))):
         raise ValueError(f"model {args.model!r}: there is no such folder.")
     model, info = AlignGPTForConditionalGeneration.from_pretrained(
-        args.model, revision=args.model_revision, dtype=getattr(torch, args.dtype), output_loading_info=True
+        args.model,
+        revision=args.model_revision,
+        dtype=getattr(torch, args.dtype),
+        quantization_config=quantization_config(args, config.bf16),
+        output_loading_info=True,
     )
     if info["missing_keys"]:
         raise ValueError(
@@ -197,7 +224,7 @@ def _load(args: ModelArguments) -> tuple[AlignGPTForConditionalGeneration, Align
     return model, AlignGPTProcessor.from_pretrained(args.model, revision=args.model_revision)
 
 
-def _rows(data_args: DataArguments, source: str, split: str | None) -> Dataset:
+def _rows(data_args: DataArguments, source: str, split: str | None, **options: Any) -> Dataset | IterableDataset:
     return load_rows(
         source,
         split=split,
@@ -205,31 +232,35 @@ def _rows(data_args: DataArguments, source: str, split: str | None) -> Dataset:
         revision=data_args.dataset_revision,
         image_folder=data_args.image_folder,
         on_bad_row=data_args.on_bad_row,
+        **options,
     )
 
 
-def _run_stage(
-    trainer_class: type[StageTrainer],
-    model: AlignGPTForConditionalGeneration,
-    processor: AlignGPTProcessor,
-    model_args: ModelArguments,
-    data_args: DataArguments,
-    config: StageConfig,
-) -> dict[str, Any]:
-    """Trains, saves and reports; the same for both stages."""
-    if model_args.attn_implementation is not None:
-        model.set_attn_implementation(model_args.attn_implementation)
-    rows = _rows(data_args, data_args.dataset, data_args.dataset_split)
-    eval_rows = _rows(data_args, data_args.eval_dataset, data_args.eval_split) if data_args.eval_dataset else None
-    trainer = trainer_class(model, config, rows, eval_dataset=eval_rows, processing_class=processor)
+# What a model's summary says of the scores that its levels were cut from; the keys are those of alignment.json.
+ALIGNMENT_FACTS = (
+    *("method", "num_align_levels", "edges", "counts", "mean_scores"),
+    *("scorer", "revision", "sha256", "rows"),
+)
+
+
+def run_records(stage: str, model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any]:
+    """What the run started from, and what is on record of it."""
     sources = {"dataset": data_args.dataset, "dataset_revision": data_args.dataset_revision}
-    for name in ("model", "model_revision", "language_model", "vision_tower"):
-        sources[name] = getattr(model_args, name, None)
-    trainer.train()
-    summary = trainer.save_final({"sources": {name: _public_name(v) for name, v in sources.items() if v is not None}})
-    if config.should_log:
-        print(describe_run(summary, config.output_dir), flush=True)
-    return summary
+    for name in ("model", "language_model", "vision_tower"):
+        for key in (name, f"{name}_revision"):
+            sources[key] = getattr(model_args, key, None)
+    records = {"sources": {name: _public_name(value) for name, value in sources.items() if value is not None}}
+    if stage == "pretrain":
+        alignment = read_record(data_args.dataset, "alignment.json", data_args.dataset_revision, "dataset")
+        if alignment is not None:
+            records["alignment"] = {name: alignment[name] for name in ALIGNMENT_FACTS if name in alignment}
+    else:
+        earlier = read_record(model_args.model, "training_summary.json", model_args.model_revision)
+        # a model that has been through stage 2 passes on what it knows of stage 1
+        first = earlier if earlier is None or earlier.get("stage") == "pretrain" else earlier.get("pretrain")
+        if first is not None:
+            records["pretrain"] = first
+    return records
 
 
 def _public_name(source: str) -> str:

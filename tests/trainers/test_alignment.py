@@ -2,124 +2,35 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
-import sentencepiece
 import torch
 from datasets import Dataset, load_from_disk
-from PIL import Image as PILImage
-from tokenizers import pre_tokenizers
 from transformers import (
     AutoImageProcessor,
     AutoModel,
     AutoTokenizer,
     BertConfig,
     BertModel,
-    CLIPConfig,
-    CLIPImageProcessor,
     CLIPModel,
-    CLIPTokenizer,
-    SiglipConfig,
-    SiglipImageProcessor,
-    SiglipModel,
-    SiglipTokenizer,
 )
 
 from aligngpt_trainers.alignment import PairScorer, cut_levels
 from aligngpt_trainers.data import load_rows
-from aligngpt_trainers.scoring import ScoreConfig, score_dataset
+from aligngpt_trainers.scoring import score_dataset
 
-
-WORDS = ["a", "red", "blue", "green", "kite", "dog", "boat", "over", "under", "near", "the", "bay", "hill"]
-IMAGE_SIZE = 16
-
-
-def save_clip(folder):
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={token: i for i, token in enumerate(vocab)}, merges=[], model_max_length=77)
-    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPConfig(
-        text_config={
-            **tower,
-            "vocab_size": len(vocab),
-            "eos_token_id": tokenizer.eos_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-        vision_config={**tower, "image_size": IMAGE_SIZE, "patch_size": 8},
-        projection_dim=24,
-    )
-    torch.manual_seed(0)
-    CLIPModel(config).save_pretrained(folder)
-    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=size).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def save_siglip(folder):
-    folder.mkdir()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(WORDS * 20),
-        model_prefix=str(folder / "spiece"),
-        vocab_size=50,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    tokenizer = SiglipTokenizer(str(folder / "spiece.model"), model_max_length=24)
-    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = SiglipConfig(
-        text_config={**tower, "vocab_size": 50, "max_position_embeddings": 24, "projection_size": 32},
-        vision_config={**tower, "image_size": IMAGE_SIZE, "patch_size": 8},
-    )
-    torch.manual_seed(0)
-    model = SiglipModel(config)
-    with torch.no_grad():
-        model.logit_scale.fill_(1.5)
-        model.logit_bias.fill_(-2.0)
-    model.save_pretrained(folder)
-    SiglipImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+from .scoring_parts import config, make_pairs, save_scorers, write_pairs
 
 
 @pytest.fixture(scope="module")
 def scorers(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("scorers")
-    return {"clip": save_clip(folder / "clip"), "siglip": save_siglip(folder / "siglip")}
-
-
-def make_pairs(count, seed=0):
-    """Pictures of several sizes and captions of several lengths, some beyond what the text models take."""
-    rng = np.random.default_rng(seed)
-    images, texts = [], []
-    for i in range(count):
-        low = rng.integers(0, 255, (3 + i % 4, 5, 3), dtype=np.uint8)
-        images.append(PILImage.fromarray(low).resize((20 + i % 5, 18 + i % 7)))
-        texts.append(" ".join(rng.choice(WORDS, 2 + i % 6 if i % 9 else 40)))
-    return images, texts
+    return save_scorers(tmp_path_factory.mktemp("scorers"))
 
 
 @pytest.fixture
 def pairs(tmp_path):
-    """(path of a JSONL file, its pictures, its captions): 50 pairs on disk."""
-    images, texts = make_pairs(50)
-    (tmp_path / "pictures").mkdir()
-    with (tmp_path / "pairs.jsonl").open("w") as file:
-        for i, (image, text) in enumerate(zip(images, texts, strict=True)):
-            image.save(tmp_path / "pictures" / f"{i}.png")
-            file.write(json.dumps({"id": i, "image": f"pictures/{i}.png", "caption": text}) + "\n")
-    return str(tmp_path / "pairs.jsonl"), images, texts
+    return write_pairs(tmp_path)
 
 
 def plain_logits(name, images, texts):
@@ -180,7 +91,7 @@ class TestScorer:
         model.save_pretrained(tmp_path / "half", state_dict=half)
         with pytest.raises(ValueError, match=r"lacks \d+ weights of CLIPModel, e\.g\. text_model"):
             PairScorer(str(tmp_path / "half"))
-        with pytest.raises(ValueError, match="dtype must be float32, bfloat16 or float16"):
+        with pytest.raises(ValueError, match="dtype must be one of auto, float32, bfloat16, float16"):
             PairScorer(scorers["clip"], dtype="int8")
 
 
@@ -241,16 +152,6 @@ class TestCutLevels:
             cut_levels(scores, **options)
 
 
-def config(pairs, scorers, output, **options):
-    return ScoreConfig(
-        dataset=pairs[0],
-        scorer=scorers["clip"],
-        output=str(output),
-        device="cpu",
-        **{"batch_size": 8, "shard_size": 16, "num_align_levels": 4, **options},
-    )
-
-
 class TestScoreDataset:
     def test_output_and_record(self, pairs, scorers, tmp_path, capsys):
         _, images, texts = pairs
@@ -264,7 +165,8 @@ class TestScoreDataset:
         assert rows["align_level"][:] == levels.tolist()
         assert record["edges"] == edges.tolist() and record["counts"] == counts.tolist()
         assert record == json.loads((tmp_path / "out" / "alignment.json").read_text())
-        assert record["rows"] == {"read": 50, "scored": 50, "unusable": 0, "unreadable_pictures": 0, "captions_cut": 6}
+        nothing = dict.fromkeys(("unreadable", "empty", "unusable", "below_min_score", "left_out_by_sampling"), 0)
+        assert record["rows"] == {"read": 50, "scored": 50, "written": 50, **nothing, "captions_cut": 6}
         assert record["scorer"] == "clip" and len(record["sha256"]) == 64 and record["dtype"] == "float32"
         # pictures travel with the rows, and the trainers' reader takes the folder as it is
         again = load_rows(tmp_path / "out")
@@ -274,7 +176,7 @@ class TestScoreDataset:
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].split() == ["level", "interval", "pairs", "share", "mean", "score"]
         assert [int(line.split()[3]) for line in lines[1:5]] == counts.tolist()
-        assert lines[5].startswith("50 of 50 rows scored; 0 unusable")
+        assert lines[5].startswith("50 of 50 rows scored; 0 unreadable, 0 empty, 0 unusable")
 
     def test_same_bytes_whatever_the_shards_and_workers(self, pairs, scorers, tmp_path):
         runs = [{}, {}, {"num_workers": 2}, {"shard_size": 24}]
@@ -307,15 +209,22 @@ class TestScoreDataset:
 
     def test_unreadable_pictures(self, pairs, scorers, tmp_path, caplog):
         (tmp_path / "pictures" / "5.png").write_text("<html>")
-        with pytest.raises(ValueError, match=r"1 of 50 pictures cannot be read:\n  row 5: .*5\.png.*\n.*on_bad_row"):
+        message = r"1 of 50 rows have no score \(1 unreadable\):\n  row 5: .*5\.png.*\n.*on_bad_row"
+        with pytest.raises(ValueError, match=message):
             score_dataset(config(pairs, scorers, tmp_path / "out"))
         assert not (tmp_path / "out").exists()
         kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "out.partial").glob("shard-*")}
         assert len(kept) == 4
         (tmp_path / "pictures" / "9.png").unlink()
         record = score_dataset(config(pairs, scorers, tmp_path / "skipped", on_bad_row="skip"))
-        assert record["rows"] == {"read": 50, "scored": 48, "unusable": 1, "unreadable_pictures": 1, "captions_cut": 5}
-        assert [entry["row"] for entry in record["dropped"]] == [9, 5]
+        counts = record["rows"]
+        assert (counts["read"], counts["scored"], counts["written"], counts["unreadable"]) == (50, 48, 48, 2)
+        listed = [json.loads(line) for line in (tmp_path / "skipped" / "dropped.jsonl").open()]
+        assert [(entry["row"], entry["id"], entry["kind"]) for entry in listed] == [
+            (5, "5", "unreadable"),
+            (9, "9", "unreadable"),
+        ]
+        assert "5.png" in listed[0]["reason"] and "no such picture file" in listed[1]["reason"]
         rows = load_from_disk(tmp_path / "skipped")
         assert rows["id"][:] == [str(i) for i in range(50) if i not in (5, 9)]
         for row in rows:  # scores and pictures still belong together
@@ -324,7 +233,7 @@ class TestScoreDataset:
 
     def test_refused_run_goes_on_when_told_to_skip(self, pairs, scorers, tmp_path, monkeypatch):
         (tmp_path / "pictures" / "5.png").write_text("<html>")
-        with pytest.raises(ValueError, match="cannot be read"):
+        with pytest.raises(ValueError, match="have no score"):
             score_dataset(config(pairs, scorers, tmp_path / "out"))
 
         def refuse(self, *inputs):
@@ -359,60 +268,21 @@ class TestScoreDataset:
         for options, message in [
             ({"binning": "edges"}, "belong together"),
             ({"edges": ["0", "1"]}, "belong together"),
-            ({"binning": "even"}, "one of uniform"),
+            ({"binning": "even"}, "binning must be one of uniform"),
+            ({"sampling": "some"}, "sampling must be one of all, balanced"),
+            ({"samples_per_level": 5}, "no effect without"),
+            ({"min_score": float("nan")}, "min_score must be a number"),
             ({"batch_size": 0}, "batch_size must be at least 1"),
-            ({"on_bad_row": "drop"}, "raise or skip"),
+            ({"on_bad_row": "drop"}, "one of raise, skip"),
         ]:
             with pytest.raises(ValueError, match=message):
                 config(pairs, scorers, tmp_path / "out", **options)
 
 
-KILLED_RUN = """
-import sys, time
-from aligngpt_trainers.alignment import PairScorer
-from aligngpt_trainers.scoring import ScoreConfig, score_dataset
-score = PairScorer.score
-def slow(self, *inputs):
-    time.sleep(0.1)
-    return score(self, *inputs)
-PairScorer.score = slow
-score_dataset(ScoreConfig(dataset=sys.argv[1], scorer=sys.argv[2], output=sys.argv[3], device="cpu",
-                          batch_size=8, shard_size=16, num_align_levels=4))
-"""
-
-
 class TestResume:
-    def test_killed_run_ends_with_the_same_bytes_and_scores_nothing_twice(self, pairs, scorers, tmp_path, monkeypatch):
-        score_dataset(config(pairs, scorers, tmp_path / "whole"))
-        output, partial = tmp_path / "out", tmp_path / "out.partial"
-        arguments = [sys.executable, "-c", KILLED_RUN, pairs[0], scorers["clip"], str(output)]
-        run = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while not (partial / "shard-000001.parquet").exists() and time.monotonic() < deadline and run.poll() is None:
-            time.sleep(0.01)
-        run.send_signal(signal.SIGKILL)
-        assert run.wait() == -signal.SIGKILL
-        assert not output.exists()
-        done = len(list(partial.glob("shard-*.parquet")))
-        assert 2 <= done < 4
-        scored = []
-        score = PairScorer.score
-
-        def counted(self, image_inputs, text_inputs):
-            scored.append(len(image_inputs["pixel_values"]))
-            return score(self, image_inputs, text_inputs)
-
-        monkeypatch.setattr(PairScorer, "score", counted)
-        score_dataset(config(pairs, scorers, output))
-        assert sum(scored) == 50 - 16 * done
-        whole, resumed = load_from_disk(tmp_path / "whole"), load_from_disk(output)
-        assert whole["clip_score"][:] == resumed["clip_score"][:]
-        assert whole["align_level"][:] == resumed["align_level"][:]
-        assert not partial.exists()
-
     def test_progress_of_other_settings_is_not_mixed_in(self, pairs, scorers, tmp_path):
         (tmp_path / "pictures" / "49.png").write_text("<html>")
-        with pytest.raises(ValueError, match="cannot be read"):
+        with pytest.raises(ValueError, match="have no score"):
             score_dataset(config(pairs, scorers, tmp_path / "out"))
         with pytest.raises(ValueError, match=r"out\.partial keeps the progress .* \(batch_size changed\)"):
             score_dataset(config(pairs, scorers, tmp_path / "out", batch_size=4))

@@ -2,15 +2,22 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 import yaml
+from local_hub.server import HubServer
+from safetensors.torch import load_file, save_file
 
+from aligngpt_trainers.arguments import DataArguments, PretrainModelArguments
 from aligngpt_trainers.cli import COMMANDS, main
+from aligngpt_trainers.folders import read_record
+from aligngpt_trainers.train import run_records
 from modeling_aligngpt import AlignGPTForConditionalGeneration
+from modeling_aligngpt.assembly import assemble
 
 from .conftest import NUM_LEVELS, conversation_rows, pair_rows, picture, to_dataset
 
@@ -219,43 +226,97 @@ def test_a_broken_picture_is_named_in_one_line(stage1_folder, tmp_path, capsys, 
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_two_processes_train_as_one(stage1_folder, data, tmp_path):
-    """Same rows, same total batch: the same losses and weights (gloo on the CPU)."""
-    words = [
-        "-m",
-        "aligngpt_trainers",
-        "instruct",
-        "--model",
-        str(stage1_folder),
-        "--dataset",
-        str(data / "conversations"),
-    ]
-    words += [
-        "--use_cpu",
-        "true",
-        "--logging_steps",
-        "1",
-        "--optim",
-        "sgd",
-        "--learning_rate",
-        "0.1",
-        "--max_steps",
-        "3",
-    ]
-    words += ["--save_strategy", "no", "--disable_tqdm", "true", "--gradient_checkpointing", "false"]
-    launchers = {
-        "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-        "one": [],
-    }
-    summaries, models = [], []
-    for name, launcher in launchers.items():
-        batch = ["--per_device_train_batch_size", "4" if launcher else "8", "--output_dir", str(tmp_path / name)]
-        done = subprocess.run([sys.executable, *launcher, *words, *batch], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-2000:]
-        summaries.append(json.loads((tmp_path / name / "training_summary.json").read_text()))
-        models.append(AlignGPTForConditionalGeneration.from_pretrained(tmp_path / name).state_dict())
-    assert summaries[0]["batch_size"] == summaries[1]["batch_size"] == 8
-    ours, theirs = (torch.tensor([loss for _, loss in summary["loss_curve"]]) for summary in summaries)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
-    for name, tensor in models[0].items():
-        torch.testing.assert_close(tensor, models[1][name], rtol=0, atol=1e-4)
+@pytest.mark.parametrize("hyphens", [False, True])
+def test_init_assembles_what_pretrain_takes(parts, recipe, tmp_path, capsys, hyphens):
+    vision = "--vision-tower" if hyphens else "--vision_tower"
+    words = ["init", "--llm", str(parts[0]), vision, str(parts[1]), "--output", str(tmp_path / "fresh")]
+    words += ["--num-align-levels" if hyphens else "--num_align_levels", str(NUM_LEVELS), "--dtype", "float32"]
+    words += ["--config-overrides" if hyphens else "--config_overrides", '{"gate_hidden_size": 16}']
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"language model \(llama\) +\d", shown) and re.search(
+        r"vision tower \(clip_vision_model\) +\d", shown
+    )
+    assert re.search(r"image_seq_length\) +16 for a picture of 32 pixels", shown)
+    assert re.search(r"chat template +vicuna_v1", shown)
+    model = AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "fresh")
+    expected, _ = assemble(*parts, num_align_levels=NUM_LEVELS, gate_hidden_size=16, seed=0)
+    ours, theirs = model.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    # every parameter is counted once
+    numbers = [int(text.replace(",", "")) for text in re.findall(r"([\d,]+) parameters", shown)]
+    assert sum(numbers) == sum(parameter.numel() for parameter in model.parameters())
+    assert {"modeling_aligngpt.py", "chat_template.jinja"} <= {path.name for path in (tmp_path / "fresh").iterdir()}
+
+    only_fresh = dict.fromkeys(("language_model", "vision_tower", "num_align_levels", "config_overrides"))
+    once = {"max_steps": 1, "seed": 0}
+    assert main(["pretrain", "--config", recipe(model=str(tmp_path / "fresh"), **once, **only_fresh)]) == 0
+    assert main(["pretrain", "--config", recipe(output_dir=str(tmp_path / "direct"), **once)]) == 0
+    # one step from either start is the same step
+    folders = (tmp_path / "stage1", tmp_path / "direct")
+    ours, theirs = (AlignGPTForConditionalGeneration.from_pretrained(folder).state_dict() for folder in folders)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_init_fails_with_a_remedy_and_leaves_nothing(parts, tmp_path, capsys):
+    words = ["init", "--language_model", str(parts[0]), "--vision_tower", str(parts[1]), "--output"]
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    assert "exists: choose another folder" in failure(capsys, *words, str(tmp_path / "taken"))
+    words.append(str(tmp_path / "fresh"))
+    assert "unknown field 'gate_size'" in failure(capsys, *words, "--config_overrides", '{"gate_size": 8}')
+    assert "config_overrides: expected a mapping" in failure(capsys, *words, "--config_overrides", "gate_size")
+    assert "llm_revision='main' has no effect on the folder" in failure(capsys, *words, "--llm_revision", "main")
+    assert "chat_template='vicuna' is not one of" in failure(capsys, *words, "--chat_template", "vicuna")
+    assert "invalid choice: 'float16'" in failure(capsys, *words, "--dtype", "float16")
+    assert "required: --vision_tower" in failure(capsys, "init", "--llm", "x", "--output", "y")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_revision_of_the_hub_is_kept(parts, tmp_path):
+    """Of two commits the pinned one is loaded. The Hub is a server on this machine."""
+    other = shutil.copytree(parts[0], tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    with HubServer(tmp_path / "hub") as hub:
+        hub.add_repo("model", "user/llm", other)
+        pinned = hub.commits("model", "user/llm")[0].sha
+        hub.commit_folder("model", "user/llm", parts[0])
+        words = ["init", "--llm", "user/llm", "--llm-revision", pinned, "--vision-tower", str(parts[1])]
+        command = [sys.executable, "-m", "aligngpt_trainers", *words, "--output", str(tmp_path / "fresh")]
+        done = subprocess.run(command, env=hub.env(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    model = AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "fresh", dtype=torch.float32)
+    expected = weights["model.norm.weight"].bfloat16().float()
+    assert torch.equal(model.model.language_model.norm.weight.detach(), expected)
+    args = PretrainModelArguments(language_model="user/llm", language_model_revision=pinned, vision_tower="user/clip")
+    sources = run_records("pretrain", args, DataArguments(dataset="user/pairs"))["sources"]
+    assert (sources["language_model"], sources["language_model_revision"]) == ("user/llm", pinned)
+
+
+def test_records_are_handed_on(recipe, data, tmp_path, capsys):
+    """Scores -> stage 1 -> stage 2 -> stage 2 again: the last model still says how its levels were made."""
+    scored = shutil.copytree(data / "pairs", tmp_path / "scored")
+    facts = {"method": "quantile", "counts": [4, 4, 4, 4], "scorer": "clip", "rows": {"read": 16}}
+    (scored / "alignment.json").write_text(json.dumps({**facts, "versions": {"torch": "x"}}))
+    assert main(["pretrain", "--config", recipe(dataset=str(scored), max_steps=1)]) == 0
+    words = ["--dataset", str(data / "conversations"), "--use_cpu", "true", "--max_steps", "1", "--save_strategy", "no"]
+    for start, end in (("stage1", "stage2"), ("stage2", "again")):
+        folders = ["--model", str(tmp_path / start), "--output_dir", str(tmp_path / end)]
+        assert main(["instruct", *folders, *words]) == 0
+    summaries = {name: json.loads((tmp_path / name / "training_summary.json").read_text()) for name in
+                 ("stage1", "stage2", "again")}  # fmt: skip
+    assert summaries["stage1"]["alignment"] == facts
+    for name in ("stage2", "again"):
+        assert summaries[name]["pretrain"] == summaries["stage1"]
+        assert "pretrain" not in summaries[name]["pretrain"]
+    (tmp_path / "stage1" / "training_summary.json").write_text("{broken")
+    assert read_record(str(tmp_path / "stage1"), "training_summary.json") is None
+    assert read_record("nobody/nothing", "training_summary.json") is None
+
+
+def test_streams_need_a_number_of_steps(recipe, capsys):
+    assert "streaming needs max_steps" in failure(capsys, "pretrain", "--config", recipe(streaming=True))
+    assert main(["pretrain", "--config", recipe(streaming=True, max_steps=2, shuffle_buffer=4)]) == 0
+    assert "2 steps of 8" in capsys.readouterr().out

@@ -5,13 +5,12 @@ import io
 import json
 
 import datasets
-import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value
 from PIL import Image as PILImage
 
 from aligngpt_trainers.conversations import BadRow, caption_of, to_messages
-from aligngpt_trainers.data import load_image, load_rows, read_rows
+from aligngpt_trainers.data import load_rows, read_rows
 
 
 RED, BLUE = (200, 10, 20), (20, 10, 200)
@@ -121,6 +120,21 @@ class TestLlavaJson:
         roles = [message["role"] for message in to_messages(record, ("conversations",), 0)]
         assert roles == ["system", "user", "assistant"]
 
+    def test_several_files_and_kinds_of_the_same_column(self, folder):
+        """Ids that are numbers and texts, one picture and lists: what a table could not hold."""
+        (folder / "pictures" / "0.json").write_text(json.dumps([llava(id=1), llava(id="x", image=["a.png"])]))
+        text = {"id": 3, "conversations": [turn("human", "Hi"), turn("gpt", "Hello")]}
+        (folder / "pictures" / "1.json").write_text(json.dumps([text]))
+        rows = load_rows(folder / "pictures" / "*.json")
+        assert rows["id"][:] == ["1", "x", "3"] and [len(images) for images in rows["images"]] == [1, 1, 0]
+
+    @pytest.mark.parametrize("indent", [None, 1])
+    def test_json_is_read_piece_by_piece(self, folder, monkeypatch, indent):
+        monkeypatch.setattr("aligngpt_trainers.sources.READ", 7)
+        records = [llava(id=f"é {i} ] }}, {{") for i in range(5)]
+        (folder / "d.json").write_text(json.dumps(records, indent=indent, ensure_ascii=False), encoding="utf-8")
+        assert load_rows(folder / "d.json", image_folder=folder / "pictures")["id"][:] == [r["id"] for r in records]
+
     def test_same_rows_have_the_same_fingerprint(self, folder):
         one, two = (load_rows([llava()], image_folder=folder / "pictures") for _ in range(2))
         other = load_rows([llava(image="b.png")], image_folder=folder / "pictures")
@@ -146,6 +160,40 @@ class TestOtherLayouts:
         }
         for record in (as_text, as_messages):
             assert load_rows([record])[0]["messages"] == PAIR
+
+    def test_prompt_completion_with_earlier_turns_and_several_pictures(self):
+        record = {
+            "images": [picture(), picture(BLUE)],
+            "prompt": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": [block(), block(), block("Compare.")]},
+                {"role": "assistant", "content": "Red, blue."},
+                {"role": "user", "content": "And?"},
+            ],
+            "completion": [{"role": "assistant", "content": [block("That is all.")]}],
+        }
+        text = {"prompt": "Say hello.", "completion": "Hello."}
+        rows = load_rows([record, text])
+        assert [len(row["images"]) for row in rows] == [2, 0]
+        assert [m["role"] for m in rows[0]["messages"]] == ["system", "user", "assistant", "user", "assistant"]
+        assert rows[0]["messages"][1]["content"] == [block(), block(), block("Compare.")]
+        assert rows[1]["messages"] == [said("user", block("Say hello.")), said("assistant", block("Hello."))]
+
+    def test_messages_with_pictures_in_several_turns_and_none(self):
+        record = {
+            "images": [picture(), picture(BLUE)],
+            "messages": [
+                {"role": "user", "content": [block("This"), block(), block("is?")]},
+                {"role": "assistant", "content": [block("Red.")]},
+                {"role": "user", "content": [block("And this?"), block()]},
+                {"role": "assistant", "content": [block("Blue.")]},
+            ],
+        }
+        text = {"images": None, "messages": [said("user", block("Hi")), said("assistant", block("Hello"))]}
+        for source in ([record, text], Dataset.from_list([record, text])):
+            rows = load_rows(source)
+            assert [[i.getpixel((0, 0)) for i in row["images"]] for row in rows] == [[RED, BLUE], []]
+            assert rows[0]["messages"] == record["messages"] and rows[1]["messages"] == text["messages"]
 
     @pytest.mark.parametrize("column", ["caption", "text"])
     def test_image_and_caption(self, column):
@@ -184,6 +232,38 @@ class TestDataSets:
         Dataset.from_dict(binary).to_parquet(tmp_path / "binary.parquet")
         for name in ("typed", "raw", "binary"):
             self.check(load_rows(tmp_path / f"{name}.parquet"))
+
+    def test_many_files_by_a_pattern(self, tmp_path):
+        for i in range(3):
+            self.embedded().select(range(2 * i, min(2 * i + 2, 5))).to_parquet(tmp_path / f"part-{i}.parquet")
+        self.check(load_rows(tmp_path / "part-*.parquet"))
+        self.check(load_rows(f"{tmp_path}/**/*.parquet"))
+        with pytest.raises(ValueError, match=r"part-\*\.jsonl: no file fits this pattern"):
+            load_rows(tmp_path / "part-*.jsonl")
+        (tmp_path / "part-3.csv").write_text("image,caption\n")
+        with pytest.raises(ValueError, match=r"several kinds fit this pattern \(\.csv, \.parquet\)"):
+            load_rows(tmp_path / "part-*")
+        (tmp_path / "bad.parquet").write_bytes(b"PAR1 or not")
+        with pytest.raises(ValueError, match=r"bad\.parquet: not readable as parquet"):
+            load_rows(tmp_path / "bad.parquet")
+
+    def test_arrow_files(self, tmp_path):
+        self.embedded().save_to_disk(tmp_path / "saved")
+        self.check(load_rows(next((tmp_path / "saved").glob("*.arrow"))))
+
+    def test_parquet_of_conversations_with_lists_of_paths(self, folder):
+        several = llava(image=["a.png", "b.png"])
+        several["conversations"] = [turn("human", "<image> <image>\nWhat?"), turn("gpt", "Kites.")]
+        text = {"id": "t", "image": None, "conversations": [turn("human", "Hi"), turn("gpt", "Hello")]}
+        Dataset.from_list([llava(image=["a.png"]), several, text]).to_parquet(folder / "pictures" / "c.parquet")
+        rows = load_rows(folder / "pictures" / "c.parquet")
+        assert [[i.getpixel((0, 0)) for i in row["images"]] for row in rows] == [[RED], [RED, BLUE], []]
+        assert rows[0]["messages"] == PAIR
+
+    def test_an_empty_picture_value_is_named(self):
+        source = Dataset.from_dict({"images": [[picture()], [None]], "messages": [PAIR, PAIR]}, features=FEATURES)
+        with pytest.raises(ValueError, match="row 1: an empty picture value"):
+            load_rows(source)
 
     def test_saved_folders_and_their_splits(self, tmp_path):
         self.embedded().save_to_disk(tmp_path / "single")
@@ -295,6 +375,15 @@ class TestErrors:
         (tmp_path / "broken.jsonl").write_text('{"image": "a"}\n{"image": \n')
         with pytest.raises(ValueError, match=r"broken\.jsonl, line 2: not valid JSON"):
             load_rows(tmp_path / "broken.jsonl")
+        (tmp_path / "broken.json").write_text('[{"image": "a"}, {"image": ]')
+        with pytest.raises(ValueError, match=r"broken\.json, record 1: not valid JSON"):
+            load_rows(tmp_path / "broken.json")
+        (tmp_path / "cut.json").write_text('[{"image": "a"},')
+        with pytest.raises(ValueError, match=r"cut\.json, record 1: not valid JSON \(the file ends too early"):
+            load_rows(tmp_path / "cut.json")
+        (tmp_path / "latin.jsonl").write_bytes('{"text": "é"}'.encode("latin-1"))
+        with pytest.raises(ValueError, match=r"latin\.jsonl: not UTF-8 text"):
+            load_rows(tmp_path / "latin.jsonl")
         (tmp_path / "object.json").write_text('{"data": []}')
         with pytest.raises(ValueError, match="expected a list of records"):
             load_rows(tmp_path / "object.json")
@@ -314,62 +403,3 @@ class TestErrors:
             to_messages(
                 {"messages": [said("user", {"type": "video"}), said("assistant", block("a"))]}, ("messages",), 0
             )
-
-
-class TestLoadImage:
-    @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "1", "P", "CMYK", "I", "F"])
-    def test_grey_survives_every_mode(self, mode):
-        grey = 255 if mode == "1" else 153  # a colour of the palette
-        image = load_image(picture((grey,) * 3, mode=mode))
-        assert image.mode == "RGB" and image.size == (6, 4)
-        assert np.abs(np.asarray(image).astype(int) - grey).max() <= 1
-
-    def test_values_of_every_kind(self, tmp_path):
-        path = tmp_path / "a.png"
-        picture().save(path)
-        values = [picture(), path, str(path), path.read_bytes(), {"path": str(path), "bytes": None}]
-        values += [{"path": "gone.png", "bytes": path.read_bytes()}, np.asarray(picture())]
-        for value in values:
-            assert load_image(value).tobytes() == picture().tobytes()
-        assert load_image(np.full((4, 6, 1), 9, np.uint8)).getpixel((0, 0)) == (9, 9, 9)
-
-    @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-    def test_16_bits_keep_their_gradations(self, kind):
-        deep = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-        image = load_image(encode(PILImage.fromarray(deep), format=kind))
-        assert np.abs(np.asarray(image)[..., 0].astype(int).ravel() - np.arange(256)).max() <= 1
-
-    def test_alpha_is_dropped_as_the_processor_does(self):
-        clear = PILImage.new("RGBA", (6, 4), (200, 0, 0, 0))
-        clear.putpixel((1, 1), (*BLUE, 255))
-        for source in (clear, encode(clear)):
-            assert load_image(source).tobytes() == clear.convert("RGB").tobytes()
-        palette = picture(mode="P")
-        gif = load_image(encode(palette, transparency=palette.getpixel((0, 0))))
-        assert gif.tobytes() == palette.convert("RGB").tobytes()
-
-    def test_orientation_of_the_camera(self):
-        image = picture()
-        image.putpixel((0, 0), BLUE)
-        exif = PILImage.Exif()
-        exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
-        upright = load_image(encode(image, exif=exif))
-        assert upright.size == (4, 6) and upright.getpixel((3, 0)) == BLUE
-
-    def test_first_frame_of_an_animation(self):
-        frames = [picture(RED), picture(BLUE)]
-        moving = encode(frames[0], format="GIF", save_all=True, append_images=frames[1:])
-        assert PILImage.open(io.BytesIO(moving)).n_frames == 2
-        assert np.abs(np.asarray(load_image(moving).getpixel((0, 0))) - RED).max() <= 2
-
-    def test_errors_name_row_file_and_remedy(self, tmp_path):
-        noisy = PILImage.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-        (tmp_path / "cut.jpg").write_bytes(encode(noisy, format="JPEG")[:600])
-        (tmp_path / "page.png").write_text("<html>")
-        for name in ("cut.jpg", "page.png", "gone.png"):
-            with pytest.raises(ValueError, match=rf"row 17: picture cannot be read \(file '.*{name}'\): .*on_bad_row"):
-                load_image({"path": str(tmp_path / name), "bytes": None}, 17)
-        with pytest.raises(ValueError, match=r"row x: picture cannot be read \(7 bytes of 'a\.png' stored"):
-            load_image({"path": "a.png", "bytes": b"nothing"}, "x")
-        with pytest.raises(ValueError, match="download the picture first"):
-            load_image("https://example.com/a.png")

@@ -116,6 +116,7 @@ def test_gradient_accumulation_does_not_change_the_run(stage1_folder, conversati
             gradient_accumulation_steps=steps,
             optim="sgd",
             learning_rate=0.1,
+            group_by="none",
         )
         trainer.train()
         runs.append((losses(trainer), snapshot(trainer.model)))

@@ -192,9 +192,8 @@ def test_streams(assembled, pairs, tmp_path):
     trainer.train()
     assert len(losses(trainer)) == 3
     bad = to_dataset([*pair_rows(2), {**pair_rows(1)[0], "align_level": NUM_LEVELS}]).to_iterable_dataset()
-    trainer = trainer_for(assembled, tmp_path, bad)
     with pytest.raises(ValueError, match=f"Row 2 has align_level={NUM_LEVELS}"):
-        trainer.train()
+        trainer_for(assembled, tmp_path, bad).train()
 
 
 def test_a_bad_row_stops_the_run_before_its_first_step(assembled, tmp_path):

@@ -1,0 +1,215 @@
+"""Checkpoints and the finished model, written so that nothing half-written is ever taken for whole."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import IterableDataset
+from safetensors import SafetensorError
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+SUMMARY_NAME = "training_summary.json"
+RECORD_NAME = "run_record.json"
+STATE_NAME = "trainer_state.json"
+STAGING_SUFFIX = ".tmp"
+
+
+class CheckpointError(OSError):
+    """A checkpoint or the model could not be written; says which complete checkpoint remains."""
+
+
+class CheckpointMixin:
+    """
+    How a stage saves and continues. Overridden of `transformers.Trainer`:
+
+    - `_save_checkpoint`: writes to `checkpoint-N.tmp` and renames; older checkpoints go only afterwards.
+    - `_get_output_dir`: leads `_save_checkpoint` there.
+    - `_init_training_state`: a stream that was read more than once goes on in its last pass, not in the first.
+    - `_run_epoch`: a run continued behind its last step does not take another one.
+    """
+
+    _staging: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any):
+        args, step = self.args, self.state.global_step
+        run_dir = Path(super()._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        self._staging = run_dir / f"{name}{STAGING_SUFFIX}"
+        best_before = self.state.best_model_checkpoint
+        record = self.run_record()
+        try:
+            if args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            if args.should_save:
+                if self.state.best_model_checkpoint != best_before:
+                    self.state.best_model_checkpoint = str(run_dir / name)
+                    self.state.save_to_json(str(self._staging / name / STATE_NAME))
+                (self._staging / name / RECORD_NAME).write_text(json.dumps(record), encoding="utf-8")
+            self.accelerator.wait_for_everyone()
+            if args.should_save:
+                _replace_folder(self._staging / name, run_dir / name)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise self._save_error(name, error) from error
+        finally:
+            if args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if args.should_save:
+            rotate_checkpoints(str(run_dir), args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _save_error(self, what: str, error: Exception) -> CheckpointError:
+        return CheckpointError(f"{what} could not be saved ({_first_line(error)}). {self.last_checkpoint_message()}")
+
+    def last_checkpoint_message(self) -> str:
+        """What to continue from after a failure."""
+        last = find_last_checkpoint(self.args.output_dir)
+        if last is None:
+            return "There is no complete checkpoint yet: see to the cause and start again."
+        return (
+            f"The last complete checkpoint is {Path(last).name} in {self.args.output_dir}: see to the cause, then "
+            "continue with resume_from_checkpoint=auto."
+        )
+
+    def remove_unfinished(self):
+        """Removes what killed saves left behind."""
+        if self.args.should_save:
+            for path in Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*{STAGING_SUFFIX}"):
+                logger.warning(f"{path.name} is a save that was cut off: removed.")
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
+        epochs, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
+        )
+        if checkpoint is not None and isinstance(self.train_dataset, IterableDataset) and batches:
+            # an "epoch" counts its whole passes, and the share of `max_steps` that the last one has had
+            state = read_state(checkpoint)
+            epochs = int(state["epoch"])
+            batches = round((state["epoch"] - epochs) * state["max_steps"] * self.args.gradient_accumulation_steps)
+        return epochs, batches
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps > 0:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    # ---- the finished model ----
+
+    def save_final(self, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+        """
+        Saves model (of a PEFT run the adapter), processor, code and `training_summary.json` to `output_dir`, ready for
+        the Hub.
+
+        Everything is written beside and moved at the end, the summary last: a folder with a summary is complete.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        output_dir = Path(self.args.output_dir)
+        beside = output_dir / "unfinished"
+        try:
+            if self.args.should_save:
+                shutil.rmtree(beside, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            self.save_model(str(beside))
+            self.save_state()
+            summary = {**self.summary(), **(extra or {})}
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                if is_peft_model(self.model):
+                    self._complete_adapter(beside)
+                # a pickle with this machine's paths; the summary holds what matters of it
+                (beside / "training_args.bin").unlink(missing_ok=True)
+                lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in summary.items())
+                (beside / SUMMARY_NAME).write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+                (output_dir / SUMMARY_NAME).unlink(missing_ok=True)
+                for stale in _model_files(output_dir):
+                    stale.unlink()
+                for path in sorted(beside.iterdir(), key=lambda path: path.name == SUMMARY_NAME):
+                    if path.is_dir():
+                        shutil.rmtree(output_dir / path.name, ignore_errors=True)
+                    os.replace(path, output_dir / path.name)
+                beside.rmdir()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if self.args.should_save:
+                shutil.rmtree(beside, ignore_errors=True)
+            raise self._save_error("The trained model", error) from error
+        self.accelerator.wait_for_everyone()
+        return summary
+
+    def _complete_adapter(self, folder: Path):
+        """Config and code beside an adapter: they say what the stage made of the base model. No card of PEFT's."""
+        base = self.accelerator.unwrap_model(self.model).get_base_model()
+        custom_object_save(base, folder, config=base.config)
+        base.config.save_pretrained(folder)
+        (folder / "README.md").unlink(missing_ok=True)
+
+
+def find_last_checkpoint(output_dir: str | os.PathLike) -> str | None:
+    """The newest complete checkpoint in a folder, or `None`. `trainer_state.json` is what a save writes last."""
+    complete = []
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
+        if match and path.is_dir():
+            if _is_json(path / STATE_NAME):
+                complete.append((int(match[1]), str(path)))
+            else:
+                logger.warning(f"{path.name} is incomplete (the run stopped while saving): passed over.")
+    return max(complete)[1] if complete else None
+
+
+def read_record(checkpoint: str | os.PathLike | None) -> dict[str, float]:
+    """What a run had counted up to a checkpoint; empty when it says nothing."""
+    path = Path(checkpoint or ".") / RECORD_NAME
+    return json.loads(path.read_text(encoding="utf-8")) if checkpoint and _is_json(path) else {}
+
+
+def read_state(checkpoint: str | os.PathLike | None) -> dict[str, Any]:
+    """`trainer_state.json` of a checkpoint; empty when there is none."""
+    path = Path(checkpoint or ".") / STATE_NAME
+    return json.loads(path.read_text(encoding="utf-8")) if checkpoint and _is_json(path) else {}
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _replace_folder(source: Path, target: Path):
+    """Renames a folder; one that stands there is moved away first and then removed."""
+    old = target.with_name(f"{target.name}.old{STAGING_SUFFIX}")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(source, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _model_files(folder: Path) -> Iterable[Path]:
+    """Weights of an earlier run, which could outlive a new save with another number of shards."""
+    return [path for pattern in ("*.safetensors", "*.safetensors.index.json") for path in folder.glob(pattern)]

@@ -1,0 +1,177 @@
+"""
+`--accelerate_config NAME|FILE`: a command in several processes, by accelerate's own launcher.
+
+    aligngpt pretrain --config recipes/vicuna-7b/pretrain.yaml --accelerate_config zero2 --num_processes 4
+
+does what `accelerate launch --config_file recipes/accelerate/zero2.yaml --num_processes 4 -m aligngpt_trainers pretrain
+--config recipes/vicuna-7b/pretrain.yaml` would, after the settings have been checked once.
+"""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .settings import read_yaml
+
+
+FLAGS = ("--accelerate_config", "--accelerate-config")
+# The commands that share their work between processes.
+LAUNCHABLE = ("score", "pretrain", "instruct", "evaluate")
+# What may stand behind `--accelerate_config`; accelerate's launcher says what each of them does.
+COUNTS = ("num_processes", "num_machines", "machine_rank", "main_process_port")
+LAUNCH_OPTIONS = (*COUNTS, "main_process_ip", "gpu_ids", "rdzv_backend", "same_network")
+# Our names of what TRL ships under others.
+TRL_NAMES = {"one_gpu": "single_gpu", "ddp": "multi_gpu"}
+
+
+def take_config(words: list[str]) -> str | None:
+    """Takes `--accelerate_config VALUE` (or `=VALUE`) out of the words; `None` where it is not."""
+    for index, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag in FLAGS:
+            if not equals and index + 1 == len(words):
+                raise ValueError(f"{flag} needs a value: a file, or a name such as ddp, fsdp2, zero2 or zero3.")
+            words.pop(index)
+            return value if equals else words.pop(index)
+    return None
+
+
+def find_config(name: str, recipe: str | None = None) -> Path:
+    """
+    The file of accelerate's settings that is meant.
+
+    Args:
+        name: a path, or a name: looked for in `recipes/accelerate` here, then beside the folder of the recipe in use,
+            then among the settings that TRL ships.
+        recipe: the YAML file in use.
+
+    Raises:
+        ValueError: there is none; says which names there are.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    folders = [Path("recipes", "accelerate")]
+    if recipe is not None:
+        folders.append(Path(recipe).absolute().parent.parent / "accelerate")
+    folders.append(Path(find_spec("trl").origin).parent / "accelerate_configs")
+    known = {path.stem: path for folder in reversed(folders) for path in sorted(folder.glob("*.yaml"))}
+    found = known.get(name) or known.get(TRL_NAMES.get(name, ""))
+    if found is None:
+        raise ValueError(f"accelerate_config {name!r} is neither a file nor one of {', '.join(sorted(known))}.")
+    return found
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(what accelerate's launcher is told, such as `--num_processes 2`; the command's own words)."""
+    launch, rest = [], []
+    remaining = iter(words)
+    for word in remaining:
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not (flag.startswith("--") and name in LAUNCH_OPTIONS):
+            rest.append(word)
+            continue
+        value = value if equals else next(remaining, None)
+        if value is None:
+            raise ValueError(f"{flag} needs a value.")
+        if name in COUNTS and not value.isdigit():
+            raise ValueError(f"{flag} is {value!r}; a whole number is expected.")
+        launch += [f"--{name}", value]
+    return launch, rest
+
+
+def check_config(path: Path, launch_words: Sequence[str]) -> dict[str, Any]:
+    """
+    Refuses what accelerate would trip over later, or do otherwise than it says.
+
+    Returns:
+        The file's settings.
+
+    Raises:
+        ValueError: more processes than GPUs; `MULTI_CPU`, which starts a single process.
+        ImportError: DeepSpeed is asked for and missing.
+    """
+    from accelerate.utils import is_deepspeed_available
+
+    settings = read_yaml(path)
+    kind = str(settings.get("distributed_type", "NO"))
+    if kind == "DEEPSPEED" and not is_deepspeed_available():
+        raise ImportError(f"{path} asks for DeepSpeed: install it with `pip install deepspeed`, or use fsdp2.")
+    if kind == "MULTI_CPU":
+        raise ValueError(
+            f"{path}: distributed_type MULTI_CPU starts a single process; write MULTI_GPU with use_cpu: true."
+        )
+    import torch
+
+    told = dict(zip(launch_words[::2], launch_words[1::2], strict=True))
+    count = int(told.get("--num_processes") or settings.get("num_processes") or 1)
+    gpus = torch.cuda.device_count() * int(told.get("--num_machines") or settings.get("num_machines") or 1)
+    if not settings.get("use_cpu") and count > max(gpus, 1):
+        raise ValueError(
+            f"{path} asks for {count} processes and there {'is' if gpus == 1 else 'are'} {gpus} GPU{'s'[: gpus != 1]}: "
+            "add --num_processes, and multiply gradient_accumulation_steps so that the total batch stays what it was."
+        )
+    return settings
+
+
+def launch_words(command: str, words: Sequence[str]) -> int:
+    """
+    Runs a command whose words hold `--accelerate_config`.
+
+    Returns:
+        The exit status: 0, or 1 when a process failed.
+
+    Raises:
+        ValueError: a command that works in one process, an unknown setting, an unusable file.
+    """
+    words = list(words)
+    name = take_config(words)
+    if command not in LAUNCHABLE:
+        raise ValueError(f"`aligngpt {command}` works in one process: leave --accelerate_config out.")
+    options, words = split_words(words)
+    config = find_config(name, _recipe(words))
+    check_config(config, options)
+    if command in ("pretrain", "instruct"):
+        from .train import check_words
+
+        # once here, or every process would say the same
+        check_words(command, words)
+    return launch(command, words, config, options)
+
+
+def _recipe(words: Sequence[str]) -> str | None:
+    for index, word in enumerate(words):
+        flag, equals, value = word.partition("=")
+        if flag == "--config":
+            return value if equals else next(iter(words[index + 1 :]), None)
+    return None
+
+
+def launch(command: str, words: Sequence[str], config: Path, launch_words: Sequence[str] = ()) -> int:
+    """
+    Runs `aligngpt COMMAND WORDS` in the processes that a file of accelerate's asks for.
+
+    Returns:
+        0, or 1 when a process failed; what went wrong stands in its own message.
+    """
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    arguments = ["--config_file", str(config), *launch_words, "-m", "aligngpt_trainers", command, *words]
+    try:
+        launch_command(launch_command_parser().parse_args(arguments))
+    except (ChildFailedError, subprocess.CalledProcessError) as error:
+        print(f"error: {_failure(error)}; its message stands above.", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _failure(error: Any) -> str:
+    failures = getattr(error, "failures", None)
+    if not failures:
+        return "the process failed"
+    rank, failure = min(failures.items(), key=lambda item: item[1].timestamp)
+    return f"process {failure.local_rank if failure else rank} failed first (exit status {failure.exitcode})"

@@ -1,0 +1,246 @@
+"""
+LoRA (arXiv 2106.09685) and QLoRA (arXiv 2305.14314) for stage 2, by peft and bitsandbytes: settings, an adapter's
+folder read back, and `aligngpt merge`.
+
+Low-rank matrices go into the linear layers of the language model alone. Projector and gate are small and new, so they
+train whole and are saved with the adapter; vision tower, level table and language-model head stay as stage 1 left them.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
+
+from .arguments import LoraArguments
+from .folders import finished_folder
+from .settings import parse_settings
+
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from transformers import BitsAndBytesConfig
+
+TRAINED_WHOLE = ("multi_modal_projector", "align_gate")
+# Not in four bits: what trains whole, what the loss reads directly, and the tower. From the start of their names, as
+# transformers 5.23 compares them: `vision_tower` alone would leave the tower's layers to be quantised.
+UNQUANTISED = (*(f"model.{name}" for name in ("vision_tower", *TRAINED_WHOLE, "align_embeddings")), "lm_head")
+ADAPTER_CONFIG = "adapter_config.json"
+MERGE_DTYPES = ("auto", "float32", "bfloat16")
+
+
+def check_lora(args: LoraArguments, stage: str) -> None:
+    """
+    Refuses adapter settings that cannot have an effect.
+
+    Raises:
+        ValueError: naming the settings.
+    """
+    changed = [item.name for item in fields(LoraArguments) if getattr(args, item.name) != item.default]
+    if changed and stage == "pretrain":
+        raise ValueError(
+            f"{', '.join(changed)} has no place in stage 1: only projector and level embeddings train there, and the "
+            "language model is frozen as it is. Use it in `aligngpt instruct`."
+        )
+    if changed and not args.use_peft:
+        raise ValueError(f"{', '.join(changed)} needs use_peft: set it to true, or leave the others out.")
+    if args.use_peft and (args.lora_r < 1 or args.lora_alpha < 1 or not 0 <= args.lora_dropout < 1):
+        raise ValueError(
+            f"lora_r={args.lora_r}, lora_alpha={args.lora_alpha}, lora_dropout={args.lora_dropout}: rank and alpha "
+            "start at 1, dropout lies from 0 to below 1."
+        )
+
+
+def lora_targets(model: AlignGPTForConditionalGeneration, names: Iterable[str] | None = None) -> str:
+    """
+    Regular expression for the linear layers of the language model alone.
+
+    A list of names would also reach the vision tower, whose layers are called `q_proj` too, and peft's `all-linear`
+    the projector and the gate besides.
+
+    Args:
+        model: whose layers are named.
+        names: last parts of the layers' names; all linear layers when `None`.
+
+    Raises:
+        ValueError: a name that no linear layer of the language model has.
+    """
+    modules = model.model.language_model.named_modules()
+    linear = {name.rpartition(".")[2] for name, module in modules if isinstance(module, nn.Linear)}
+    chosen = linear if names is None or list(names) == ["all-linear"] else set(names)
+    if unknown := sorted(chosen - linear):
+        raise ValueError(
+            f"lora_target_modules: the language model has no linear layers called {', '.join(unknown)}; it has "
+            f"{', '.join(sorted(linear))}."
+        )
+    return rf".*\blanguage_model\..*\.({'|'.join(sorted(chosen))})"
+
+
+def lora_config(args: LoraArguments, model: AlignGPTForConditionalGeneration) -> "LoraConfig | None":
+    """What peft is to do with `model`; `None` without `use_peft`."""
+    if not args.use_peft:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=args.lora_r,
+        lora_alpha=args.lora_alpha,
+        lora_dropout=args.lora_dropout,
+        use_rslora=args.use_rslora,
+        use_dora=args.use_dora,
+        target_modules=lora_targets(model, args.lora_target_modules),
+        modules_to_save=list(TRAINED_WHOLE),
+        bias="none",
+    )
+
+
+def quantization_config(args: LoraArguments, bf16: bool) -> "BitsAndBytesConfig | None":
+    """
+    Four bits for the language model's linear layers and nothing else; `None` without `load_in_4bit`.
+
+    Raises:
+        ImportError: bitsandbytes is missing.
+    """
+    if not args.load_in_4bit:
+        return None
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise ImportError('load_in_4bit needs bitsandbytes: install it with `pip install "aligngpt[qlora]"`.')
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=args.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=args.use_bnb_nested_quant,
+        bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
+        llm_int8_skip_modules=list(UNQUANTISED),
+    )
+
+
+def settle_adapter(model: "PeftModel") -> None:
+    """
+    What a freshly wrapped model still lacks: whole modules train in float32, where small updates are not swallowed,
+    and the config forgets the four bits, so that the adapter is not tied to them.
+    """
+    base = model.get_base_model()
+    in_four_bits = getattr(base, "is_loaded_in_4bit", False)
+    for name, parameter in model.named_parameters():
+        # ZeRO-3 gathers parameters of one dtype alone, and TRL has the adapters in bfloat16 where the rest is quantised
+        if parameter.requires_grad and not is_deepspeed_zero3_enabled():
+            parameter.data = parameter.data.float() if "modules_to_save" in name or not in_four_bits else parameter.data
+    config = base.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+
+
+def load_adapter(
+    adapter: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    base_revision: str | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    **kwargs: Any,
+) -> tuple["PeftModel", AlignGPTProcessor]:
+    """
+    An adapter on its base model, in the mode that it was trained for.
+
+    The base's own config would say `align_mode="level"`, as stage 1 left it; the adapter's folder holds the right one.
+
+    Args:
+        adapter: folder written by `aligngpt instruct` with `use_peft`.
+        base: folder or Hub id of the base model, where it is not where it was.
+        base_revision: of a base on the Hub.
+        dtype: of the base's weights; `"auto"` is the base's own.
+        kwargs: for the base's `from_pretrained`, such as `quantization_config`.
+
+    Returns:
+        The model in eval mode, and its processor.
+
+    Raises:
+        ValueError: no adapter folder, no base there, or an adapter that does not fit it.
+    """
+    from peft import PeftConfig, PeftModel
+
+    folder = Path(adapter)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{adapter} holds no {ADAPTER_CONFIG}: give what `aligngpt instruct` with use_peft wrote.")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{adapter} holds no config.json, which says what the adapter was trained for.")
+    peft_config = PeftConfig.from_pretrained(folder)
+    base = str(base or peft_config.base_model_name_or_path or "")
+    is_path = os.path.isabs(base) or base.count("/") != 1 or base.startswith(".")
+    if is_path and not os.path.isdir(base):
+        raise ValueError(f"{adapter}: its base model {base!r} is not there; name where it is now with `base`.")
+    config = AlignGPTConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    if dtype == "auto":
+        # not that of the adapter's config, which says how the base was loaded for training
+        dtype = AlignGPTConfig.from_pretrained(base, revision=base_revision).dtype or torch.float32
+    model, info = AlignGPTForConditionalGeneration.from_pretrained(
+        base, revision=base_revision, config=config, dtype=dtype, output_loading_info=True, **kwargs
+    )
+    if info["missing_keys"] or info["mismatched_keys"]:
+        wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
+        raise ValueError(
+            f"{base} is not the base of {adapter}: weights missing or of other shapes, such as {wrong[0]}."
+        )
+    loaded = PeftModel.from_pretrained(model, str(folder))
+    return loaded.eval(), AlignGPTProcessor.from_pretrained(folder)
+
+
+@dataclass
+class MergeArguments:
+    """`aligngpt merge`."""
+
+    adapter: str = field(metadata={"help": "Adapter folder: what `aligngpt instruct` with use_peft wrote."})
+    output: str = field(metadata={"help": "Folder for the whole model; must not exist."})
+    base: str | None = field(default=None, metadata={"help": "Base model, where it is not where it was."})
+    base_revision: str | None = field(default=None, metadata={"help": "Revision of a base model on the Hub."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Of the written weights; `auto`: the base's own.", "choices": list(MERGE_DTYPES)},
+    )
+
+
+def merge_command(argv: Sequence[str]) -> None:
+    """
+    `aligngpt merge`: adapter and base become a model of its own, which needs neither peft nor the base.
+
+    Raises:
+        ValueError: unusable settings or folders.
+    """
+    (args,) = parse_settings(
+        "aligngpt merge", (MergeArguments,), argv, "Merge a LoRA adapter into its base: a model folder like any other."
+    )
+    if args.dtype not in MERGE_DTYPES:
+        raise ValueError(f"dtype={args.dtype!r} is not one of {', '.join(MERGE_DTYPES)}.")
+    with finished_folder(args.output) as beside:
+        dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+        adapted, processor = load_adapter(args.adapter, base=args.base, base_revision=args.base_revision, dtype=dtype)
+        base_name = adapted.active_peft_config.base_model_name_or_path
+        merged = adapted.merge_and_unload(safe_merge=True)
+        # modules that trained in float32 beside a base in bfloat16
+        merged.to(merged.get_input_embeddings().weight.dtype)
+        merged.save_pretrained(beside)
+        processor.save_pretrained(beside)
+        copy_summary(Path(args.adapter), beside, args.base or base_name)
+    size = sum(parameter.numel() for parameter in merged.parameters())
+    print(f"merged {args.adapter} into {args.base or base_name}: {size:,} parameters; saved to {args.output}")
+
+
+def copy_summary(source: Path, target: Path, base: str) -> None:
+    """The training summary of an adapter, with a note that it was merged, for the whole model's folder."""
+    path = source / "training_summary.json"
+    if not path.is_file():
+        return
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    summary["merged"] = {"adapter": source.name, "base": Path(base).name if os.path.exists(base) else base}
+    (target / path.name).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

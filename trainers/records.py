@@ -1,0 +1,97 @@
+"""One record of a source, pictures still encoded, and what can be wrong with it; for data sets and streams alike."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import PIL.ImageOps
+from datasets import Features, Image, List, Value
+
+from .conversations import ACCEPTED, LAYOUTS, BadRow, find_layout, to_messages
+from .images import resolve_path
+
+
+logger = logging.getLogger(__name__)
+
+MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
+OPTIONAL = {"id": Value("string"), "clip_score": Value("float32"), "align_level": Value("int64")}
+PICTURE_COLUMNS = ("images", "image")
+OTHER_COLUMNS = ("id", "align_level", "similarity", "clip_score")
+UNUSED = {"model", "url", "source", "dataset"}  # columns that public releases carry: left out without a word
+USED_COLUMNS = {name for layout in LAYOUTS for name in layout} | set(OTHER_COLUMNS)
+PICTURES = Features({"x": List(Image())}).arrow_schema.field("x").type
+
+
+def check_columns(columns: set[str], title: str) -> None:
+    """Raises ValueError when no layout is recognised; warns of columns that have no effect."""
+    layout = find_layout(columns)
+    missing_picture = layout in (("caption",), ("text",)) and not columns & set(PICTURE_COLUMNS)
+    if layout is None or missing_picture:
+        raise ValueError(f"{title}: found the columns {', '.join(sorted(columns))}; accepted are {ACCEPTED}.")
+    used = {*layout, *PICTURE_COLUMNS, *OTHER_COLUMNS, *UNUSED}
+    if columns - used:
+        logger.warning("%s: columns not used: %s.", title, ", ".join(sorted(columns - used)))
+
+
+def convert_record(record: dict[str, Any], num_images: int) -> tuple[list[dict], dict[str, Any]]:
+    """Messages of a record, and its id, finished score and finished level where it has them; BadRow if unusable."""
+    layout = find_layout({column for column in record if record[column] is not None})
+    if layout is None:
+        raise BadRow(f"has only {', '.join(record)}; accepted are {ACCEPTED}")
+    return to_messages(record, layout, num_images), _optional(record)
+
+
+def _optional(record: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {} if record.get("id") is None else {"id": str(record["id"])}
+    for column in ("align_level", "similarity"):
+        value = record.get(column)
+        if value is None or value == "":
+            continue
+        if isinstance(value, bool) or not float(value).is_integer() or float(value) < 0:
+            hint = " (a raw score goes into `clip_score`)" if column == "similarity" else ""
+            raise BadRow(f"{column} is {value!r}, not a level 0, 1, 2, ...{hint}")
+        found.setdefault("align_level", int(float(value)))
+    if record.get("clip_score") not in (None, ""):
+        found["clip_score"] = float(record["clip_score"])
+    return found
+
+
+def check_file(path: str, check: bool) -> list[str]:
+    """What is wrong with a picture's path, if anything."""
+    if check and not path.startswith(("http://", "https://", "hf://")) and not os.path.isfile(path):
+        return [f"no such picture file {path!r} (is image_folder right?)"]
+    return []
+
+
+def encode_pictures(record: dict[str, Any], folder: Path | str | None, check: bool) -> tuple[list[dict], list[str]]:
+    """(the record's pictures as `{"path", "bytes"}`, undecoded; what is wrong with them)."""
+    value = next((record[column] for column in PICTURE_COLUMNS if record.get(column) is not None), [])
+    values = [item for item in (value if isinstance(value, (list, tuple)) else [value]) if item != ""]
+    pictures, problems = [], []
+    for item in values:
+        outside = isinstance(item, dict) and item.get("bytes") is None and item.get("path")
+        if isinstance(item, (str, os.PathLike)) or outside:
+            item = resolve_path(str(item["path"] if outside else item), folder)
+            problems += check_file(item, check)
+        try:
+            pictures.append(Image().encode_example(_keep_pixels(item)))
+        except Exception as error:
+            problems.append(f"unusable picture value of type {type(item).__name__} ({error})")
+    return pictures, problems
+
+
+def _keep_pixels(value: Any) -> Any:
+    """A PIL picture in memory upright and to be stored without loss: `datasets` drops its EXIF data, and saves JPEG."""
+    if not isinstance(value, PIL.Image.Image) or getattr(value, "filename", ""):
+        return value
+    try:
+        return PIL.ImageOps.exif_transpose(value)  # a copy, which has no format
+    except Exception:  # broken EXIF data
+        return value.copy()
+
+
+def has_picture(messages: list[dict]) -> bool:
+    """Whether a conversation shows a picture."""
+    return any(block["type"] == "image" for message in messages for block in message["content"])

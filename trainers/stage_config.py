@@ -1,0 +1,134 @@
+"""Settings that both training stages share, on top of TRL's."""
+
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from trl import SFTConfig
+
+from .collator import ON_OVERLONG
+from .sampling import GROUPINGS
+
+
+IMAGE_ASPECT_RATIOS = ("square", "pad")
+
+
+@dataclass
+class StageConfig(SFTConfig):
+    """
+    Settings of both stages on top of TRL's [`SFTConfig`]; the defaults are the paper's (section 4.1).
+
+    Args:
+        image_aspect_ratio (`str`): `"square"` resizes and crops pictures, `"pad"` pads them to a square first. The
+            choice is saved with the processor.
+        on_overlong (`str`): what happens to rows longer than `max_length`: `"error"`, `"drop"` (left out, counted) or
+            `"truncate"` (the end of the answer is cut; rows that would lose the whole answer or image tokens are left
+            out; both counted).
+        check_rows (`bool`): read all texts, not the pictures, before the first step, so that a bad row stops the run
+            at its start and not hours later. `"drop"` and `"truncate"` need it. A streamed data set is checked on the
+            way instead.
+        group_by (`str`): which rows share a batch: `"none"` (drawn at random), `"length"` (rows of similar length) or
+            `"modality_length"` (besides, rows with pictures apart from rows without). Needs `check_rows`, which
+            measures the rows.
+        projector_learning_rate (`float`, *optional*): the projector's own peak learning rate.
+        eval_generations (`int`): held-out rows answered by generation at each evaluation; answers go to
+            `generations.jsonl` in `output_dir`, the share of exact answers and the gate's mean weights to the log.
+        eval_generation_tokens (`int`): most tokens of such an answer.
+        resume_from_checkpoint (`str`, *optional*): a checkpoint folder, or `"auto"`: the last complete one in
+            `output_dir`, or a fresh start when there is none.
+        resume (`str`, *optional*): a shorter name of `resume_from_checkpoint`.
+        use_kernels (`bool`): replace layers by kernels from the Hub (package `kernels`).
+
+    Raises:
+        ValueError: for a value outside these, or a setting of TRL that cannot have an effect here.
+    """
+
+    max_length: int | None = field(
+        default=2048,
+        metadata={"help": "Most tokens of a row, image tokens included. Longer rows: see `on_overlong`."},
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning-rate schedule."})
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "Warm-up: a share of all steps when below 1, else a number of steps."}
+    )
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the data."})
+    save_total_limit: int | None = field(
+        default=1, metadata={"help": "Checkpoints to keep; each is a full model with optimizer state."}
+    )
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bfloat16 mixed precision. Default: on where a GPU supports it."}
+    )
+    assistant_only_loss: bool = field(
+        default=True, metadata={"help": "Always on: only answers are supervised, in both stages."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Leave NaN and infinity out of logged losses. Training stops at them anyway."}
+    )
+    image_aspect_ratio: str = field(
+        default="pad",
+        metadata={"help": "`square`: resize and crop. `pad`: pad to a square first.", "choices": IMAGE_ASPECT_RATIOS},
+    )
+    on_overlong: str = field(
+        default="error",
+        metadata={"help": "Rows longer than `max_length`: `error`, `drop` or `truncate`.", "choices": ON_OVERLONG},
+    )
+    check_rows: bool = field(
+        default=True, metadata={"help": "Read all texts before the first step, so that a bad row stops the run there."}
+    )
+    group_by: str = field(
+        default="none",
+        metadata={"help": "Rows of a batch: `none` (random), `length` or `modality_length`.", "choices": GROUPINGS},
+    )
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the projector, where it is to differ."}
+    )
+    eval_generations: int = field(
+        default=0, metadata={"help": "Held-out rows answered by generation at each evaluation, logged with the gate."}
+    )
+    eval_generation_tokens: int = field(default=64, metadata={"help": "Most tokens of such an answer."})
+    resume: str | None = field(
+        default=None, metadata={"help": "Same as resume_from_checkpoint: a checkpoint folder, or `auto`."}
+    )
+    use_kernels: bool = field(
+        default=False, metadata={"help": "Replace layers by kernels from the Hub (needs the package `kernels`)."}
+    )
+
+    def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        choices = {"image_aspect_ratio": IMAGE_ASPECT_RATIOS, "on_overlong": ON_OVERLONG, "group_by": GROUPINGS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")
+        for name, only in (("assistant_only_loss", True), ("packing", False), ("padding_free", False)):
+            if getattr(self, name) != only:
+                raise ValueError(f"{name}={getattr(self, name)} has no effect here: leave it at {only}.")
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "enable_jit_checkpoint has no effect here: a signal (SIGTERM or SIGINT) always finishes the step, "
+                "saves a checkpoint and stops."
+            )
+        if self.on_overlong != "error" and not self.check_rows:
+            raise ValueError(
+                f"on_overlong={self.on_overlong!r} needs check_rows=True, which finds and counts the rows."
+            )
+        if self.train_sampling_strategy != "random" and self.group_by != "none":
+            raise ValueError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} and group_by={self.group_by!r} both choose "
+                "the batches: set group_by to none, or leave train_sampling_strategy out."
+            )
+        for name in ("eval_generations", "eval_generation_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        if self.resume is not None:
+            if self.resume_from_checkpoint not in (None, self.resume):
+                raise ValueError(
+                    f"resume={self.resume!r} and resume_from_checkpoint={self.resume_from_checkpoint!r} are the same "
+                    "setting: give one of them."
+                )
+            self.resume_from_checkpoint = self.resume
+        with warnings.catch_warnings():
+            # TRL 1.16 sets the old name itself
+            warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated", category=FutureWarning)
+            super().__post_init__()

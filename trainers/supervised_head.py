@@ -1,0 +1,39 @@
+"""The language-model head on supervised positions alone, for devices on which TRL computes all of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from .collator import IGNORE_INDEX
+
+
+class SupervisedHead:
+    """
+    Hands TRL's fused head (`add_fused_lm_head` in trl/trainer/utils.py, TRL 1.16) only the positions whose next token
+    is supervised. With Triton (a GPU) it leaves out the others itself; elsewhere it computes them and sets them to
+    zero: in stage 1, some 580 of 600 positions.
+
+    Args:
+        backbone: the model without its head, whose `last_hidden_state` `(B, T, D)` is cut.
+    """
+
+    def __init__(self, backbone: nn.Module):
+        self.kept: torch.Tensor | None = None
+        backbone.register_forward_hook(self._cut)
+
+    def _cut(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if self.kept is not None:
+            output.last_hidden_state = output.last_hidden_state[:, :-1][self.kept][None]
+
+    @contextmanager
+    def __call__(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Within it, the inputs that it gives make the fused head see one row of supervised positions."""
+        next_tokens = inputs["labels"][:, 1:]
+        self.kept = next_tokens != IGNORE_INDEX
+        try:
+            yield {**inputs, "shift_labels": next_tokens[self.kept][None]}
+        finally:
+            self.kept = None
