@@ -245,18 +245,23 @@ def best_config(size: str, stage: str, gpu: Gpu, gpus: int, measured: dict[str, 
     )
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measured", type=Path, help='JSON {"7B stage 1": share of the peak, ...} of your own GPU')
+    parser.add_argument(
+        "--measured", type=Path, help='what seven_billion.py wrote, or {"7B stage 1": share of the peak, ...}'
+    )
     parser.add_argument("--output", type=Path, help="JSON to write beside the tables")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     measured = json.loads(args.measured.read_text(encoding="utf-8")) if args.measured else None
+    if measured is not None:
+        measured = measured.get("utilisation", measured)
 
     print("| model | stage | TFLOP a row | public hours on 8 A100 | share of the peak that explains them |")
     print("|---|---|---|---|---|")
     for (size, stage), hours in PUBLIC_HOURS.items():
         print(
-            f"| {size} | {stage} | {row_flops(size, stage) / 1e12:.1f} | {hours} | {utilisation(size, stage, None):.2f} |"
+            f"| {size} | {stage} | {row_flops(size, stage) / 1e12:.1f} | {hours} | "
+            f"{utilisation(size, stage, None):.2f} |"
         )
     plans = []
     print("\n| model | stage | GPUs | config | global batch | compute s | traffic s | hours | GPU hours | bound by |")

@@ -150,6 +150,7 @@ def _our_config(source: OriginalCheckpoint, llm: Path | None, tower: Path, place
         image_token_id=placeholder_ids[0],
         align_token_id=placeholder_ids[1],
         vision_feature_layer=source.config.get("mm_vision_select_layer", -2),
+        vision_scales=original_format.vision_scales(source.config, vision_config.image_size),
         vision_feature_select_strategy="full" if keeps_class_token or not has_class_token else "default",
         align_mode="level" if source.is_stage1 else "gate",
         gate_context=gate_context,

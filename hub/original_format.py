@@ -68,6 +68,8 @@ _MULTIMODAL_FIELDS = frozenset(
         "use_s2",
     }
 )
+# What their code takes where `use_s2` stands alone.
+_S2_SCALES = "336,672,1008"
 _BOOKKEEPING_FIELDS = frozenset({"_name_or_path", "architectures", "model_type", "torch_dtype", "transformers_version"})
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -225,7 +227,7 @@ def check_config(config: dict, source: Path | str) -> None:
         "image_aspect_ratio": ("pad", "square", None),
         "mm_use_im_start_end": (False, None),
         "mm_use_im_patch_token": (False, None),
-        "use_s2": (False, None),
+        "use_s2": (True, False, None),
     }
     for field, values in supported.items():
         if config.get(field) not in values:
@@ -248,6 +250,25 @@ def text_config(config: dict) -> PretrainedConfig:
     if fields.get("rope_scaling") is None:
         fields.pop("rope_scaling", None)
     return AutoConfig.for_model(text_type(config), **fields)
+
+
+def vision_scales(config: dict, image_size: int) -> list[int] | None:
+    """
+    Their S2 sizes (`use_s2`, `s2_scales`: pixels as "336,672,1008") as multiples of the tower's `image_size`.
+
+    Raises:
+        ValueError: sizes that do not begin with the tower's, or are no multiples of it.
+    """
+    if not config.get("use_s2"):
+        return None
+    given = config.get("s2_scales", _S2_SCALES)
+    sizes = sorted(int(size) for size in (given.split(",") if isinstance(given, str) else given))
+    if not sizes or sizes[0] != image_size or any(size % image_size for size in sizes):
+        raise ValueError(
+            f"s2_scales={given!r}: the smallest must be the tower's image_size {image_size}, others whole "
+            "multiples of it. Name the tower that belongs to this checkpoint."
+        )
+    return [size // image_size for size in sizes]
 
 
 def vision_config(tower: Path) -> PretrainedConfig:
@@ -287,7 +308,7 @@ def original_fields(config: AlignGPTConfig, do_pad: bool, tower_name: str, max_l
         torch_dtype=str(config.dtype or torch.float32).removeprefix("torch."),
         freeze_mm_mlp_adapter=False,
         image_aspect_ratio="pad" if do_pad else "square",
-        mm_hidden_size=config.vision_config.hidden_size,
+        mm_hidden_size=config.projector_in_features,
         mm_projector_type="mlp2x_gelu",
         mm_use_im_patch_token=False,
         mm_use_im_start_end=False,
@@ -299,6 +320,9 @@ def original_fields(config: AlignGPTConfig, do_pad: bool, tower_name: str, max_l
         tune_mm_mlp_adapter=False,
         use_mm_proj=True,
     )
+    if config.vision_scales is not None:
+        sizes = (config.vision_config.image_size * scale for scale in config.vision_scales)
+        fields.update(use_s2=True, s2_scales=",".join(map(str, sizes)))
     return fields
 
 

@@ -171,7 +171,7 @@ def _from_parts(config: AlignGPTConfig, causal_lm, tower, seed: int) -> AlignGPT
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         inner = model.model
-        inner.multi_modal_projector = AlignGPTMLP(config.vision_config.hidden_size, hidden_size, hidden_size, act)
+        inner.multi_modal_projector = AlignGPTMLP(config.projector_in_features, hidden_size, hidden_size, act)
         inner.align_gate = AlignGPTMLP(
             config.image_seq_length, config.gate_hidden_size, config.num_align_levels - 1, act
         )

@@ -1,5 +1,7 @@
 """Configuration of AlignGPT (arXiv 2405.14129): a vision tower, a projector, a language model and alignment levels."""
 
+import math
+
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PretrainedConfig
 
@@ -31,6 +33,9 @@ class AlignGPTConfig(PretrainedConfig):
         vision_feature_layer (`int`): which hidden state of the tower is projected (-2: the last layer but one).
         vision_feature_select_strategy (`str`): `"default"` drops the class token, `"full"` keeps every token (towers
             without a class token, such as SigLIP).
+        vision_scales (`list[int]`, *optional*): the tower looks at the picture at these multiples of its own size, in
+            tiles, and the features of all scales are joined on channels (S2, arXiv 2403.13043); `[1, 2, 3]` is the
+            paper's 336/672/1008 variant. A picture keeps its `image_seq_length`. `None`: the tower's size alone.
         projector_hidden_act (`str`): activation between the two layers of projector and gate.
         num_align_levels (`int`): N, the size of the level table (paper: 8). The last level is the global alignment.
         gate_hidden_size (`int`): width of the gate's hidden layer (authors' release: 256).
@@ -62,6 +67,7 @@ class AlignGPTConfig(PretrainedConfig):
         image_seq_length=None,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
+        vision_scales=None,
         projector_hidden_act="gelu",
         num_align_levels=8,
         gate_hidden_size=256,
@@ -78,6 +84,7 @@ class AlignGPTConfig(PretrainedConfig):
         self.align_token_id = align_token_id
         self.vision_feature_layer = vision_feature_layer
         self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.vision_scales = None if vision_scales is None else list(vision_scales)
         self.projector_hidden_act = projector_hidden_act
         self.num_align_levels = num_align_levels
         self.gate_hidden_size = gate_hidden_size
@@ -101,6 +108,20 @@ class AlignGPTConfig(PretrainedConfig):
         has_class_token = "siglip" not in self.vision_config.model_type
         return num_patches + int(has_class_token and self.vision_feature_select_strategy == "full")
 
+    @property
+    def projector_in_features(self) -> int:
+        """Channels of a picture's position before the projector."""
+        return self.vision_config.hidden_size * len(self.vision_scales or (1,))
+
+    @property
+    def picture_size(self) -> int | tuple[int, int] | None:
+        """
+        Height and width of the pictures that the model takes, the tower's times the largest of `vision_scales`; `None`
+        if the tower's config does not say.
+        """
+        size, factor = getattr(self.vision_config, "image_size", None), (self.vision_scales or (1,))[-1]
+        return size * factor if isinstance(size, int) else size
+
     def _check_values(self):
         for name, allowed in (
             ("align_mode", ALIGN_MODES),
@@ -114,6 +135,7 @@ class AlignGPTConfig(PretrainedConfig):
         level = self.default_align_level
         if level is not None and not 0 <= level < self.num_align_levels:
             raise ValueError(f"default_align_level={level} is not in 0..{self.num_align_levels - 1}.")
+        self._check_scales()
         expected = self._tower_seq_length()
         if self.image_seq_length is None:
             raise ValueError("image_seq_length must be given: it does not follow from this vision tower's config.")
@@ -124,6 +146,20 @@ class AlignGPTConfig(PretrainedConfig):
                 f"image_seq_length={self.image_seq_length}, but the vision tower yields {expected} tokens a picture "
                 f"(image_size {self.vision_config.image_size}, patch_size {self.vision_config.patch_size}): "
                 "leave image_seq_length out, or load the tower it belongs to."
+            )
+
+    def _check_scales(self):
+        scales = self.vision_scales
+        if scales is None:
+            return
+        whole = all(type(scale) is int for scale in scales)
+        if not scales or not whole or scales[0] != 1 or scales != sorted(set(scales)):
+            raise ValueError(f"vision_scales={scales} must be rising whole numbers from 1 on, such as [1, 2, 3].")
+        positions = self._tower_seq_length()
+        if positions is None or math.isqrt(positions) ** 2 != positions:
+            raise ValueError(
+                "vision_scales need a vision tower with square pictures and a square grid of positions, without a "
+                'class token among them (vision_feature_select_strategy="default" for CLIP).'
             )
 
     def to_diff_dict(self):

@@ -3,6 +3,7 @@
 import torch
 from transformers.generation import GenerationMixin
 
+from .checks_aligngpt import check_levels, check_pictures, warn_without_align
 from .compat_v4 import PrefillOnlyPicturesMixin
 
 
@@ -23,6 +24,8 @@ class AlignGPTGenerationMixin(PrefillOnlyPicturesMixin, GenerationMixin):
             levels = torch.as_tensor(kwargs["align_level"])
             is_one_level = levels.numel() == 1 and not levels.is_floating_point() and levels.dtype != torch.bool
             kwargs["align_level"] = int(levels) if is_one_level else levels
+            check_levels(levels.cpu(), self.config.num_align_levels)
+        self._check_prompt(kwargs.get("input_ids") if inputs is None else inputs, kwargs)
         mask = self._prompt_mask(inputs, generation_config, kwargs)
         if kwargs.get("prompt_mask") is None:
             kwargs["prompt_mask"] = mask
@@ -34,6 +37,17 @@ class AlignGPTGenerationMixin(PrefillOnlyPicturesMixin, GenerationMixin):
                 if name in kwargs:
                     kwargs[name] = _reordered(kwargs[name], order)
         return super().generate(inputs, generation_config, **kwargs)
+
+    def _check_prompt(self, input_ids: torch.LongTensor | None, kwargs: dict) -> None:
+        """What `forward` can only assert on a GPU (see `checks_aligngpt.py`), once, before the first step."""
+        pixel_values = kwargs.get("pixel_values")
+        begun = any(kwargs.get(name) is not None for name in ("past_key_values", "mm_encoder_outputs", "inputs_embeds"))
+        if begun or input_ids is None:
+            return
+        input_ids = input_ids.cpu()
+        image_BT = input_ids == self.config.image_token_id
+        check_pictures(image_BT, 0 if pixel_values is None else len(pixel_values), self.config.image_seq_length)
+        warn_without_align(image_BT, input_ids == self.config.align_token_id)
 
     def _prompt_mask(self, inputs, generation_config, kwargs) -> torch.Tensor | None:
         """The attention mask of the prompt, inferred from its padding as transformers does when none is given."""

@@ -17,11 +17,14 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple, is_torchdynamo_compiling
+from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .checks_aligngpt import check_levels, check_pictures, is_prefill, warn_without_align
 from .compat_v4 import run_vision_tower
 from .configuration_aligngpt import AUTO_MAP, AlignGPTConfig
+from .dummy_aligngpt import needs_dummy_picture, run_dummy_picture
 from .generation_aligngpt import AlignGPTGenerationMixin
+from .multiscale_aligngpt import multiscale_features
 
 
 @dataclass
@@ -105,7 +108,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         # transformers 5 flattened the towers, 4.57 nests them in `vision_model`: the inner one's keys agree
         self.vision_tower = getattr(tower, "vision_model", tower)
         self.multi_modal_projector = AlignGPTMLP(
-            config.vision_config.hidden_size, hidden_size, hidden_size, config.projector_hidden_act
+            config.projector_in_features, hidden_size, hidden_size, config.projector_hidden_act
         )
         self.align_embeddings = nn.Embedding(config.num_align_levels, hidden_size)
         self.align_gate = AlignGPTMLP(
@@ -132,12 +135,14 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         Pictures through tower and projector.
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(I, 3, height, width)`): preprocessed pictures.
+            pixel_values (`torch.FloatTensor` of shape `(I, 3, height, width)`): preprocessed pictures, of the size
+                `config.picture_size`.
             vision_feature_layer (`int`, *optional*), vision_feature_select_strategy (`str`, *optional*): override the
                 config's.
 
         Returns:
-            The tower's output; its `pooler_output` is a list of I tensors of shape `(S, D)`.
+            The tower's output (with scales: of the largest one's tiles); its `pooler_output` is a list of I tensors of
+            shape `(S, D)`.
         """
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
@@ -145,14 +150,22 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or layer
         # a frozen tower needs no graph, even where gradient checkpointing makes its embeddings require one
         trains = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
+        outputs = []
+
+        def run_tower(pictures: torch.FloatTensor) -> torch.FloatTensor:
+            outputs.append(run_vision_tower(self.vision_tower, pictures, **kwargs))
+            hidden_ISV = outputs[-1].hidden_states[layer]
+            return hidden_ISV[:, 1:] if strategy == "default" else hidden_ISV
+
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-            tower_outputs = run_vision_tower(self.vision_tower, pixel_values, **kwargs)
-        features_ISV = tower_outputs.hidden_states[layer]
-        if strategy == "default":
-            features_ISV = features_ISV[:, 1:]
+            if (scales := self.config.vision_scales) is None:
+                features_ISV = run_tower(pixel_values)
+            else:
+                tile_size = self.config.vision_config.image_size
+                features_ISV = multiscale_features(pixel_values, scales, tile_size, run_tower)
         projected_ISD = self.multi_modal_projector(features_ISV)
-        tower_outputs.pooler_output = list(projected_ISD)
-        return tower_outputs
+        outputs[-1].pooler_output = list(projected_ISD)
+        return outputs[-1]
 
     def get_placeholder_mask(
         self, token_id: int, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor
@@ -160,7 +173,8 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         """Where the row holds `token_id`, by id or, when only embeddings are given, by its embedding: `(B, T)`."""
         if input_ids is not None:
             return input_ids == token_id
-        token = self.get_input_embeddings()(torch.tensor(token_id, dtype=torch.long, device=inputs_embeds.device))
+        # torch.full, not torch.tensor: no copy from the host that a GPU would have to wait for
+        token = self.get_input_embeddings()(torch.full((), token_id, dtype=torch.long, device=inputs_embeds.device))
         return (inputs_embeds == token).all(-1)
 
     def get_prompt_mean(
@@ -218,7 +232,8 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         num_rows = prompt_mean.shape[0]
         dots_IS = torch.einsum("isd,id->is", image_features, prompt_mean[image_rows])
         weights_IN = self.align_gate(dots_IS).float().softmax(-1)
-        rows_BI = nn.functional.one_hot(image_rows, num_rows).T.to(weights_IN.dtype)
+        # not one_hot, which reads its argument
+        rows_BI = (torch.arange(num_rows, device=image_rows.device)[:, None] == image_rows).to(weights_IN.dtype)
         weights_BN = rows_BI @ weights_IN / rows_BI.sum(1, keepdim=True).clamp(min=1)
         return weights_BN.to(image_features.dtype)
 
@@ -243,23 +258,48 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
             align_level = top_level
         if align_level is not None:
             levels_B = self._checked_levels(align_level, num_rows)
-            return nn.functional.one_hot(levels_B, config.num_align_levels).to(table_ND.dtype)
+            all_levels_N = torch.arange(config.num_align_levels, device=levels_B.device)
+            return (levels_B[:, None] == all_levels_N).to(table_ND.dtype)
         if config.align_mode == "mean":
             return table_ND.new_full((num_rows, config.num_align_levels), 1 / config.num_align_levels)
         global_share = 0.0 if config.align_mode == "local" else 1.0
         return torch.cat([gate_weights, gate_weights.new_full((num_rows, 1), global_share)], dim=1)
 
     def _checked_levels(self, align_level: int | torch.LongTensor, num_rows: int) -> torch.LongTensor:
-        levels = torch.as_tensor(align_level, device=self.align_embeddings.weight.device)
+        device, num_levels = self.align_embeddings.weight.device, self.config.num_align_levels
+        if type(align_level) is int and 0 <= align_level < num_levels:
+            return torch.full((num_rows,), align_level, device=device)
+        levels = torch.as_tensor(align_level, device=device)
         if levels.is_floating_point() or levels.dtype == torch.bool or levels.shape not in ((), (1,), (num_rows,)):
             raise ValueError(
                 f"align_level must be an int or an integer tensor with one level for each of the {num_rows} rows; "
                 f"got {levels.dtype} of shape {tuple(levels.shape)}."
             )
-        top_level = self.config.num_align_levels - 1
-        if not is_torchdynamo_compiling() and not bool(((levels >= 0) & (levels <= top_level)).all()):
-            raise ValueError(f"align_level={levels.tolist()} is out of range: levels are 0..{top_level}, 0-based.")
+        check_levels(levels, num_levels)
         return levels.long().expand(num_rows)
+
+    def get_align_vectors(
+        self,
+        image_features: torch.FloatTensor,
+        image_rows: torch.LongTensor,
+        inputs_embeds: torch.FloatTensor,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        prompt_mask: torch.Tensor | None = None,
+        align_level: int | torch.LongTensor | None = None,
+    ) -> tuple[torch.FloatTensor, torch.FloatTensor]:
+        """
+        The alignment vector of each row, `(B, D)`, and what each level contributes to it, `(B, N)`; the gate runs only
+        where it decides. Arguments as in [`~AlignGPTModel.get_gate_weights`] and [`~AlignGPTModel.forward`].
+        """
+        gate_weights = None
+        if align_level is None and self.config.align_mode in ("gate", "local", "random"):
+            prompt_mean_BD, _ = self.get_prompt_mean(input_ids, inputs_embeds, attention_mask, prompt_mask)
+            gate_weights = self.get_gate_weights(image_features, image_rows, prompt_mean_BD)
+        weights_BN = self.get_level_weights(align_level, inputs_embeds.shape[0], gate_weights)
+        # called as a module, so that sharding (FSDP2, ZeRO-3) brings the table together
+        table_ND = self.align_embeddings(torch.arange(self.config.num_align_levels, device=weights_BN.device))
+        return (weights_BN @ table_ND).to(inputs_embeds.dtype), weights_BN
 
     def _insert_pictures(
         self,
@@ -271,7 +311,6 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         align_level: int | torch.LongTensor | None,
     ) -> tuple[torch.FloatTensor, torch.FloatTensor]:
         """Replaces the embeddings at `<image>` and `<align>`; returns them with the rows' `align_weights`."""
-        num_rows = inputs_embeds.shape[0]
         image_BT = self.get_placeholder_mask(self.config.image_token_id, input_ids, inputs_embeds)
         align_BT = self.get_placeholder_mask(self.config.align_token_id, input_ids, inputs_embeds)
         num_pictures, seq_length = image_features.shape[:2]
@@ -280,28 +319,19 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
                 f"A picture came as {seq_length} positions, image_seq_length is {self.config.image_seq_length}: the "
                 "gate needs whole pictures of the size the vision tower was made for (chunked prefill cannot be used)."
             )
-        positions_B = image_BT.sum(1)
-        images_per_row_B = positions_B // seq_length
-        if not is_torchdynamo_compiling() and (
-            bool((positions_B % seq_length).any()) or int(images_per_row_B.sum()) != num_pictures
-        ):
-            raise ValueError(
-                f"{num_pictures} picture(s) of {seq_length} <image> positions each do not fit the rows, which hold "
-                f"{positions_B.tolist()}: pass every picture of the batch in pixel_values, and prompts made by "
-                "AlignGPTProcessor (or not cut by max_length)."
-            )
-        gate_weights = None
-        if align_level is None and self.config.align_mode in ("gate", "local", "random"):
-            image_rows = torch.repeat_interleave(
-                torch.arange(num_rows, device=image_BT.device), images_per_row_B, output_size=num_pictures
-            )
-            prompt_mean_BD, _ = self.get_prompt_mean(input_ids, inputs_embeds, attention_mask, prompt_mask)
-            gate_weights = self.get_gate_weights(image_features, image_rows, prompt_mean_BD)
-        weights_BN = self.get_level_weights(align_level, num_rows, gate_weights)
-        vectors_BD = (weights_BN @ self.align_embeddings.weight).to(inputs_embeds.dtype)
+        check_pictures(image_BT, num_pictures, seq_length)
+        warn_without_align(image_BT, align_BT)
+        images_per_row_B = image_BT.sum(1) // seq_length
+        image_rows = torch.repeat_interleave(
+            torch.arange(len(image_BT), device=image_BT.device), images_per_row_B, output_size=num_pictures
+        )
+        vectors_BD, weights_BN = self.get_align_vectors(
+            image_features, image_rows, inputs_embeds, input_ids, attention_mask, prompt_mask, align_level
+        )
         has_picture_B1 = (images_per_row_B > 0).unsqueeze(1)
-        inputs_embeds = inputs_embeds.masked_scatter(image_BT.unsqueeze(-1), image_features)
         inputs_embeds = torch.where((align_BT & has_picture_B1).unsqueeze(-1), vectors_BD.unsqueeze(1), inputs_embeds)
+        # in place: `where` has made the one copy that is needed
+        inputs_embeds.masked_scatter_(image_BT.unsqueeze(-1), image_features)
         return inputs_embeds, weights_BN[:, :-1] * has_picture_B1
 
     @can_return_tuple
@@ -349,6 +379,11 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
             )
         else:
             align_weights = inputs_embeds.new_zeros(inputs_embeds.shape[0], self.config.num_align_levels - 1)
+            if is_prefill(past_key_values, inputs_embeds.shape[1]):
+                if input_ids is not None:
+                    check_pictures(input_ids == self.config.image_token_id, 0, self.config.image_seq_length)
+                if needs_dummy_picture(self):
+                    inputs_embeds = run_dummy_picture(self, input_ids, inputs_embeds, align_level)
 
         outputs = self.language_model(
             attention_mask=attention_mask,

@@ -306,11 +306,12 @@ class AlignGPTProcessor(_ProcessorBase):
             ValueError: size of the pictures, positions of a picture or placeholder ids differ, or a token has no row in
                 the embeddings.
         """
-        size, tower_size = output_size(self.image_processor), pair_of(getattr(config.vision_config, "image_size", None))
-        if size is not None and tower_size is not None and size != tower_size:
+        size, wanted_size = output_size(self.image_processor), pair_of(config.picture_size)
+        if size is not None and wanted_size is not None and size != wanted_size:
             raise ValueError(
-                f"The image processor gives pictures of {size[0]}x{size[1]}, the vision tower takes {tower_size[0]}x"
-                f"{tower_size[1]}: set size and crop_size of the image processor to the tower's image_size."
+                f"The image processor gives pictures of {size[0]}x{size[1]}, the vision tower takes {wanted_size[0]}x"
+                f"{wanted_size[1]} (its image_size, times the largest of vision_scales): set size and crop_size of the "
+                "image processor to it."
             )
         for name in ("image_seq_length", "image_token_id", "align_token_id"):
             own, wanted = getattr(self, name), getattr(config, name)
@@ -359,7 +360,7 @@ class AlignGPTProcessor(_ProcessorBase):
             "image_seq_length": config.image_seq_length,
             "image_suffix": infer_image_suffix(tokenizer, image_token),
         }
-        image_processor = image_processor_for(config.vision_config, vision_tower, do_pad)
+        image_processor = image_processor_for(config.picture_size, vision_tower, do_pad)
         processor = cls(image_processor, tokenizer, **{**arguments, **kwargs})
         processor.validate_with(config)
         return processor

@@ -68,8 +68,8 @@ def pil_image_processor(image_processor):
     return form.from_dict(image_processor.to_dict())
 
 
-def image_processor_for(vision_config, vision_tower, do_pad: bool):
-    """[`LlavaImageProcessor`] in its PIL form, with the picture size and the normalisation of a tower."""
+def image_processor_for(picture_size, vision_tower, do_pad: bool):
+    """[`LlavaImageProcessor`] in its PIL form, for pictures of `picture_size`, with the normalisation of a tower."""
     settings: dict[str, Any] = {}
     if vision_tower is not None:
         try:
@@ -81,7 +81,7 @@ def image_processor_for(vision_config, vision_tower, do_pad: bool):
         settings = {name: own[name] for name in names if own.get(name) is not None}
         if "size" in own and "shortest_edge" not in own["size"]:
             settings.setdefault("do_center_crop", False)  # SigLIP: resized to its square, whatever the shape
-    height, width = pair_of(vision_config.image_size)
+    height, width = pair_of(picture_size)
     crops = settings.setdefault("do_center_crop", True)
     settings["size"] = {"shortest_edge": max(height, width)} if crops else {"height": height, "width": width}
     settings["crop_size"] = {"height": height, "width": width}

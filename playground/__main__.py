@@ -1,11 +1,11 @@
-"""`python -m aligngpt_playground`: the quickstart, the small world's data, the training of its tiny parts."""
+"""`python -m aligngpt_playground`: the quickstart, the ablations, the small world's data, its tiny parts' training."""
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
 
-from . import quickstart
+from . import ablation, quickstart
 from .sprites import ATTRIBUTION
 
 
@@ -16,6 +16,8 @@ def _parser() -> argparse.ArgumentParser:
         "quickstart", help="the whole way on the small world: data, both stages, figures, report"
     )
     quickstart.add_arguments(whole)
+    table = commands.add_parser("ablation", help="the paper's ablations and two baselines, with seeds")
+    ablation.add_arguments(table)
     make = commands.add_parser("make", help="write pairs and conversations as datasets folders")
     make.add_argument("--output", required=True, help="folder that gets pairs/ and conversations/")
     make.add_argument("--pairs", type=int, default=8000, help="training pairs (default: %(default)s)")
@@ -43,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "quickstart":
         return quickstart.run(parsed)
     try:
+        if command == "ablation":
+            return ablation.run(parsed)
         if command == "make":
             from .world import write_world
 

@@ -243,6 +243,34 @@ def test_pictures_as_the_config_says(checkpoint, tmp_path):
     assert (config.vision_feature_layer, config.gate_context) == (-1, "sequence")
 
 
+def test_pictures_at_several_scales(checkpoint, tmp_path):
+    weight = load_bin(checkpoint / WEIGHTS)["mm_projector.0.weight"]
+    wide = torch.cat([weight, 0.5 * weight.flip(1)], dim=1)
+    rewrite(checkpoint, lambda weights: weights.update({"mm_projector.0.weight": wide}))
+    size = json.loads((TOWER / "config.json").read_text())
+    size = size.get("vision_config", size)["image_size"]
+    reconfigure(checkpoint, use_s2=True, s2_scales=f"{size},{2 * size}", mm_hidden_size=wide.shape[1])
+    ours = convert_checkpoint(checkpoint, tmp_path / "ours")
+    model, processor = load(ours), AlignGPTProcessor.from_pretrained(ours)
+    assert model.config.vision_scales == [1, 2]
+    assert torch.equal(model.model.multi_modal_projector.linear_1.weight, wide)
+    assert processor.image_processor.crop_size["height"] == 2 * size
+    assert_same_checkpoint(export_original(ours, tmp_path / "back"), checkpoint)
+    assembled = AlignGPTForConditionalGeneration(model.config)
+    assembled.save_pretrained(tmp_path / "assembled")
+    processor.save_pretrained(tmp_path / "assembled")
+    derived = export_original(tmp_path / "assembled", tmp_path / "derived", tokenizer=BASE_LLM, vision_tower="tower")
+    fields = json.loads((derived / "config.json").read_text())
+    assert (fields["use_s2"], fields["s2_scales"]) == (True, f"{size},{2 * size}")
+    assert fields["mm_hidden_size"] == wide.shape[1]
+
+
+@pytest.mark.parametrize("sizes", ["96,144", "48,100", [96]])
+def test_scales_that_do_not_fit_the_tower(sizes, checkpoint):
+    reconfigure(checkpoint, use_s2=True, s2_scales=sizes)
+    refused(checkpoint, "smallest must be the tower's image_size 48")
+
+
 def test_no_path_of_this_machine_is_written(checkpoint, tmp_path):
     ours = convert_checkpoint(checkpoint, tmp_path / "ours")
     for file in ours.rglob("*.json"):
@@ -409,7 +437,7 @@ def test_wrong_language_model(tmp_path):
         ("mm_use_im_patch_token", True),
         ("image_aspect_ratio", "anyres"),
         ("mm_vision_select_feature", "cls"),
-        ("use_s2", True),
+        ("use_s2", "maybe"),
         ("model_type", "llava"),
         ("model_type", "aligngpt_unheard_of"),
     ],

@@ -15,7 +15,6 @@ from modeling.tiny import (
     tiny_model,
 )
 from transformers import GenerationConfig
-from transformers.generation import CompileConfig
 
 
 NEW = 8
@@ -189,14 +188,3 @@ def test_scores_of_bfloat16(model):
         for m in (model, half)
     )
     assert (exact[0] - rounded[0].float()).abs().mean() < 0.02 * exact[0].std()
-
-
-def test_a_decode_step_compiles_without_a_graph_break():
-    model, inputs = tiny_model(), prompts(MIXED_ROWS[:2])
-    expected = answers(model, inputs).tolist()
-    torch.compiler.reset()
-    compile_config = CompileConfig(fullgraph=True, dynamic=False, backend="eager")
-    compile_config._compile_all_devices = True
-    compiled = answers(model, inputs, cache_implementation="static", compile_config=compile_config)
-    assert hasattr(model, "_compiled_call")
-    assert compiled.tolist() == expected

@@ -90,14 +90,15 @@ def build(kind: str, folder: Path) -> Path:
     else:
         text = {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}
         language_model = save_language_model(folder / "language model", **text)
-        model, processor = assemble(language_model, save_tower(folder / "tower", "siglip tower"), align_mode="gate")
+        tower = save_tower(folder / "tower", "siglip tower")
+        model, processor = assemble(language_model, tower, align_mode="gate", vision_scales=[1, 2])
     randomize(model)
     model.save_pretrained(folder / "saved")
     processor.save_pretrained(folder / "saved")
     return folder / "saved"
 
 
-@pytest.fixture(scope="module", params=["llama, clip", "llama tied, siglip"])
+@pytest.fixture(scope="module", params=["llama, clip", "llama tied, siglip at two scales"])
 def saved(request, tmp_path_factory):
     return build(request.param, tmp_path_factory.mktemp("saved"))
 
@@ -182,6 +183,7 @@ def test_saved_again_by_remote_code(generation, here, request, tmp_path):
     resaved = request.getfixturevalue("fresh" if generation == "5" else "fresh_4")[2] / "resaved"
     names = {path.name for path in resaved.iterdir()}
     code = {"modeling_aligngpt.py", "configuration_aligngpt.py", "processing_aligngpt.py", "compat_v4.py"}
+    code |= {"checks_aligngpt.py", "dummy_aligngpt.py", "generation_aligngpt.py", "multiscale_aligngpt.py"}
     assert names >= code | {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     model = AlignGPTForConditionalGeneration.from_pretrained(resaved)
     assert_same(fresh_process.run_model(model, AlignGPTProcessor.from_pretrained(resaved)), here)

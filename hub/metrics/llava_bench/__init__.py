@@ -1,0 +1,1 @@
+"""LLaVA-Bench (in the wild)."""

@@ -1,0 +1,1 @@
+"""VQA accuracy (VQAv2, TextVQA, VizWiz)."""

@@ -1,0 +1,83 @@
+"""
+Checks of values that lie in tensors, without making a GPU wait: on CUDA they are asserted on the device, elsewhere they
+are read and raise. `generate`, which waits for every token anyway, reads them on any device before it begins.
+"""
+
+import torch
+from transformers.cache_utils import Cache
+from transformers.utils import is_torchdynamo_compiling, logging
+
+
+logger = logging.get_logger(__name__)
+
+# devices on which reading a value means waiting for all work before it
+ASYNC_DEVICES = ("cuda",)
+
+
+def require(condition: torch.BoolTensor, message, hint: str) -> None:
+    """
+    Raises a ValueError with `message()` unless `condition` `()` holds; on CUDA the device stops with `hint`, because
+    asking would synchronise. Does nothing while a graph is compiled.
+    """
+    if is_torchdynamo_compiling():
+        return
+    if condition.device.type in ASYNC_DEVICES:
+        torch._assert_async(condition, hint)
+    elif condition.device.type != "meta" and not bool(condition):
+        raise ValueError(message())
+
+
+def check_pictures(image_BT: torch.BoolTensor, num_pictures: int, seq_length: int) -> None:
+    """
+    Whether rows have room for exactly `num_pictures` pictures, each whole within one row.
+
+    Args:
+        image_BT (`(B, T)`): where `<image>` stands. seq_length: positions a picture.
+
+    Raises:
+        ValueError: naming what the rows hold.
+    """
+    positions_B = image_BT.sum(1)
+    fits = (positions_B % seq_length == 0).all() & (positions_B.sum() == num_pictures * seq_length)
+
+    def message() -> str:
+        if not num_pictures:
+            return (
+                f"The rows hold {positions_B.tolist()} <image> positions, but no pixel_values came: pass what "
+                "AlignGPTProcessor returns as a whole, or leave <image> out of prompts without a picture."
+            )
+        return (
+            f"{num_pictures} picture(s) of {seq_length} <image> positions each do not fit the rows, which hold "
+            f"{positions_B.tolist()}: pass every picture of the batch in pixel_values, and prompts made by "
+            "AlignGPTProcessor (or not cut by max_length)."
+        )
+
+    require(fits, message, "the <image> positions of a row do not fit the pictures in pixel_values")
+
+
+def check_levels(levels: torch.LongTensor, num_levels: int) -> None:
+    """A ValueError for a level outside 0..`num_levels` - 1."""
+    in_range = ((levels >= 0) & (levels < num_levels)).all()
+    message = f"is out of range: levels are 0..{num_levels - 1}, 0-based."
+    require(in_range, lambda: f"align_level={levels.tolist()} {message}", f"align_level {message}")
+
+
+def warn_without_align(image_BT: torch.BoolTensor, align_BT: torch.BoolTensor) -> None:
+    """Says once that a row has a picture and no `<align>`, where looking costs nothing."""
+    if is_torchdynamo_compiling() or image_BT.device.type in (*ASYNC_DEVICES, "meta"):
+        return
+    if bool((image_BT.any(1) & ~align_BT.any(1)).any()):
+        logger.warning_once(
+            "A prompt has a picture but no <align>: it is answered without an alignment vector, which the model was "
+            "not trained for. Prompts made by AlignGPTProcessor have one."
+        )
+
+
+def is_prefill(past_key_values: Cache | None, length: int) -> bool:
+    """Whether `length` positions are the first ones; a single position behind a cache never asks the cache."""
+    if past_key_values is None:
+        return True
+    return length > 1 and not is_torchdynamo_compiling() and int(past_key_values.get_seq_length()) == 0
+
+
+__all__ = ["check_levels", "check_pictures", "is_prefill", "require", "warn_without_align"]

@@ -1,0 +1,117 @@
+"""Finished runs of the ablation -> means, spreads and paired differences."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+
+TABLE_NAME = "table.json"
+_T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom."""
+MEASURES = {
+    "answers": ("questions", "overall"),
+    "loss": ("loss",),
+    "main object": ("captions", "main object"),
+    "all objects": ("captions", "all objects"),
+    "background": ("captions", "background"),
+}
+"""What the table shows: held-out questions right and loss of their answers after stage 2; captions after stage 1."""
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half the width of the 95 % interval of a mean (Student's t); infinite for fewer than two values."""
+    if len(values) < 2:
+        return math.inf
+    degrees = len(values) - 1
+    quantile = _T_975[degrees - 1] if degrees <= len(_T_975) else 1.96 + 2.4 / degrees
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def summarize(runs: Sequence[dict[str, Any]], variants: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The table.
+
+    Args:
+        runs: finished runs: `variant`, `seed`, `questions`, `loss`, `captions`, `gate`, ...
+        variants: `name`, `group`, ... in order; the first is what others are compared with.
+
+    Returns:
+        `rows`, one for each variant that has runs: for each of `MEASURES`, and each question type in `types`, `mean`,
+        `std`, and, over the seeds that both have, the mean `difference` to the first variant with `interval` (half the
+        width of its 95 % interval) and `clear` (whether that leaves out 0).
+    """
+    by_variant: dict[str, dict[int, dict]] = {}
+    for run in runs:
+        by_variant.setdefault(run["variant"], {})[run["seed"]] = run
+    reference = by_variant.get(variants[0]["name"], {})
+    kinds = [kind for kind in runs[0]["questions"] if kind != "overall"] if runs else []
+    rows = []
+    for variant in variants:
+        own = by_variant.get(variant["name"])
+        if not own:
+            continue
+        row = {**variant, "seeds": sorted(own), "seconds": statistics.mean(run["seconds"] for run in own.values())}
+        paths = {**MEASURES, **{f"type {kind}": ("questions", kind) for kind in kinds}}
+        for measure, path in paths.items():
+            row[measure] = _cell(own, reference, path)
+        gates = [run["gate"] for run in own.values() if run["gate"]]
+        if gates:
+            columns = list(zip(*gates, strict=True))
+            row["gate"] = [
+                {key: statistics.mean(level[key] for level in column) for key in ("mean", "spread")}
+                for column in columns
+            ]
+        rows.append(row)
+    return {"rows": rows, "types": kinds, "reference": variants[0]["name"]}
+
+
+def _cell(own: dict[int, dict], reference: dict[int, dict], path: Sequence[str]) -> dict[str, Any]:
+    values = {seed: _at(run, path) for seed, run in own.items()}
+    paired = [values[seed] - _at(reference[seed], path) for seed in values if seed in reference]
+    spread = statistics.stdev(values.values()) if len(values) > 1 else None
+    cell = {"mean": statistics.mean(values.values()), "std": spread, "values": list(values.values())}
+    width = half_width(paired)
+    if own is not reference and math.isfinite(width):
+        difference = statistics.mean(paired)
+        cell |= {"difference": difference, "interval": width, "clear": abs(difference) > width}
+    return cell
+
+
+def _at(run: dict[str, Any], path: Sequence[str]) -> float:
+    for key in path:
+        run = run[key]
+    return run
+
+
+def describe(table: dict[str, Any]) -> str:
+    """The table for terminal and Markdown: means ± standard deviation over seeds, then paired differences."""
+    measures = list(MEASURES)
+    lines = [
+        "| variant | seeds | " + " | ".join(measures) + " |",
+        "|---|---|" + "---|" * len(measures),
+    ]
+    for row in table["rows"]:
+        cells = [_plus_minus(row[measure]) for measure in measures]
+        lines.append(f"| {row['name']} | {len(row['seeds'])} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"Paired differences to {table['reference']}, with 95 % intervals (bold: 0 is outside):",
+        "",
+        "| variant | " + " | ".join(measures) + " |",
+        "|---|" + "---|" * len(measures),
+    ]
+    for row in table["rows"][1:]:
+        cells = [_difference(row[measure]) for measure in measures]
+        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _plus_minus(cell: dict[str, Any]) -> str:
+    return f"{cell['mean']:.3f}" + (f" ± {cell['std']:.3f}" if cell["std"] is not None else "")
+
+
+def _difference(cell: dict[str, Any]) -> str:
+    if "difference" not in cell:
+        return ""
+    text = f"{cell['difference']:+.3f} ± {cell['interval']:.3f}"
+    return f"**{text}**" if cell["clear"] else text

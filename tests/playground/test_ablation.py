@@ -1,0 +1,212 @@
+import json
+import math
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from aligngpt_playground import ablation_seed as ablation
+from aligngpt_playground import ablation_table
+from aligngpt_playground.__main__ import main
+
+
+TINY = ["--pairs", "64", "--pretrain-steps", "2", "--conversations", "32", "--heldout", "6"]
+CHOSEN = "gate + global, N = 8; no alignment; best half by score"
+
+
+def command(output, parts, *more):
+    return ["ablation", "--output", str(output), "--parts", str(parts), *TINY, *more]
+
+
+@pytest.fixture(scope="module")
+def run(random_parts, tmp_path_factory):
+    """A folder with two seeds of three variants."""
+    output = tmp_path_factory.mktemp("runs") / "ablation"
+    assert main(command(output, random_parts, "--seeds", "2", "--variants", CHOSEN, "--keep-models")) == 0
+    return output
+
+
+def results(folder):
+    """Finished runs without their times."""
+    found = {}
+    for path in sorted(folder.glob("seed-*/runs/*.json")):
+        content = json.loads(path.read_text())
+        content.pop("seconds")
+        content["captions"].pop("seconds")
+        found[path.relative_to(folder).as_posix()] = content
+    return found
+
+
+# ---- runs ----
+
+
+def test_each_seed_and_variant_is_there_with_its_figures(run):
+    found = results(run)
+    assert len(found) == 6
+    for content in found.values():
+        assert set(content["questions"]) >= {"overall", "what", "count"} and math.isfinite(content["loss"])
+        assert set(content["captions"]) == {"main object", "all objects", "background", "words"}
+        gated = content["variant"].startswith("gate")
+        assert len(content["gate"]) == (7 if gated else 0)
+        assert (content["loss_by_level"] is not None and len(content["loss_by_level"]) == 8) == gated
+
+
+def test_seeds_differ_and_variants_share_world_and_stage_1(run):
+    found = results(run)
+    losses = {(content["variant"], content["seed"]): content["loss"] for content in found.values()}
+    assert len(set(losses.values())) == 6
+    assert {path.name for path in (run / "seed-0" / "pretrain").iterdir()} == {"levels-8", "none", "filtered"}
+    captions = [
+        [row["messages"] for row in _load(run / f"seed-{seed}" / "world" / "scored").remove_columns("images")]
+        for seed in (0, 1)
+    ]
+    assert captions[0] != captions[1]
+    heldout = [_load(run / f"seed-{seed}" / "world" / "heldout" / "pairs")["heldout"]["caption"][:] for seed in (0, 1)]
+    assert heldout[0] == heldout[1]
+
+
+def _load(path):
+    from datasets import load_from_disk
+
+    return load_from_disk(str(path))
+
+
+def test_a_stopped_run_goes_on_and_gives_the_same(run, random_parts, tmp_path, capsys):
+    import shutil
+
+    copy = tmp_path / "ablation"
+    shutil.copytree(run, copy)
+    before = results(copy)
+    # one run and its stage 1 are gone, as after a kill between the two
+    (copy / "seed-1" / "runs" / "no-alignment.json").unlink()
+    shutil.rmtree(copy / "seed-1" / "pretrain" / "none")
+    stamp = (copy / "seed-0" / "runs" / "no-alignment.json").stat().st_mtime_ns
+    assert main(command(copy, random_parts, "--seeds", "2", "--variants", CHOSEN)) == 0
+    assert "1 runs done now" in capsys.readouterr().out
+    assert results(copy) == before
+    assert (copy / "seed-0" / "runs" / "no-alignment.json").stat().st_mtime_ns == stamp
+    assert not (copy / "seed-1" / "pretrain").exists(), "models of finished seeds are not kept"
+
+
+def test_two_processes_give_the_same(run, random_parts, tmp_path):
+    only = "no alignment"
+    words = command(tmp_path / "two", random_parts, "--seeds", "2", "--jobs", "2", "--variants", only)
+    assert main(words) == 0
+    expected = {name: content for name, content in results(run).items() if "no-alignment" in name}
+    assert results(tmp_path / "two") == expected
+
+
+def test_other_settings_and_folders_of_others_are_refused(run, random_parts, tmp_path, capsys):
+    words = command(run, random_parts, "--seeds", "2")
+    words[words.index("--pairs") + 1] = "65"
+    assert main(words) == 2
+    assert "holds runs with pairs 64" in capsys.readouterr().err
+    (tmp_path / "thesis.tex").write_text("")
+    assert main(command(tmp_path, random_parts)) == 2
+    assert "holds no ablation" in capsys.readouterr().err
+    assert main(command(tmp_path / "new", random_parts, "--seeds", "0")) == 2
+    assert "--seeds is 0" in capsys.readouterr().err
+    assert main(command(tmp_path / "new", random_parts, "--variants", "gate")) == 2
+    assert "--variants: there is no 'gate'; there are gate + global" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+# ---- what a variant is ----
+
+
+def test_the_papers_table_is_covered():
+    rows = {(variant.align_mode, variant.pretrain) for variant in ablation.VARIANTS}
+    eight = {(mode, "levels-8") for mode in ("gate", "local", "global", "mean", "random")}
+    numbers = {("gate", f"levels-{number}") for number in (4, 6, 10)}
+    assert eight | numbers <= rows
+    assert [ablation.PRETRAINS[f"levels-{number}"].num_align_levels for number in (4, 6, 8, 10)] == [4, 6, 8, 10]
+    assert len({variant.name for variant in ablation.VARIANTS}) == len(ablation.VARIANTS)
+
+
+def scored_rows(number=200):
+    scores = np.random.default_rng(0).normal(size=number).astype(np.float32)
+    return Dataset.from_dict({"clip_score": scores, "align_level": [0] * number, "text": list(map(str, range(number)))})
+
+
+def test_levels_are_cut_anew_shuffled_or_left_out():
+    rows = scored_rows()
+    scores = np.array(rows["clip_score"][:])
+    for number in (4, 10):
+        cut = ablation.stage_one_rows(rows, ablation.PretrainVariant(number), 0)
+        levels = np.array(cut["align_level"][:])
+        assert levels.max() == number - 1 and cut["text"][:] == rows["text"][:]
+        assert all(scores[levels == low].max() <= scores[levels == low + 1].min() for low in range(number - 1))
+    cut = np.array(ablation.stage_one_rows(rows, ablation.PretrainVariant(8), 0)["align_level"][:])
+    shuffled = np.array(ablation.stage_one_rows(rows, ablation.PretrainVariant(8, "shuffled"), 0)["align_level"][:])
+    assert sorted(cut) == sorted(shuffled) and abs(np.corrcoef(shuffled, scores)[0, 1]) < 0.2
+    best = ablation.stage_one_rows(rows, ablation.PretrainVariant(8, "none", 0.5), 0)
+    assert sorted(best["clip_score"][:]) == sorted(scores)[100:]
+
+
+def test_a_batch_without_the_token_is_the_batch_but_for_it():
+    ids = torch.tensor([[5, 9, 1, 2], [0, 5, 9, 3]])
+    pixels = torch.ones(2, 3, 4, 4)
+    kept = ablation.without_token({"input_ids": ids, "attention_mask": ids > 0, "pixel_values": pixels}, 9)
+    assert kept["input_ids"].tolist() == [[5, 1, 2], [0, 5, 3]]
+    assert kept["attention_mask"].tolist() == [[True, True, True], [False, True, True]]
+    assert kept["pixel_values"] is pixels
+    with pytest.raises(ValueError, match="must hold the token 9 once"):
+        ablation.without_token({"input_ids": torch.tensor([[9, 9]])}, 9)
+
+
+def test_without_alignment_the_level_table_has_no_say(run):
+    from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
+
+    folder = run / "seed-0" / "pretrain" / "none"
+    model = AlignGPTForConditionalGeneration.from_pretrained(folder)
+    heldout = _load(run / "seed-0" / "world" / "heldout" / "pairs")["heldout"]["image"][:]
+    asked = ablation._Loaded(model, AlignGPTProcessor.from_pretrained(folder), without=True)
+    inputs = asked.processor(images=heldout[:1], text=["<image>"], return_tensors="pt")
+    assert (inputs["input_ids"] != model.config.align_token_id).all()
+    before = model(**inputs).logits
+    with torch.no_grad():
+        model.model.align_embeddings.weight.add_(5)
+    assert torch.equal(model(**inputs).logits, before)
+
+
+# ---- the table ----
+
+
+def fake_run(variant, seed, overall):
+    return {
+        "variant": variant,
+        "seed": seed,
+        "questions": {"overall": overall, "what": overall},
+        "loss": 1 - overall,
+        "captions": {"main object": 0.5, "all objects": 0.5, "background": 0.5},
+        "gate": [{"mean": 0.25, "spread": 0.1 * seed}] if variant == "a" else [],
+        "seconds": 1.0,
+    }
+
+
+def test_the_table_compares_pair_by_pair():
+    values = {"a": [0.50, 0.60, 0.70, 0.40], "b": [0.52, 0.61, 0.73, 0.42], "c": [0.3, 0.9, 0.5, 0.6]}
+    runs = [fake_run(name, seed, value) for name, each in values.items() for seed, value in enumerate(each)]
+    table = ablation_table.summarize(runs, [{"name": name} for name in "abcd"])
+    rows = {row["name"]: row["answers"] for row in table["rows"]}
+    assert list(rows) == ["a", "b", "c"], "variants without runs are left out"
+    assert rows["a"]["mean"] == pytest.approx(0.55) and rows["a"]["std"] == pytest.approx(statistics.stdev(values["a"]))
+    differences = [b - a for a, b in zip(values["a"], values["b"], strict=True)]
+    # Student's t with three degrees of freedom
+    width = 3.182 * statistics.stdev(differences) / 2
+    assert rows["b"]["difference"] == pytest.approx(0.02) and rows["b"]["interval"] == pytest.approx(width)
+    assert rows["b"]["clear"] and not rows["c"]["clear"]
+    assert "difference" not in rows["a"]
+    assert table["rows"][0]["gate"] == [{"mean": 0.25, "spread": pytest.approx(0.15)}]
+    text = ablation_table.describe(table)
+    assert "| a | 4 | 0.550 ± 0.129 |" in text and "**+0.020 ± 0.013**" in text and "| c | +0.025 ±" in text
+
+
+def test_a_single_seed_has_no_interval():
+    table = ablation_table.summarize([fake_run("a", 0, 0.5), fake_run("b", 0, 0.6)], [{"name": "a"}, {"name": "b"}])
+    assert table["rows"][1]["answers"]["std"] is None and "difference" not in table["rows"][1]["answers"]
+    assert "| b | 1 | 0.600 |" in ablation_table.describe(table)
+    assert ablation_table.half_width([1.0]) == math.inf
+    assert ablation_table.half_width([1.0, 2.0]) == pytest.approx(12.706 * 0.5, rel=1e-3)
