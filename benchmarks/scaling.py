@@ -250,6 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--measured", type=Path, help='what seven_billion.py wrote, or {"7B stage 1": share of the peak, ...}'
     )
+    parser.add_argument("--models", nargs="+", choices=tuple(LANGUAGE_MODELS), default=list(LANGUAGE_MODELS))
     parser.add_argument("--output", type=Path, help="JSON to write beside the tables")
     args = parser.parse_args(argv)
     measured = json.loads(args.measured.read_text(encoding="utf-8")) if args.measured else None
@@ -259,6 +260,8 @@ def main(argv: list[str] | None = None) -> None:
     print("| model | stage | TFLOP a row | public hours on 8 A100 | share of the peak that explains them |")
     print("|---|---|---|---|---|")
     for (size, stage), hours in PUBLIC_HOURS.items():
+        if size not in args.models:
+            continue
         print(
             f"| {size} | {stage} | {row_flops(size, stage) / 1e12:.1f} | {hours} | "
             f"{utilisation(size, stage, None):.2f} |"
@@ -266,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     plans = []
     print("\n| model | stage | GPUs | config | global batch | compute s | traffic s | hours | GPU hours | bound by |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for size in LANGUAGE_MODELS:
+    for size in args.models:
         for stage in STAGES:
             for gpu in GPUS.values():
                 for gpus in (8, 64, 512):

@@ -1,6 +1,7 @@
 """`aligngpt chat`: questions about pictures in the terminal, answered word by word."""
 
 import argparse
+import os
 from typing import TYPE_CHECKING, Any
 
 
@@ -130,6 +131,11 @@ def run(args: argparse.Namespace):
 
     from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
+    if os.path.isfile(os.path.join(args.model, "adapter_config.json")):
+        raise ValueError(
+            f"{args.model} holds an adapter, not a whole model: `aligngpt merge --adapter {args.model} --output DIR` "
+            "makes one."
+        )
     set_seed(args.seed)
     model = AlignGPTForConditionalGeneration.from_pretrained(
         args.model, dtype=args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)

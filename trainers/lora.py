@@ -132,9 +132,10 @@ def settle_adapter(model: "PeftModel") -> None:
     base = model.get_base_model()
     in_four_bits = getattr(base, "is_loaded_in_4bit", False)
     for name, parameter in model.named_parameters():
-        # ZeRO-3 gathers parameters of one dtype alone, and TRL has the adapters in bfloat16 where the rest is quantised
-        if parameter.requires_grad and not is_deepspeed_zero3_enabled():
-            parameter.data = parameter.data.float() if "modules_to_save" in name or not in_four_bits else parameter.data
+        # TRL has the adapters in bfloat16 where the rest is quantised, and ZeRO-3 gathers parameters of one dtype alone
+        kept = (in_four_bits and "modules_to_save" not in name) or is_deepspeed_zero3_enabled()
+        if parameter.requires_grad and not kept:
+            parameter.data = parameter.data.float()
     config = base.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

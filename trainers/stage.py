@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import ProcessorMixin
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 from trl import SFTTrainer
 
@@ -177,8 +178,10 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
         for module in self.trainable_modules(self.model):
             for parameter in module.parameters():
                 parameter.requires_grad_(True)
-                # a low-precision copy would swallow small updates; the frozen rest may stay as it was loaded
-                parameter.data = parameter.data.float()
+                if not is_deepspeed_zero3_enabled():
+                    # a low-precision copy would swallow small updates (ZeRO-3 keeps a float32 one of its shards
+                    # itself); the frozen rest may stay as it was loaded
+                    parameter.data = parameter.data.float()
 
     def uses_gate(self) -> bool:
         """Whether the gate decides anything in this stage."""

@@ -6,13 +6,14 @@ from pathlib import Path
 
 
 SMALL = ["--scale", "tiny", "--repeats", "2", "--warmup", "1"]
+WORKS = ["prefill", "decode", "stage1", "stage2"]
 SCRIPTS = {
-    "overhead": [*SMALL, "--tokens", "2", "--text", "8", "--answer", "4", "--batch", "2"],
-    "loading": ["--scale", "tiny", "--repeats", "1", "--warmup", "0"],
+    "overhead": [*SMALL, "--tokens", "2", "--text", "8", "--answer", "4", "--batch", "2", "--work", *WORKS],
+    "loading": ["--scale", "tiny", "--repeats", "1", "--warmup", "0", "--contender", "remote", "llava"],
     "decoding": [*SMALL, "--tokens", "4", "--text", "8", "--batch", "2", "--backend", "eager"],
     "batching": ["--rows", "16", "--batch", "4", "--repeats", "1", "--warmup", "0", "--prompts", "9", "--tokens", "3"],
     "seven_billion": [*SMALL, "--tokens", "2", "--text", "8", "--batch", "2", "--turns", "1", "--peak-tflops", "0.1"],
-    "scaling": [],
+    "scaling": ["--models", "7B"],
 }
 
 
@@ -21,7 +22,7 @@ def main(benchmarks: str, output: str) -> None:
     for name, arguments in SCRIPTS.items():
         path = Path(output) / f"{name}.json"
         if name == "scaling":  # reads what the script before it has measured
-            arguments = ["--measured", str(Path(output) / "seven_billion.json")]
+            arguments = [*arguments, "--measured", str(Path(output) / "seven_billion.json")]
         print(f"## {name}", flush=True)
         importlib.import_module(name).main([*arguments, "--output", str(path)])
 

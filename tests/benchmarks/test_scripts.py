@@ -44,7 +44,7 @@ def test_each_script_prints_a_table(name, written):
 
 def test_overhead(written):
     works = written[0]["overhead"]["works"]
-    assert len(works) == 5
+    assert len(works) == len(run_scripts.WORKS)
     for title, record in works.items():
         assert {"aligngpt", "llava"} <= record["seconds"].keys()
         assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in record["seconds"].values())
@@ -54,9 +54,10 @@ def test_overhead(written):
 
 def test_loading(written):
     loads = written[0]["loading"]["loads"]
-    assert loads.keys() == {"aligngpt", "remote", "llava"}
-    ours = loads["aligngpt"][0]
-    assert ours["checksum"] == loads["remote"][0]["checksum"] and ours["weights"] > 100_000
+    assert loads.keys() == {"remote", "llava"}
+    assert all(
+        record["weights"] > 100_000 and record["seconds"] > 0 for records in loads.values() for record in records
+    )
 
 
 def test_decoding(written):
@@ -85,4 +86,4 @@ def test_seven_billion(written):
 def test_scaling(written):
     figures = written[0]["scaling"]
     assert {plan["gpus"] for plan in figures["plans"]} == {8, 64, 512}
-    assert len(figures["plans"]) == 24 and len(figures["scoring"]) == 18
+    assert len(figures["plans"]) == 12 and len(figures["scoring"]) == 18
