@@ -41,11 +41,6 @@ def check_pictures(image_BT: torch.BoolTensor, num_pictures: int, seq_length: in
     fits = (positions_B % seq_length == 0).all() & (positions_B.sum() == num_pictures * seq_length)
 
     def message() -> str:
-        if not num_pictures:
-            return (
-                f"The rows hold {positions_B.tolist()} <image> positions, but no pixel_values came: pass what "
-                "AlignGPTProcessor returns as a whole, or leave <image> out of prompts without a picture."
-            )
         return (
             f"{num_pictures} picture(s) of {seq_length} <image> positions each do not fit the rows, which hold "
             f"{positions_B.tolist()}: pass every picture of the batch in pixel_values, and prompts made by "
@@ -62,11 +57,25 @@ def check_levels(levels: torch.LongTensor, num_levels: int) -> None:
     require(in_range, lambda: f"align_level={levels.tolist()} {message}", f"align_level {message}")
 
 
+def _can_look(values: torch.Tensor) -> bool:
+    return not is_torchdynamo_compiling() and values.device.type not in (*ASYNC_DEVICES, "meta")
+
+
+def warn_without_pictures(image_BT: torch.BoolTensor) -> None:
+    """
+    Says once that prompts hold `<image>` and no picture came, where looking costs nothing. No error: an assistant model
+    of assisted decoding is asked that way by transformers.
+    """
+    if _can_look(image_BT) and bool(image_BT.any()):
+        logger.warning_once(
+            "A prompt holds <image> but no pixel_values came: the model sees no picture there. Pass all that "
+            "AlignGPTProcessor returns, or leave <image> out of prompts without a picture."
+        )
+
+
 def warn_without_align(image_BT: torch.BoolTensor, align_BT: torch.BoolTensor) -> None:
     """Says once that a row has a picture and no `<align>`, where looking costs nothing."""
-    if is_torchdynamo_compiling() or image_BT.device.type in (*ASYNC_DEVICES, "meta"):
-        return
-    if bool((image_BT.any(1) & ~align_BT.any(1)).any()):
+    if _can_look(image_BT) and bool((image_BT.any(1) & ~align_BT.any(1)).any()):
         logger.warning_once(
             "A prompt has a picture but no <align>: it is answered without an alignment vector, which the model was "
             "not trained for. Prompts made by AlignGPTProcessor have one."
@@ -80,4 +89,4 @@ def is_prefill(past_key_values: Cache | None, length: int) -> bool:
     return length > 1 and not is_torchdynamo_compiling() and int(past_key_values.get_seq_length()) == 0
 
 
-__all__ = ["check_levels", "check_pictures", "is_prefill", "require", "warn_without_align"]
+__all__ = ["check_levels", "check_pictures", "is_prefill", "require", "warn_without_align", "warn_without_pictures"]

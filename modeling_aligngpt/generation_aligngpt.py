@@ -3,7 +3,7 @@
 import torch
 from transformers.generation import GenerationMixin
 
-from .checks_aligngpt import check_levels, check_pictures, warn_without_align
+from .checks_aligngpt import check_levels, check_pictures, warn_without_align, warn_without_pictures
 from .compat_v4 import PrefillOnlyPicturesMixin
 
 
@@ -46,7 +46,10 @@ class AlignGPTGenerationMixin(PrefillOnlyPicturesMixin, GenerationMixin):
             return
         input_ids = input_ids.cpu()
         image_BT = input_ids == self.config.image_token_id
-        check_pictures(image_BT, 0 if pixel_values is None else len(pixel_values), self.config.image_seq_length)
+        if pixel_values is None:
+            warn_without_pictures(image_BT)
+            return
+        check_pictures(image_BT, len(pixel_values), self.config.image_seq_length)
         warn_without_align(image_BT, input_ids == self.config.align_token_id)
 
     def _prompt_mask(self, inputs, generation_config, kwargs) -> torch.Tensor | None:

@@ -19,7 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .checks_aligngpt import check_levels, check_pictures, is_prefill, warn_without_align
+from .checks_aligngpt import check_levels, check_pictures, is_prefill, warn_without_align, warn_without_pictures
 from .compat_v4 import run_vision_tower
 from .configuration_aligngpt import AUTO_MAP, AlignGPTConfig
 from .dummy_aligngpt import needs_dummy_picture, run_dummy_picture
@@ -381,7 +381,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
             align_weights = inputs_embeds.new_zeros(inputs_embeds.shape[0], self.config.num_align_levels - 1)
             if is_prefill(past_key_values, inputs_embeds.shape[1]):
                 if input_ids is not None:
-                    check_pictures(input_ids == self.config.image_token_id, 0, self.config.image_seq_length)
+                    warn_without_pictures(input_ids == self.config.image_token_id)
                 if needs_dummy_picture(self):
                     inputs_embeds = run_dummy_picture(self, input_ids, inputs_embeds, align_level)
 

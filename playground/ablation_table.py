@@ -38,7 +38,7 @@ def summarize(runs: Sequence[dict[str, Any]], variants: Sequence[dict[str, Any]]
     Returns:
         `rows`, one for each variant that has runs: for each of `MEASURES`, and each question type in `types`, `mean`,
         `std`, and, over the seeds that both have, the mean `difference` to the first variant with `interval` (half the
-        width of its 95 % interval) and `clear` (whether that leaves out 0).
+        width of its 95 % interval) and `clear` (whether that leaves out 0); `shared` where stage 1 is that variant's.
     """
     by_variant: dict[str, dict[int, dict]] = {}
     for run in runs:
@@ -54,6 +54,9 @@ def summarize(runs: Sequence[dict[str, Any]], variants: Sequence[dict[str, Any]]
         paths = {**MEASURES, **{f"type {kind}": ("questions", kind) for kind in kinds}}
         for measure, path in paths.items():
             row[measure] = _cell(own, reference, path)
+            # of captions only where stage 1 is another
+            if path[0] == "captions" and variant.get("pretrain") == variants[0].get("pretrain"):
+                row[measure]["shared"] = True
         gates = [run["gate"] for run in own.values() if run["gate"]]
         if gates:
             columns = list(zip(*gates, strict=True))
@@ -111,6 +114,8 @@ def _plus_minus(cell: dict[str, Any]) -> str:
 
 
 def _difference(cell: dict[str, Any]) -> str:
+    if cell.get("shared"):
+        return "same stage 1"
     if "difference" not in cell:
         return ""
     text = f"{cell['difference']:+.3f} ± {cell['interval']:.3f}"

@@ -23,18 +23,16 @@ import transformers
 from .alignment import PairScorer
 from .data import read_rows
 from .score_output import (
-    DROPPED,
     FATES,
     Scores,
     assign_levels,
-    dropped_rows,
     gather_scores,
     print_summary,
     refuse_unscored,
     remove_leftovers,
     write_output,
 )
-from .score_processes import Processes, end_process_group, keeping_progress, lock
+from .score_processes import Processes, keeping_progress, lock
 from .score_settings import RECORD, ScoreConfig, read_edges, warn_of_other_scorer
 from .score_shards import finished_blocks, score_blocks
 from .score_source import KINDS, WholeSource, kind_of, refuse_other_rows

@@ -189,7 +189,8 @@ def fake_run(variant, seed, overall):
 def test_the_table_compares_pair_by_pair():
     values = {"a": [0.50, 0.60, 0.70, 0.40], "b": [0.52, 0.61, 0.73, 0.42], "c": [0.3, 0.9, 0.5, 0.6]}
     runs = [fake_run(name, seed, value) for name, each in values.items() for seed, value in enumerate(each)]
-    table = ablation_table.summarize(runs, [{"name": name} for name in "abcd"])
+    variants = [{"name": name, "pretrain": "one" if name < "c" else "other"} for name in "abcd"]
+    table = ablation_table.summarize(runs, variants)
     rows = {row["name"]: row["answers"] for row in table["rows"]}
     assert list(rows) == ["a", "b", "c"], "variants without runs are left out"
     assert rows["a"]["mean"] == pytest.approx(0.55) and rows["a"]["std"] == pytest.approx(statistics.stdev(values["a"]))
@@ -202,6 +203,7 @@ def test_the_table_compares_pair_by_pair():
     assert table["rows"][0]["gate"] == [{"mean": 0.25, "spread": pytest.approx(0.15)}]
     text = ablation_table.describe(table)
     assert "| a | 4 | 0.550 ± 0.129 |" in text and "**+0.020 ± 0.013**" in text and "| c | +0.025 ±" in text
+    assert [line.count("same stage 1") for line in text.splitlines()[-2:]] == [3, 0]
 
 
 def test_a_single_seed_has_no_interval():
