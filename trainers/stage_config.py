@@ -109,6 +109,11 @@ class StageConfig(SFTConfig):
                 "enable_jit_checkpoint has no effect here: a signal (SIGTERM or SIGINT) always finishes the step, "
                 "saves a checkpoint and stops."
             )
+        if self.push_to_hub:
+            raise ValueError(
+                "push_to_hub would upload training_args.bin, a pickle with paths of this machine: leave it out and run "
+                "`aligngpt publish` on the finished model, which checks what leaves."
+            )
         if self.on_overlong != "error" and not self.check_rows:
             raise ValueError(
                 f"on_overlong={self.on_overlong!r} needs check_rows=True, which finds and counts the rows."

@@ -187,6 +187,8 @@ def test_resume_is_one_setting_by_two_names(tmp_path):
         settings(AlignGPTPretrainConfig, tmp_path, resume="auto", resume_from_checkpoint="checkpoint-1")
     with pytest.raises(ValueError, match="enable_jit_checkpoint has no effect here"):
         settings(AlignGPTPretrainConfig, tmp_path, enable_jit_checkpoint=True)
+    with pytest.raises(ValueError, match="`aligngpt publish` on the finished model"):
+        settings(AlignGPTPretrainConfig, tmp_path, push_to_hub=True)
 
 
 # ---- saves that are cut off ----
