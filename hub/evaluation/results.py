@@ -86,7 +86,7 @@ class Results:
             )
         order = {known.task: place for place, known in enumerate(BENCHMARKS)}
         self.content["results"] = sorted(rows, key=lambda row: order[row["task"]])
-        self.content["runs"][benchmark.task] = {"settings": settings, "seconds": round(seconds, 1)}
+        self.content["runs"][benchmark.task] = {"settings": settings, "seconds": round(seconds, 3)}
         self.content["date"] = datetime.now(UTC).isoformat(timespec="seconds")
         self.write()
 
