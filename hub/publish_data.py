@@ -288,8 +288,11 @@ def _scorer(alignment: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _size_category(count: int) -> str:
-    steps = ((1e3, "n<1K"), (1e4, "1K<n<10K"), (1e5, "10K<n<100K"), (1e6, "100K<n<1M"), (1e7, "1M<n<10M"))
-    return next((name for limit, name in steps if count < limit), "10M<n<100M")
+    names = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+    place = next((place for place in range(len(names)) if count < 10 ** (place + 3)), len(names))
+    if place == 0:
+        return f"n<{names[0]}"
+    return f"{names[place - 1]}<n<{names[place]}" if place < len(names) else f"n>{names[-1]}"
 
 
 # ---- the command ----

@@ -4,7 +4,9 @@ import json
 import re
 import shutil
 import time
+from base64 import b64encode
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from itertools import pairwise
 
 import httpx
@@ -194,7 +196,7 @@ class Page:
     def all(self, selector: str) -> list:
         return self.driver.find_elements(By.CSS_SELECTOR, selector)
 
-    def until(self, condition, seconds: float = 20):
+    def until(self, condition, seconds: float = 60):
         end, last = time.monotonic() + seconds, None
         while time.monotonic() < end:
             try:
@@ -275,6 +277,29 @@ def test_upload_ask_and_see_the_alignment(app, desktop, files):
     assert [element.text for element in page.all("#chat .user.message")] == [QUESTION, "where?"]
     page.element("clear").click()
     page.until(lambda: not page.answers() and not page.all("#heat svg") and not page.all("table.levels"))
+
+
+# a picture that another program has put on the clipboard
+COPY = """
+const done = arguments[arguments.length - 1];
+const bytes = Uint8Array.from(atob(arguments[0]), letter => letter.charCodeAt(0));
+const item = new ClipboardItem({"image/png": new Blob([bytes], {type: "image/png"})});
+navigator.clipboard.write([item]).then(() => done("copied"), error => done(String(error)));
+"""
+
+
+@needs_browser
+def test_a_pasted_picture(app, desktop):
+    page = Page(desktop, app[0])
+    allowed = {"origin": app[0], "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    desktop.execute_cdp_cmd("Browser.grantPermissions", allowed)
+    content = BytesIO()
+    Image.new("RGB", (120, 90), "red").save(content, "PNG")
+    assert desktop.execute_async_script(COPY, b64encode(content.getvalue()).decode()) == "copied"
+    page.all("#picture button[aria-label='Paste from clipboard']")[0].click()
+    page.says("ready (120 x 90 pixels)", "notice")
+    page.write(QUESTION + Keys.ENTER)
+    assert page.answered(1)
 
 
 @needs_browser
