@@ -92,6 +92,11 @@ class AlignGPTPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # transformers skips a tower's own rule for missing weights in code that might overwrite loaded ones: not this
+        return False
+
     def save_pretrained(self, save_directory, **kwargs):
         """Saves weights, config and code; the config names the class of every Auto class (see `AUTO_MAP`)."""
         self.config.auto_map = dict(AUTO_MAP)
