@@ -15,6 +15,7 @@ import types
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants
 
@@ -319,23 +320,22 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check, show what would go, send nothing")
 
 
+def hub_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What publishing models and data have in common, as keywords."""
+    names = ("private", "revision", "create_pr", "tag", "dry_run", "license", "message")
+    return {"languages": args.language or ("en",), **{name: getattr(args, name) for name in names}}
+
+
 def run(args: argparse.Namespace) -> int:
     """Run `aligngpt publish`; the exit code."""
     upload = publish(
         args.folder,
         args.repo_id,
-        private=args.private,
-        revision=args.revision,
-        create_pr=args.create_pr,
-        tag=args.tag,
-        dry_run=args.dry_run,
         base_models=args.base_models,
-        license=args.license,
-        languages=args.language or ("en",),
         card=args.card,
         new_card=args.new_card,
         ignore=args.ignore,
-        message=args.message,
+        **hub_settings(args),
     )
     if upload is not None:
         print(describe(upload))

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from .card import PAPER, TAGS, describe_rows, levels_text, list_levels
 from .checks import check_contents, find_paths, find_secrets
 from .pictures import draw_histogram
-from .publish import add_hub_arguments, describe
+from .publish import add_hub_arguments, describe, hub_settings
 from .records import ALIGNMENT, hub_link, is_hub_id
 from .upload import Upload, check_repo_id, upload_checked_folder
 
@@ -312,15 +312,8 @@ def run(args: argparse.Namespace) -> int:
     upload = publish_dataset(
         args.folder,
         args.repo_id,
-        private=args.private,
-        revision=args.revision,
-        create_pr=args.create_pr,
-        tag=args.tag,
-        dry_run=args.dry_run,
-        license=args.license,
-        languages=args.language or ("en",),
         source=args.source,
-        message=args.message,
+        **hub_settings(args),
     )
     if upload is not None:
         print(describe(upload))
