@@ -84,7 +84,9 @@ def convert_checkpoint(
         if source.is_stage1 or base_llm is not None or not _has_tokenizer(source.folder):
             llm = _named_part(base_llm, source, "_name_or_path", "--base-llm")
         tokenizer_folder = llm if source.is_stage1 or not _has_tokenizer(source.folder) else source.folder
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+        # without a config transformers would take theirs, whose model_type is ours too, for one of ours
+        own = {} if tokenizer_folder == llm else {"config": original_format.text_config(source.config)}
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, **own)
         vocabulary = len(tokenizer)
         placeholder_ids = add_placeholder_tokens(tokenizer)
         config = _our_config(source, llm, tower, placeholder_ids, gate_context)
@@ -143,7 +145,6 @@ def _our_config(source: OriginalCheckpoint, llm: Path | None, tower: Path, place
         shapes["gate_hidden_size"] = gate.shape[0]
     keeps_class_token = source.config.get("mm_vision_select_feature") == "cls_patch"
     vision_config = original_format.vision_config(tower)
-    has_class_token = "siglip" not in vision_config.model_type
     return AlignGPTConfig(
         vision_config=vision_config,
         text_config=text_config,
@@ -151,7 +152,7 @@ def _our_config(source: OriginalCheckpoint, llm: Path | None, tower: Path, place
         align_token_id=placeholder_ids[1],
         vision_feature_layer=source.config.get("mm_vision_select_layer", -2),
         vision_scales=original_format.vision_scales(source.config, vision_config.image_size),
-        vision_feature_select_strategy="full" if keeps_class_token or not has_class_token else "default",
+        vision_feature_select_strategy="full" if keeps_class_token else None,
         align_mode="level" if source.is_stage1 else "gate",
         gate_context=gate_context,
         training_stage="pretrain" if source.is_stage1 else "instruct",

@@ -25,8 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser):
         action="append",
         default=[],
         metavar="[NAME=]SOURCE",
-        help="rows with questions (messages, images) or pictures (image): folder or Hub id; may be repeated",
+        help="rows with questions or pictures: a file in any of training's layouts, a folder or Hub id of rows with "
+        "messages and images, or image; may be repeated",
     )
+    parser.add_argument("--image-folder", help="what relative picture paths of a file start from (default: its folder)")
+    # the reader of training's files, from the command line, which knows both packages
+    parser.set_defaults(load_rows=None)
     parser.add_argument("--split", help="split of the data (default: heldout, test, validation or train)")
     parser.add_argument(
         "--answers",
@@ -135,7 +139,10 @@ def _read_data(args: argparse.Namespace, captions_only: bool) -> tuple[list[dict
     number = 0
     for each in args.data:
         name, source = _named(each)
-        found = load_split(source, args.split)
+        if args.load_rows is not None and Path(source).is_file():
+            found = args.load_rows(source, image_folder=args.image_folder)
+        else:
+            found = load_split(source, args.split)
         for row in found.select(range(min(args.limit or len(found), len(found)))):
             number += 1
             asked = [] if captions_only or not row.get("messages") else list(questions_of(row, name))

@@ -5,9 +5,11 @@ import os
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers.tokenization_utils_base import AddedToken
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.configuration_utils import PretrainedConfig
+from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
 
+from .backbones import backbone_of, check_language_model, check_vision_tower, read_config
 from .chat_templates import CHAT_TEMPLATES, select_chat_template, stop_token
 from .configuration_aligngpt import AlignGPTConfig
 from .modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTMLP
@@ -90,8 +92,7 @@ def load_vision_tower(vision_tower: str | os.PathLike, dtype=None):
     Raises:
         ValueError: the checkpoint lacks weights of the tower, which would stay random.
     """
-    config = AutoConfig.from_pretrained(vision_tower)
-    vision_config = getattr(config, "vision_config", config)
+    vision_config = vision_config_of(read_config(vision_tower, "vision tower"))
     tower, report = AutoModel.from_pretrained(vision_tower, config=vision_config, dtype=dtype, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
@@ -99,6 +100,58 @@ def load_vision_tower(vision_tower: str | os.PathLike, dtype=None):
             "name a vision tower, or a CLIP or SigLIP model."
         )
     return tower
+
+
+def vision_config_of(config: PretrainedConfig) -> PretrainedConfig:
+    """The vision part of a dual encoder's config, or the config as it is."""
+    return getattr(config, "vision_config", config)
+
+
+def plan(
+    language_model: str | os.PathLike,
+    vision_tower: str | os.PathLike,
+    *,
+    language_model_revision: str | None = None,
+    vision_tower_revision: str | None = None,
+    chat_template: str | None = None,
+    **config_overrides,
+) -> tuple[AlignGPTConfig, PreTrainedTokenizerBase, str]:
+    """
+    What [`assemble`] would make of two checkpoints, from their configs and tokenizer alone; both are tried on small
+    copies (see `backbones.py`).
+
+    Returns:
+        Config, tokenizer with the placeholders, and name of the chat template.
+
+    Raises:
+        ValueError: a part does not fit, or `chat_template` is unknown.
+    """
+    lm_config = read_config(language_model, "language model", language_model_revision)
+    vision_config = vision_config_of(read_config(vision_tower, "vision tower", vision_tower_revision))
+    check_language_model(lm_config, language_model)
+    tokenizer = AutoTokenizer.from_pretrained(language_model, revision=language_model_revision)
+    name = chat_template or select_chat_template(tokenizer)
+    if name not in CHAT_TEMPLATES:
+        raise ValueError(f"chat_template={name!r} is not one of {', '.join(CHAT_TEMPLATES)}.")
+    with torch.device("meta"):
+        head = AutoModelForCausalLM.from_config(lm_config).get_output_embeddings()
+    placeholder_ids = add_placeholder_tokens(tokenizer)
+    text_config = lm_config.get_text_config()
+    text_config.vocab_size = max(padded_vocabulary_size(len(tokenizer)), text_config.vocab_size)
+    config = _make_config(text_config, vision_config, placeholder_ids, head.bias is not None, config_overrides)
+    check_vision_tower(config, vision_tower)
+    return config, tokenizer, name
+
+
+def _make_config(text_config, vision_config, placeholder_ids, lm_head_bias: bool, overrides: dict) -> AlignGPTConfig:
+    return AlignGPTConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_id=placeholder_ids[0],
+        align_token_id=placeholder_ids[1],
+        lm_head_bias=lm_head_bias,
+        **{"align_mode": "level", **overrides},
+    )
 
 
 def assemble(
@@ -127,34 +180,20 @@ def assemble(
         Model and processor.
 
     Raises:
-        ValueError: the head is not a plain linear layer, or `chat_template` is unknown.
+        ValueError: a part does not fit (before any weight is read), or `chat_template` is unknown.
     """
+    planned, tokenizer, template = plan(language_model, vision_tower, chat_template=chat_template, **config_overrides)
     dtype = torch.float32 if dtype is None else dtype
-    tokenizer = AutoTokenizer.from_pretrained(language_model)
     causal_lm = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
-    head = causal_lm.get_output_embeddings()
-    if not isinstance(head, nn.Linear):
-        raise ValueError(f"{language_model}: the language modelling head is {type(head).__name__}, not nn.Linear.")
-    image_token_id, align_token_id = add_placeholder_tokens(tokenizer)
-    extend_vocabulary(causal_lm, len(tokenizer), align_token_id)
+    extend_vocabulary(causal_lm, len(tokenizer), planned.align_token_id)
     tower = load_vision_tower(vision_tower, dtype)
-    if "siglip" in tower.config.model_type:
-        config_overrides.setdefault("vision_feature_select_strategy", "full")
-    config = AlignGPTConfig(
-        vision_config=tower.config,
-        text_config=causal_lm.config.get_text_config(),
-        image_token_id=image_token_id,
-        align_token_id=align_token_id,
-        lm_head_bias=head.bias is not None,
-        **{"align_mode": "level", **config_overrides},
-    )
+    placeholder_ids = planned.image_token_id, planned.align_token_id
+    text_config = causal_lm.config.get_text_config()
+    config = _make_config(text_config, tower.config, placeholder_ids, planned.lm_head_bias, config_overrides)
     model = _from_parts(config, causal_lm, tower, seed)
-    name = chat_template or select_chat_template(tokenizer)
-    if name not in CHAT_TEMPLATES:
-        raise ValueError(f"chat_template={name!r} is not one of {', '.join(CHAT_TEMPLATES)}.")
-    model.generation_config = placeholder_generation_config(causal_lm.generation_config, config, tokenizer, name)
+    model.generation_config = placeholder_generation_config(causal_lm.generation_config, config, tokenizer, template)
     processor = AlignGPTProcessor.from_parts(
-        tokenizer, config, vision_tower=vision_tower, chat_template=CHAT_TEMPLATES[name], do_pad=do_pad
+        tokenizer, config, vision_tower=vision_tower, chat_template=CHAT_TEMPLATES[template], do_pad=do_pad
     )
     return model, processor
 
@@ -163,7 +202,7 @@ def _from_parts(config: AlignGPTConfig, causal_lm, tower, seed: int) -> AlignGPT
     """Puts loaded parts into an AlignGPT made on the meta device: no second copy of the weights exists."""
     with torch.device("meta"):
         model = AlignGPTForConditionalGeneration(config)
-    model.model.language_model = causal_lm.base_model
+    model.model.language_model = backbone_of(causal_lm)
     model.lm_head = causal_lm.get_output_embeddings()
     model.model.vision_tower = getattr(tower, "vision_model", tower)
     embedding = model.get_input_embeddings().weight
@@ -191,4 +230,6 @@ __all__ = [
     "load_vision_tower",
     "padded_vocabulary_size",
     "placeholder_generation_config",
+    "plan",
+    "vision_config_of",
 ]

@@ -82,11 +82,11 @@ def warn_without_align(image_BT: torch.BoolTensor, align_BT: torch.BoolTensor) -
         )
 
 
-def is_prefill(past_key_values: Cache | None, length: int) -> bool:
+def is_prefill(cache: Cache | None, length: int) -> bool:
     """Whether `length` positions are the first ones; a single position behind a cache never asks the cache."""
-    if past_key_values is None:
+    if cache is None:
         return True
-    return length > 1 and not is_torchdynamo_compiling() and int(past_key_values.get_seq_length()) == 0
+    return length > 1 and not is_torchdynamo_compiling() and int(cache.get_seq_length()) == 0
 
 
 __all__ = ["check_levels", "check_pictures", "is_prefill", "require", "warn_without_align", "warn_without_pictures"]

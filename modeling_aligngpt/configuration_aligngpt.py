@@ -5,6 +5,8 @@ import math
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PretrainedConfig
 
+from .compat_v4 import IS_TRANSFORMERS_4
+
 
 ALIGN_MODES = ("level", "gate", "local", "global", "mean", "fixed", "random")
 GATE_CONTEXTS = ("prompt", "sequence")
@@ -31,8 +33,8 @@ class AlignGPTConfig(PretrainedConfig):
         align_token_id (`int`): id of `<align>`, the place of the alignment vector, right behind BOS.
         image_seq_length (`int`, *optional*): positions that a picture takes; follows from the tower when `None`.
         vision_feature_layer (`int`): which hidden state of the tower is projected (-2: the last layer but one).
-        vision_feature_select_strategy (`str`): `"default"` drops the class token, `"full"` keeps every token (towers
-            without a class token, such as SigLIP).
+        vision_feature_select_strategy (`str`, *optional*): `"default"` drops class token and registers, `"full"` keeps
+            every token; `None` takes the first where the tower has such tokens (SigLIP has none).
         vision_scales (`list[int]`, *optional*): the tower looks at the picture at these multiples of its own size, in
             tiles, and the features of all scales are joined on channels (S2, arXiv 2403.13043); `[1, 2, 3]` is the
             paper's 336/672/1008 variant. A picture keeps its `image_seq_length`. `None`: the tower's size alone.
@@ -66,7 +68,7 @@ class AlignGPTConfig(PretrainedConfig):
         align_token_id=32001,
         image_seq_length=None,
         vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=None,
         vision_scales=None,
         projector_hidden_act="gelu",
         num_align_levels=8,
@@ -83,7 +85,8 @@ class AlignGPTConfig(PretrainedConfig):
         self.image_token_id = image_token_id
         self.align_token_id = align_token_id
         self.vision_feature_layer = vision_feature_layer
-        self.vision_feature_select_strategy = vision_feature_select_strategy
+        strategy = vision_feature_select_strategy or ("default" if self.num_prefix_tokens else "full")
+        self.vision_feature_select_strategy = strategy
         self.vision_scales = None if vision_scales is None else list(vision_scales)
         self.projector_hidden_act = projector_hidden_act
         self.num_align_levels = num_align_levels
@@ -105,8 +108,28 @@ class AlignGPTConfig(PretrainedConfig):
         if not isinstance(image_size, int) or not isinstance(patch_size, int):
             return None
         num_patches = (image_size // patch_size) ** 2
-        has_class_token = "siglip" not in self.vision_config.model_type
-        return num_patches + int(has_class_token and self.vision_feature_select_strategy == "full")
+        return num_patches + (self.num_prefix_tokens if self.vision_feature_select_strategy == "full" else 0)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens that the tower puts in front of its patches: class token and registers."""
+        special = _PREFIX_TOKENS.get(self.vision_config.model_type, 1)
+        return special + (getattr(self.vision_config, "num_register_tokens", None) or 0)
+
+    @property
+    def head_scale(self) -> float:
+        """
+        What the language model multiplies its logits by, in front of a soft cap. Each family names it differently;
+        the order is that of TRL, whose loss must see the same logits.
+        """
+        text = self.text_config
+        for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+            if getattr(text, name, None) is not None:
+                return float(getattr(text, name))
+        scaling = getattr(text, "logits_scaling", None)
+        if scaling is None:
+            return 1.0
+        return float(scaling) if text.model_type == "hyperclovax" else 1.0 / scaling
 
     @property
     def projector_in_features(self) -> int:
@@ -139,7 +162,7 @@ class AlignGPTConfig(PretrainedConfig):
         expected = self._tower_seq_length()
         if self.image_seq_length is None:
             raise ValueError("image_seq_length must be given: it does not follow from this vision tower's config.")
-        if "siglip" in self.vision_config.model_type and self.vision_feature_select_strategy == "default":
+        if self.num_prefix_tokens == 0 and self.vision_feature_select_strategy == "default":
             raise ValueError('This tower has no class token to drop: set vision_feature_select_strategy="full".')
         if expected is not None and self.image_seq_length != expected:
             raise ValueError(
@@ -177,6 +200,15 @@ class AlignGPTConfig(PretrainedConfig):
         return saved
 
 
+# Tokens in front of the patches besides registers, where it is not the one class token.
+_PREFIX_TOKENS = {
+    "siglip_vision_model": 0,
+    "siglip2_vision_model": 0,
+    "aimv2_vision_model": 0,
+    "ijepa": 0,
+    "deit": 2,  # class and distillation
+}
+
 _CLIP_VIT_L_336 = {
     "hidden_size": 1024,
     "intermediate_size": 4096,
@@ -193,6 +225,10 @@ def _sub_config(value, default_model_type: str, defaults: dict) -> PretrainedCon
     if isinstance(value, PretrainedConfig):
         return value
     values = dict(defaults if value is None else value)
+    if values.get("rope_parameters") is not None and not IS_TRANSFORMERS_4:
+        # written beside them for 4.57, and deprecated since
+        for name in ("rope_theta", "rope_scaling"):
+            values.pop(name, None)
     model_type = values.pop("model_type", default_model_type)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"model_type={model_type!r} of a sub-config is unknown to this transformers version.")

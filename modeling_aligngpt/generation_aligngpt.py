@@ -3,6 +3,7 @@
 import torch
 from transformers.generation import GenerationMixin
 
+from .cache_aligngpt import cache_in
 from .checks_aligngpt import check_levels, check_pictures, warn_without_align, warn_without_pictures
 from .compat_v4 import PrefillOnlyPicturesMixin
 
@@ -29,7 +30,7 @@ class AlignGPTGenerationMixin(PrefillOnlyPicturesMixin, GenerationMixin):
         mask = self._prompt_mask(inputs, generation_config, kwargs)
         if kwargs.get("prompt_mask") is None:
             kwargs["prompt_mask"] = mask
-        if mask is not None and kwargs.get("past_key_values") is None and not bool(mask[:, -1].all()):
+        if mask is not None and cache_in(kwargs) is None and not bool(mask[:, -1].all()):
             # answers continue at the right end: padding on the right is moved to the left
             order = mask.int().argsort(dim=1, stable=True)
             inputs = _reordered(inputs, order)
@@ -41,8 +42,8 @@ class AlignGPTGenerationMixin(PrefillOnlyPicturesMixin, GenerationMixin):
     def _check_prompt(self, input_ids: torch.LongTensor | None, kwargs: dict) -> None:
         """What `forward` can only assert on a GPU (see `checks_aligngpt.py`), once, before the first step."""
         pixel_values = kwargs.get("pixel_values")
-        begun = any(kwargs.get(name) is not None for name in ("past_key_values", "mm_encoder_outputs", "inputs_embeds"))
-        if begun or input_ids is None:
+        begun = any(kwargs.get(name) is not None for name in ("mm_encoder_outputs", "inputs_embeds"))
+        if begun or cache_in(kwargs) is not None or input_ids is None:
             return
         input_ids = input_ids.cpu()
         image_BT = input_ids == self.config.image_token_id

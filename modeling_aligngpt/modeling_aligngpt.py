@@ -7,62 +7,24 @@ BOS; their embeddings are replaced in [`AlignGPTModel.forward`]. Shape suffixes 
     V hidden size of the tower, N alignment levels, G hidden size of the gate.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .cache_aligngpt import CACHE_NAME, one_cache
 from .checks_aligngpt import check_levels, check_pictures, is_prefill, warn_without_align, warn_without_pictures
 from .compat_v4 import run_vision_tower
 from .configuration_aligngpt import AUTO_MAP, AlignGPTConfig
 from .dummy_aligngpt import needs_dummy_picture, run_dummy_picture
 from .generation_aligngpt import AlignGPTGenerationMixin
 from .multiscale_aligngpt import multiscale_features
-
-
-@dataclass
-class AlignGPTModelOutputWithPast(BaseModelOutputWithPast):
-    """
-    Outputs of [`AlignGPTModel`]: those of the language model, and
-
-    Args:
-        image_hidden_states (`torch.FloatTensor` of shape `(I, S, D)`, *optional*): projected pictures.
-        align_weights (`torch.FloatTensor` of shape `(B, N - 1)`): share of each local level in the row's alignment
-            vector; zeros for a row without a picture. A level given by hand is one-hot (the top level: zeros).
-    """
-
-    image_hidden_states: torch.FloatTensor | None = None
-    align_weights: torch.FloatTensor | None = None
-
-
-@dataclass
-class AlignGPTCausalLMOutputWithPast(ModelOutput):
-    """
-    Outputs of [`AlignGPTForConditionalGeneration`].
-
-    Args:
-        loss (`torch.FloatTensor` of shape `()`, *optional*): mean cross-entropy over supervised next tokens.
-        logits (`torch.FloatTensor` of shape `(B, T, vocab_size)`): next-token scores.
-        past_key_values (`Cache`, *optional*): the language model's cache.
-        hidden_states, attentions (*optional*): the language model's, layer by layer.
-        image_hidden_states (`torch.FloatTensor` of shape `(I, S, D)`, *optional*): projected pictures.
-        align_weights (`torch.FloatTensor` of shape `(B, N - 1)`): see [`AlignGPTModelOutputWithPast`].
-    """
-
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    image_hidden_states: torch.FloatTensor | None = None
-    align_weights: torch.FloatTensor | None = None
+from .outputs_aligngpt import AlignGPTCausalLMOutputWithPast, AlignGPTModelOutputWithPast
 
 
 class AlignGPTMLP(nn.Module):
@@ -85,7 +47,7 @@ class AlignGPTPreTrainedModel(PreTrainedModel):
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -160,7 +122,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         def run_tower(pictures: torch.FloatTensor) -> torch.FloatTensor:
             outputs.append(run_vision_tower(self.vision_tower, pictures, **kwargs))
             hidden_ISV = outputs[-1].hidden_states[layer]
-            return hidden_ISV[:, 1:] if strategy == "default" else hidden_ISV
+            return hidden_ISV[:, self.config.num_prefix_tokens :] if strategy == "default" else hidden_ISV
 
         with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
             if (scales := self.config.vision_scales) is None:
@@ -351,6 +313,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         align_level: int | torch.LongTensor | None = None,
         prompt_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AlignGPTModelOutputWithPast:
         """
@@ -360,12 +323,14 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
             align_level (`int` or `(B,)`, *optional*): 0-based level of each row; `config.align_mode` decides without.
             prompt_mask (`(B, <= T)`, *optional*): 1 where the gate may read; everything when `None`.
             mm_encoder_outputs (*optional*): `{"image": output of get_image_features}`, in place of `pixel_values`.
+            cache or past_key_values (`Cache`, *optional*): the language model's, under its new or its old name.
 
         Raises:
             ValueError: pictures and placeholders disagree, or a level is out of range.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        cache = one_cache(cache, past_key_values)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
@@ -384,7 +349,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
             )
         else:
             align_weights = inputs_embeds.new_zeros(inputs_embeds.shape[0], self.config.num_align_levels - 1)
-            if is_prefill(past_key_values, inputs_embeds.shape[1]):
+            if is_prefill(cache, inputs_embeds.shape[1]):
                 if input_ids is not None:
                     warn_without_pictures(input_ids == self.config.image_token_id)
                 if needs_dummy_picture(self):
@@ -393,13 +358,13 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            **{CACHE_NAME: cache},
             **kwargs,
         )
         return AlignGPTModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_features,
@@ -418,6 +383,10 @@ class AlignGPTForConditionalGeneration(AlignGPTGenerationMixin, AlignGPTPreTrain
         self.model = AlignGPTModel(config)
         text_config = config.text_config
         self.lm_head = nn.Linear(text_config.hidden_size, text_config.vocab_size, bias=config.lm_head_bias)
+        # most families call it embed_tokens, as the class says
+        embedding = self.get_input_embeddings()
+        name = next(name for name, module in self.named_modules() if module is embedding)
+        self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
         # a placeholder in an answer would be taken for a picture that is not there
         if self.generation_config.suppress_tokens is None:
@@ -450,6 +419,7 @@ class AlignGPTForConditionalGeneration(AlignGPTGenerationMixin, AlignGPTPreTrain
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> AlignGPTCausalLMOutputWithPast:
         """
@@ -467,7 +437,7 @@ class AlignGPTForConditionalGeneration(AlignGPTGenerationMixin, AlignGPTPreTrain
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             align_level=align_level,
             prompt_mask=prompt_mask,
@@ -476,6 +446,8 @@ class AlignGPTForConditionalGeneration(AlignGPTGenerationMixin, AlignGPTPreTrain
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        if (scale := self.config.head_scale) != 1.0:
+            logits = logits * scale  # Cohere, Granite, Falcon-H1
         if (cap := getattr(self.config.text_config, "final_logit_softcapping", None)) is not None:
             logits = cap * torch.tanh(logits / cap)  # Gemma 2
         loss = None
@@ -486,7 +458,7 @@ class AlignGPTForConditionalGeneration(AlignGPTGenerationMixin, AlignGPTPreTrain
         return AlignGPTCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,

@@ -9,7 +9,7 @@ from . import ablation, quickstart
 from .sprites import ATTRIBUTION
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m aligngpt_playground", description=__doc__, epilog=ATTRIBUTION)
     commands = parser.add_subparsers(dest="command", required=True)
     whole = commands.add_parser(
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
-    parsed = _parser().parse_args(argv)
+    parsed = build_parser().parse_args(argv)
     args = vars(parsed)
     command = args.pop("command")
     if command == "quickstart":

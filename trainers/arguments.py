@@ -15,9 +15,18 @@ class DataArguments:
 
     dataset: str | None = field(
         default=None,
-        metadata={"help": "Rows to train on: JSON(L), CSV or parquet file, folder of `save_to_disk`, or Hub id."},
+        metadata={
+            "aliases": ["--dataset_name", "--dataset-name"],
+            "help": "Rows to train on: JSON(L), CSV or parquet file, folder of `save_to_disk`, or Hub id. Required.",
+        },
     )
-    dataset_split: str | None = field(default=None, metadata={"help": "Split; default: train, or the only one."})
+    dataset_split: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--dataset_train_split", "--dataset-train-split"],
+            "help": "Split; default: train, or the only one.",
+        },
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub data set."})
     eval_dataset: str | None = field(default=None, metadata={"help": "Rows to evaluate on (see `eval_strategy`)."})
@@ -67,7 +76,13 @@ class LoraArguments:
 class ModelArguments(LoraArguments):
     """Which model is trained and how it is loaded."""
 
-    model: str | None = field(default=None, metadata={"help": "An AlignGPT: folder or Hub id."})
+    model: str | None = field(
+        default=None,
+        metadata={
+            "aliases": ["--model_name_or_path", "--model-name-or-path"],
+            "help": "An AlignGPT: folder or Hub id, such as stage 1's output_dir. Required.",
+        },
+    )
     model_revision: str | None = field(default=None, metadata={"help": "Revision of a model on the Hub."})
     dtype: str = field(
         default="float32",
@@ -83,10 +98,18 @@ class ModelArguments(LoraArguments):
 
 @dataclass
 class PretrainModelArguments(ModelArguments):
-    """`model`, or `language_model` and `vision_tower` that a fresh one is assembled from."""
+    """`language_model` and `vision_tower` that a fresh one is assembled from, or `model`."""
 
+    model: str | None = field(
+        default=None,
+        metadata={"help": "An AlignGPT to train on: folder or Hub id; instead of language_model and vision_tower."},
+    )
     language_model: str | None = field(
-        default=None, metadata={"help": "Causal language model to start from: folder or Hub id."}
+        default=None,
+        metadata={
+            "aliases": ["--model_name_or_path", "--model-name-or-path"],
+            "help": "Causal language model to start from: folder or Hub id. Required, with vision_tower.",
+        },
     )
     language_model_revision: str | None = field(
         default=None, metadata={"help": "Revision of a language model on the Hub; pin it for runs to be repeated."}

@@ -38,6 +38,7 @@ from .check_measures import (
     token_facts,
 )
 from .check_report import describe_check
+from .flags import with_known_flags
 from .instruct_config import AlignGPTInstructConfig
 from .memory import Batch, count_parameters, memory_table
 from .pretrain_config import AlignGPTPretrainConfig
@@ -82,7 +83,7 @@ def check_command(argv: Sequence[str]) -> int:
     """
     parser = _parser()
     parser.error = _refuse
-    own, words = parser.parse_known_args(list(argv))
+    own, words = parser.parse_known_args(with_known_flags(argv, parser))
     words = ["--config", own.config, *words] if own.config is not None else words
     number = None if own.pictures == "all" else own.pictures
     if number is not None and not (number.isdigit()):
@@ -147,14 +148,15 @@ def recognise_stage(words: Sequence[str]) -> str:
     for stage in meant:
         if meant[stage]:
             return stage
-    if settings.get("model") is None:
+    model = settings.get("model") or settings.get("model_name_or_path")
+    if model is None:
         raise ValueError("Neither model nor language_model and vision_tower are given: what is to be trained?")
     try:
-        trained = AlignGPTConfig.from_pretrained(settings["model"], revision=settings.get("model_revision"))
+        trained = AlignGPTConfig.from_pretrained(model, revision=settings.get("model_revision"))
     except Exception as error:
-        raise ValueError(f"model {settings['model']!r}: its config cannot be read ({error}).") from error
+        raise ValueError(f"model {model!r}: its config cannot be read ({error}).") from error
     if trained.training_stage == "instruct":
-        raise ValueError(f"{settings['model']} has been through both stages: say which is meant with --stage.")
+        raise ValueError(f"{model} has been through both stages: say which is meant with --stage.")
     return "instruct" if trained.training_stage == "pretrain" else "pretrain"
 
 
@@ -188,6 +190,9 @@ def check_stage(
     from .checkpoints import find_last_checkpoint
     from .train import STAGES, parse_settings
 
+    # settings for GPUs can be tried where there is none, such as on a login node
+    without_gpu = not torch.cuda.is_available() and not any("use_cpu" in word.replace("-", "_") for word in words)
+    words = [*words, *(("--use_cpu", "true") if without_gpu else ())]
     model_args, data_args, config = parse_settings(f"{PROG} ({stage})", STAGES[stage][1], words)
     sources = model_args.model or f"{getattr(model_args, 'language_model', None)} + {model_args.vision_tower}"
     report: dict[str, Any] = {"stage": stage, "model": sources, "dataset": data_args.dataset}

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
-from modeling_aligngpt.assembly import add_placeholder_tokens, padded_vocabulary_size
-from modeling_aligngpt.chat_templates import select_chat_template
+from modeling_aligngpt.assembly import plan
 
 from .arguments import ModelArguments, PretrainModelArguments
+from .init import checked_overrides
 
 
 if TYPE_CHECKING:
@@ -52,31 +51,18 @@ def _load(args: ModelArguments) -> tuple[AlignGPTForConditionalGeneration, Align
 
 def _assemble(args: PretrainModelArguments) -> tuple[AlignGPTForConditionalGeneration, AlignGPTProcessor]:
     """The config that [`assemble`] would make, from the parts' configs and tokenizer alone."""
-    revision = getattr(args, "language_model_revision", None)
-    tokenizer = AutoTokenizer.from_pretrained(args.language_model, revision=revision)
-    text_config = AutoConfig.from_pretrained(args.language_model, revision=revision)
-    with torch.device("meta"):
-        head = AutoModelForCausalLM.from_config(text_config).get_output_embeddings()
-    text_config = text_config.get_text_config()
-    vision_config = AutoConfig.from_pretrained(args.vision_tower, revision=getattr(args, "vision_tower_revision", None))
-    vision_config = getattr(vision_config, "vision_config", vision_config)
-    image_token_id, align_token_id = add_placeholder_tokens(tokenizer)
-    text_config.vocab_size = max(padded_vocabulary_size(len(tokenizer)), text_config.vocab_size)
-    overrides = dict(args.config_overrides or {})
+    overrides = checked_overrides(args.config_overrides)
     if args.num_align_levels is not None:
         overrides["num_align_levels"] = args.num_align_levels
-    if "siglip" in vision_config.model_type:
-        overrides.setdefault("vision_feature_select_strategy", "full")
-    config = AlignGPTConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        image_token_id=image_token_id,
-        align_token_id=align_token_id,
-        lm_head_bias=head.bias is not None,
-        **{"align_mode": "level", **overrides},
+    config, tokenizer, template = plan(
+        args.language_model,
+        args.vision_tower,
+        language_model_revision=args.language_model_revision,
+        vision_tower_revision=args.vision_tower_revision,
+        chat_template=args.chat_template,
+        **overrides,
     )
-    template = CHAT_TEMPLATES[args.chat_template or select_chat_template(tokenizer)]
     processor = AlignGPTProcessor.from_parts(
-        tokenizer, config, vision_tower=args.vision_tower, chat_template=template, do_pad=False
+        tokenizer, config, vision_tower=args.vision_tower, chat_template=CHAT_TEMPLATES[template], do_pad=False
     )
     return _empty(config, args.dtype), processor

@@ -94,13 +94,15 @@ class CheckpointMixin:
                 logger.warning(f"{path.name} is a save that was cut off: removed.")
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ):
         epochs, batches = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        if checkpoint is not None and isinstance(self.train_dataset, IterableDataset) and batches:
+        if resume_from_checkpoint is not None and isinstance(self.train_dataset, IterableDataset) and batches:
             # an "epoch" counts its whole passes, and the share of `max_steps` that the last one has had
-            state = read_state(checkpoint)
+            state = read_state(resume_from_checkpoint)
             epochs = int(state["epoch"])
             batches = round((state["epoch"] - epochs) * state["max_steps"] * self.args.gradient_accumulation_steps)
         return epochs, batches

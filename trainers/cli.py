@@ -8,10 +8,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from .extras import check_extra
+from .flags import with_known_flags
+
 
 # Command -> (what does it, what it does). `module:function` takes the words behind the command; a bare `module` has
 # `add_arguments(parser)` and `run(args)`.
 COMMANDS = {
+    "recipes": ("aligngpt_trainers.recipes", "list, show or copy the settings that come with this package"),
     "init": ("aligngpt_trainers.init:init_command", "assemble a fresh model from a language model and a vision tower"),
     "score": ("aligngpt_trainers.train:score_command", "score image-text pairs with CLIP, cut scores into levels"),
     "check": ("aligngpt_trainers.check:check_command", "try a stage's data, tokens and memory without training"),
@@ -95,6 +99,7 @@ def _run(command: str, words: list[str]) -> int:
 
         return launch_words(command, words)
     target, description = COMMANDS[command]
+    check_extra(command)
     name, _, function = target.partition(":")
     module = importlib.import_module(name)
     if function:
@@ -102,7 +107,12 @@ def _run(command: str, words: list[str]) -> int:
         return result if isinstance(result, int) else 0
     parser = _Parser(prog=f"aligngpt {command}", description=description)
     module.add_arguments(parser)
-    return module.run(parser.parse_args(words)) or 0
+    args = parser.parse_args(with_known_flags(words, parser))
+    if hasattr(args, "load_rows"):
+        from .data import load_rows
+
+        args.load_rows = load_rows
+    return module.run(args) or 0
 
 
 class _Parser(argparse.ArgumentParser):

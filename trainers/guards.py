@@ -124,7 +124,8 @@ def outlive_signals(loader: Any) -> Any:
 def _start_worker(initialize: Callable[[int], None] | None, worker_id: int):
     """In a data loader's process, behind torch's own handlers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
+    if hasattr(signal, "alarm"):  # Unix alone
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_GRACE))
     if initialize is not None:
         initialize(worker_id)
 

@@ -1,30 +1,27 @@
 """
 `--accelerate_config NAME|FILE`: a command in several processes, by accelerate's own launcher.
 
-    aligngpt pretrain --config recipes/vicuna-7b/pretrain.yaml --accelerate_config zero2 --num_processes 4
+    aligngpt pretrain --config vicuna-7b/pretrain --accelerate_config zero2 --num_processes 4
 
-does what `accelerate launch --config_file recipes/accelerate/zero2.yaml --num_processes 4 -m aligngpt_trainers pretrain
---config recipes/vicuna-7b/pretrain.yaml` would, after the settings have been checked once.
+does what `accelerate launch --config_file zero2.yaml --num_processes 4 -m aligngpt_trainers pretrain --config
+vicuna-7b/pretrain` would, after the settings have been checked once.
 """
 
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from .flags import LAUNCHABLE
+from .recipes import accelerate_names, find_accelerate
 from .settings import read_yaml
 
 
 FLAGS = ("--accelerate_config", "--accelerate-config")
-# The commands that share their work between processes.
-LAUNCHABLE = ("score", "pretrain", "instruct", "evaluate")
 # What may stand behind `--accelerate_config`; accelerate's launcher says what each of them does.
 COUNTS = ("num_processes", "num_machines", "machine_rank", "main_process_port")
 LAUNCH_OPTIONS = (*COUNTS, "main_process_ip", "gpu_ids", "rdzv_backend", "same_network")
-# Our names of what TRL ships under others.
-TRL_NAMES = {"one_gpu": "single_gpu", "ddp": "multi_gpu"}
 
 
 def take_config(words: list[str]) -> str | None:
@@ -39,29 +36,18 @@ def take_config(words: list[str]) -> str | None:
     return None
 
 
-def find_config(name: str, recipe: str | None = None) -> Path:
+def find_config(name: str) -> Path:
     """
-    The file of accelerate's settings that is meant.
-
-    Args:
-        name: a path, or a name: looked for in `recipes/accelerate` here, then beside the folder of the recipe in use,
-            then among the settings that TRL ships.
-        recipe: the YAML file in use.
+    The file of accelerate's settings that is meant: a path, or the name of one that comes with this package.
 
     Raises:
         ValueError: there is none; says which names there are.
     """
     if Path(name).is_file():
         return Path(name)
-    folders = [Path("recipes", "accelerate")]
-    if recipe is not None:
-        folders.append(Path(recipe).absolute().parent.parent / "accelerate")
-    folders.append(Path(find_spec("trl").origin).parent / "accelerate_configs")
-    known = {path.stem: path for folder in reversed(folders) for path in sorted(folder.glob("*.yaml"))}
-    found = known.get(name) or known.get(TRL_NAMES.get(name, ""))
-    if found is None:
-        raise ValueError(f"accelerate_config {name!r} is neither a file nor one of {', '.join(sorted(known))}.")
-    return found
+    if (found := find_accelerate(name)) is not None:
+        return found
+    raise ValueError(f"accelerate_config {name!r} is neither a file nor one of {', '.join(accelerate_names())}.")
 
 
 def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -99,7 +85,7 @@ def check_config(path: Path, launch_words: Sequence[str]) -> dict[str, Any]:
     settings = read_yaml(path)
     kind = str(settings.get("distributed_type", "NO"))
     if kind == "DEEPSPEED" and not is_deepspeed_available():
-        raise ImportError(f"{path} asks for DeepSpeed: install it with `pip install deepspeed`, or use fsdp2.")
+        raise ImportError(f'{path} asks for DeepSpeed: `pip install "aligngpt[deepspeed]"`, or use fsdp2.')
     if kind == "MULTI_CPU":
         raise ValueError(
             f"{path}: distributed_type MULTI_CPU starts a single process; write MULTI_GPU with use_cpu: true."
@@ -132,7 +118,7 @@ def launch_words(command: str, words: Sequence[str]) -> int:
     if command not in LAUNCHABLE:
         raise ValueError(f"`aligngpt {command}` works in one process: leave --accelerate_config out.")
     options, words = split_words(words)
-    config = find_config(name, _recipe(words))
+    config = find_config(name)
     check_config(config, options)
     if command in ("pretrain", "instruct"):
         from .train import check_words
@@ -140,14 +126,6 @@ def launch_words(command: str, words: Sequence[str]) -> int:
         # once here, or every process would say the same
         check_words(command, words)
     return launch(command, words, config, options)
-
-
-def _recipe(words: Sequence[str]) -> str | None:
-    for index, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        if flag == "--config":
-            return value if equals else next(iter(words[index + 1 :]), None)
-    return None
 
 
 def launch(command: str, words: Sequence[str], config: Path, launch_words: Sequence[str] = ()) -> int:

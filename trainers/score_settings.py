@@ -26,7 +26,10 @@ class ScoreConfig:
     """
 
     dataset: str = field(
-        metadata={"help": "A LLaVA JSON/JSONL, CSV, TSV or parquet file, a folder, or a Hub id of image-text pairs."}
+        metadata={
+            "aliases": ["--dataset_name", "--dataset-name"],
+            "help": "A LLaVA JSON/JSONL, CSV, TSV or parquet file, a folder, or a Hub id of image-text pairs.",
+        }
     )
     scorer: str = field(metadata={"help": "Folder or Hub id of the CLIP or SigLIP model that scores."})
     output: str = field(metadata={"help": "Folder to write: a data set for `load_from_disk` and alignment.json."})

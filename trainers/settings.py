@@ -11,6 +11,9 @@ from typing import Any
 import yaml
 from trl import TrlParser
 
+from .flags import with_known_flags
+from .settings_help import settings_help
+
 
 class UniqueKeyLoader(yaml.SafeLoader):
     """PyYAML's safe loader, which refuses a key that stands twice instead of keeping the last."""
@@ -70,14 +73,16 @@ def check_settings(
     names = {action.dest: action for action in parser._actions if action.dest != "help"}
     # not an argument for TrlParser, which takes it out before argparse sees it: here for --help and typos
     parser.add_argument("--config", metavar="FILE.yaml", help="Settings in YAML; the command line overrides them.")
+    parser.add_argument("--help-all", action="store_true", help="All settings, TRL's and transformers' too.")
     words = list(argv)
+    words = with_known_flags(words, parser)
     _check_flags(parser, words)
-    if "-h" in words or "--help" in words:
-        parser.print_help()
+    if help_words := {"-h", "--help", "--help-all"}.intersection(words):
+        print(settings_help(parser, dataclass_types, prog.split()[-1], everything="--help-all" in help_words))
         raise SystemExit(0)
     config_path = _take_config(words)
     if config_path is not None:
-        config = read_yaml(config_path)
+        config = _by_field(config_path, read_yaml(config_path), parser)
         for key, value in config.items():
             if key == "accelerate_config":
                 raise ValueError(f"{config_path}: accelerate_config belongs on the command line: --accelerate_config.")
@@ -90,9 +95,7 @@ def check_settings(
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping that a YAML file holds."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"--config {path}: there is no such file.")
+    path = find_settings(str(path))
     try:
         config = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
     except yaml.YAMLError as error:
@@ -104,10 +107,36 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return config
 
 
+def find_settings(name: str) -> Path:
+    """A YAML file by its path, or one of the recipes that come with this package by name (`vicuna-7b/pretrain`)."""
+    from .recipes import find_recipe, recipe_names
+
+    path = Path(name) if Path(name).is_file() else find_recipe(name)
+    if path is None:
+        known = recipe_names()
+        raise ValueError(
+            f"--config {name}: there is no such file, and no recipe of that name{nearest(name, known)} "
+            "(`aligngpt recipes` lists them)."
+        )
+    return path
+
+
 def nearest(name: str, valid: typing.Iterable[str]) -> str:
     """`; did you mean ...?` when a valid name is close."""
     close = difflib.get_close_matches(str(name), list(valid), n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _by_field(path: str, config: dict[str, Any], parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """A YAML file's settings under the names of the fields they set; an alias is another name of one."""
+    fields = {option.lstrip("-").replace("-", "_"): a.dest for a in parser._actions for option in a.option_strings}
+    named: dict[str, str] = {}
+    for key in config:
+        field = fields.get(str(key).replace("-", "_"), key)
+        if field in named:
+            raise ValueError(f"{path}: {named[field]} and {key} are one setting: leave one of them out.")
+        named[field] = key
+    return {field: config[key] for field, key in named.items()}
 
 
 def _take_config(words: list[str]) -> str | None:

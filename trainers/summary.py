@@ -1,12 +1,12 @@
 """`training_summary.json`: what a run did, with what settings and on what machine, in plain values."""
 
 import platform
-import resource
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate.utils import is_peft_model
 
@@ -105,6 +105,10 @@ def peak_memory(trainer: Any) -> int:
     """Bytes: of a GPU the most that tensors took, else the most that the process took (from its start)."""
     if trainer.args.device.type == "cuda":
         return torch.cuda.max_memory_allocated(trainer.args.device)
+    try:
+        import resource  # Unix alone
+    except ImportError:
+        return psutil.Process().memory_info().peak_wset
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

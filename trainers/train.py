@@ -17,6 +17,7 @@ from modeling_aligngpt.assembly import assemble
 
 from .arguments import DTYPES, DataArguments, ModelArguments, PretrainModelArguments
 from .data import load_rows
+from .extras import check_loggers
 from .folders import at_revision, read_record
 from .init import checked_overrides
 from .instruct_config import AlignGPTInstructConfig
@@ -138,6 +139,7 @@ def score_command(argv: Sequence[str]) -> Any:
 def _check_run(stage: str, model_args: ModelArguments, data_args: DataArguments, config: StageConfig):
     """What can be refused before anything is loaded."""
     check_lora(model_args, stage)
+    check_loggers(config.report_to)
     if data_args.dataset is None:
         raise ValueError("dataset is missing: a file, a folder or a Hub id.")
     if model_args.dtype not in DTYPES:

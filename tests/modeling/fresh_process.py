@@ -13,7 +13,7 @@ from pathlib import Path
 import transformers
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, pipeline
+from transformers import AutoConfig, AutoProcessor, pipeline
 
 
 class _NotInstalled(importlib.abc.MetaPathFinder):
@@ -24,6 +24,7 @@ class _NotInstalled(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
 
 
+AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForVision2Seq", "AutoModelForMultimodalLM")
 SEARCH = {"max_new_tokens": 6, "do_sample": False}
 
 
@@ -99,10 +100,7 @@ def _texts(answers) -> list[str]:
 def main(folder: str, output: Path):
     output.mkdir(parents=True)
     sys.meta_path.insert(0, _NotInstalled())
-    auto_classes = {"AutoModel": AutoModel, "AutoModelForImageTextToText": AutoModelForImageTextToText}
-    for name in ("AutoModelForVision2Seq", "AutoModelForMultimodalLM"):
-        if hasattr(transformers, name):
-            auto_classes[name] = getattr(transformers, name)
+    auto_classes = {name: getattr(transformers, name) for name in AUTO_CLASSES if hasattr(transformers, name)}
     loaded = {name: auto.from_pretrained(folder, trust_remote_code=True) for name, auto in auto_classes.items()}
     loaded["AutoConfig"] = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     loaded["AutoProcessor"] = processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)

@@ -18,6 +18,7 @@ from transformers import (
 
 from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTForConditionalGeneration, AlignGPTProcessor
 from modeling_aligngpt.assembly import assemble, extend_rows, padded_vocabulary_size
+from modeling_aligngpt.backbones import BackboneError
 
 
 SAME_TEXT = {
@@ -232,7 +233,9 @@ def test_it_trains(language_model, tower):
 def test_what_is_refused(tmp_path, language_model, tower):
     with pytest.raises(ValueError, match="chat_template='latin' is not one of vicuna_v1"):
         assemble(language_model, tower, chat_template="latin")
-    with pytest.raises(OSError, match="no such folder"):
+    with pytest.raises(BackboneError, match=r"no such folder.*config cannot be read"):
         assemble(tmp_path / "no such folder", tower)
     with pytest.raises(ValueError, match="yields 4 tokens"):
         assemble(language_model, tower, image_seq_length=9)
+    with pytest.raises(BackboneError, match=r"vision_feature_layer=-9 is not one of its 3 layers"):
+        assemble(language_model, tower, vision_feature_layer=-9)

@@ -58,7 +58,7 @@ def test_positions_of_a_picture_follow_from_the_tower(vision, strategy, expected
         ({"default_align_level": 8}, r"default_align_level=8 is not in 0\.\.7"),
         ({"default_align_level": -1}, "default_align_level=-1"),
         ({"image_seq_length": 7}, f"image_seq_length=7, but the vision tower yields {SEQ_LENGTH}"),
-        ({"vision_config": SIGLIP}, "no class token.*full"),
+        ({"vision_config": SIGLIP, "vision_feature_select_strategy": "default"}, "no class token.*full"),
         ({"text_config": {"model_type": "no_such_model"}}, "no_such_model"),
     ],
 )

@@ -4,7 +4,6 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
@@ -68,15 +67,13 @@ def test_missing_hardware_is_said_before_anything_starts(monkeypatch):
         check_config(FOLDER / "zero2.yaml", ["--num_processes", "2"])
 
 
-def test_names_are_looked_for_here_then_in_trl(monkeypatch, tmp_path):
-    monkeypatch.chdir(FOLDER.parents[1])
-    assert find_config("zero2").samefile(FOLDER / "zero2.yaml")
+def test_names_are_ours_and_never_trls(monkeypatch, tmp_path):
+    """Anywhere: the file that comes with this package, or one by its path; TRL's files of other names do not count."""
     monkeypatch.chdir(tmp_path)
-    assert find_config("zero2", str(FOLDER.parent / "vicuna-7b" / "pretrain.yaml")).samefile(FOLDER / "zero2.yaml")
-    shipped = find_config("zero2")
-    assert shipped.parent.name == "accelerate_configs"
-    assert yaml.safe_load(find_config("ddp").read_text())["distributed_type"] == "MULTI_GPU"
+    for name in KINDS:
+        assert find_config(name).samefile(FOLDER / f"{name}.yaml")
     (tmp_path / "own.yaml").write_text("distributed_type: 'NO'\n")
-    assert find_config(str(tmp_path / "own.yaml")) == tmp_path / "own.yaml"
-    with pytest.raises(ValueError, match=r"neither a file nor one of .*fsdp2.*zero3"):
-        find_config("zero4")
+    assert find_config("own.yaml") == Path("own.yaml")
+    for name in ("zero4", "multi_gpu", "zero1"):
+        with pytest.raises(ValueError, match=r"neither a file nor one of ddp, fsdp2, one_gpu, zero2, zero3\."):
+            find_config(name)

@@ -1,0 +1,43 @@
+"""
+Outputs of AlignGPT: transformers' own, so that a field that a release renames (the cache, in 5.24) is renamed here too.
+
+B rows, T positions, I pictures of the whole batch, S positions a picture, D hidden size, N alignment levels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+
+@dataclass
+class AlignGPTModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Outputs of [`AlignGPTModel`]: those of the language model, and
+
+    Args:
+        image_hidden_states (`torch.FloatTensor` of shape `(I, S, D)`, *optional*): projected pictures.
+        align_weights (`torch.FloatTensor` of shape `(B, N - 1)`): share of each local level in the row's alignment
+            vector; zeros for a row without a picture. A level given by hand is one-hot (the top level: zeros).
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+    align_weights: torch.FloatTensor | None = None
+
+
+@dataclass
+class AlignGPTCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """
+    Outputs of [`AlignGPTForConditionalGeneration`]: those of a causal language model (`loss`, `logits`
+    `(B, T, vocab_size)`, the cache, `hidden_states` and `attentions` layer by layer), and
+
+    Args:
+        image_hidden_states (`torch.FloatTensor` of shape `(I, S, D)`, *optional*): projected pictures.
+        align_weights (`torch.FloatTensor` of shape `(B, N - 1)`): see [`AlignGPTModelOutputWithPast`].
+    """
+
+    image_hidden_states: torch.FloatTensor | None = None
+    align_weights: torch.FloatTensor | None = None
+
+
+__all__ = ["AlignGPTCausalLMOutputWithPast", "AlignGPTModelOutputWithPast"]

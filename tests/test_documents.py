@@ -1,0 +1,125 @@
+"""What is documented is what works: commands are read by their real parsers, Python blocks run, or a test that runs
+them is named."""
+
+import json
+import re
+
+import documents
+import pytest
+from demo_model import save_demo_model
+from documents import PAGES, ROOT
+from PIL import Image
+
+from aligngpt_trainers.recipes import FOLDER
+
+
+LINES = [(page.relative_to(ROOT), line) for page in PAGES for line in documents.commands(page.read_text())]
+RECIPES = sorted(FOLDER.glob("*/*.yaml"))
+# Blocks that need the Hub or a server: the test that runs what they show.
+RUN_ELSEWHERE = {
+    ("docs/hub.md", "aligngpt_hub.publish("): "tests/hub/test_publish.py",
+    ("docs/hub.md", "pipeline("): "tests/hub/test_publish.py",
+    ("docs/hub.md", "load_dataset("): "tests/hub/test_publish_data.py",
+    ("docs/space.md", "Client("): "tests/hub/test_space_app.py",
+    ("docs/serving.md", "OpenAI("): "tests/hub/test_serve.py",
+}
+
+
+@pytest.mark.parametrize(("page", "line"), LINES, ids=[f"{page}: {line[:60]}" for page, line in LINES])
+def test_a_command_is_one(page, line):
+    documents.parse_line(line)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_mentioned_commands_exist(page):
+    for text in documents.mentioned(page.read_text()):
+        documents.check_mention(text)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_commands_in_recipes(path):
+    lines = list(documents.in_comments(path.read_text()))
+    assert lines or path.parent.name == "accelerate"
+    for line in lines:
+        documents.parse_line(line)
+
+
+def test_wrong_lines_are_found():
+    """The check itself: what it is there for fails."""
+    for line in (
+        "aligngpt score --dataset x --output y",  # --scorer is required
+        "aligngpt pretrain --config vicuna-7b/pretrian",
+        "aligngpt pretrain --config vicuna-7b/pretrain --lerning_rate 1",
+        "aligngpt chat --model x --picture y",
+        "aligngpt publish x --accelerate_config ddp",
+        "aligngpt instruct --config vicuna-7b/instruct --accelerate_config multi_gpu",
+        "alinggpt chat",
+    ):
+        with pytest.raises((ValueError, SystemExit)):
+            documents.parse_line(line)
+    with pytest.raises(AssertionError):
+        documents.check_mention("aligngpt chat --no-such-flag")
+
+
+@pytest.mark.parametrize("command", ["score", "pretrain", "chat", "publish", "check"])
+def test_hyphens_and_underscores_are_the_same(command):
+    lines = {
+        "score": "aligngpt score --dataset x --scorer y --output z --image{0}folder i --on{0}bad{0}row skip",
+        "pretrain": "aligngpt pretrain --config vicuna-7b/pretrain --learning{0}rate 1 --accelerate{0}config ddp",
+        "chat": "aligngpt chat --model x --show{0}weights --align{0}level 3",
+        "publish": "aligngpt publish x --repo{0}id a/b --dry{0}run",
+        "check": "aligngpt check --config vicuna-7b/pretrain --no{0}model",
+    }
+    for sign in "-_":
+        documents.parse_line(lines[command].format(sign))
+
+
+# ---- Python ----
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A folder in which the documents' names mean something small."""
+    folder = tmp_path_factory.mktemp("documents")
+    save_demo_model(folder / "runs" / "quickstart" / "instruct")
+    (folder / "images").mkdir()
+    (folder / "runs" / "quickstart" / "pictures").mkdir()
+    picture = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
+    for path in ("runs/quickstart/pictures/level-0.png", "picture.png", "images/a.png"):
+        picture.save(folder / path)
+    turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a ramp"}]
+    rows = [{"id": str(number), "image": "a.png", "conversations": turns} for number in range(4)]
+    rows.append({"id": "gone", "image": "gone.png", "conversations": turns})
+    (folder / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
+    (folder / "conversations.json").write_text(json.dumps(rows[:4]))
+    return folder
+
+
+def python_blocks():
+    for page in PAGES:
+        name = str(page.relative_to(ROOT))
+        found = list(documents.blocks(page.read_text(), "python"))
+        if found:
+            yield pytest.param(name, found, id=name)
+
+
+@pytest.mark.parametrize(("page", "found"), python_blocks())
+def test_python_blocks_run(page, found, workspace, monkeypatch):
+    """In order, in one namespace a page, as a reader would paste them."""
+    monkeypatch.chdir(workspace)
+    namespace: dict = {"__name__": "__main__"}
+    for number, block in enumerate(found):
+        code = compile(block, f"{page}, block {number}", "exec")
+        elsewhere = [path for (where, part), path in RUN_ELSEWHERE.items() if where == page and part in block]
+        if not elsewhere:
+            exec(code, namespace)
+            continue
+        assert (ROOT / elsewhere[0]).is_file()
+        # what it imports is there
+        imports = "\n".join(re.findall(r"^(?:from|import) .*$", block, re.MULTILINE))
+        exec(imports, {})
+
+
+def test_what_runs_elsewhere_is_there():
+    for page, part in RUN_ELSEWHERE:
+        assert any(part in block for block in documents.blocks((ROOT / page).read_text(), "python")), (page, part)

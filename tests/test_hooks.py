@@ -1,0 +1,212 @@
+"""
+Names of other libraries that are not theirs to keep: methods that our classes override, and private names that our code
+reads. Each is compared with the installed library, so that a rename fails here, with its name, and not in a run.
+"""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {
+    "modeling_aligngpt": "modeling_aligngpt",
+    "aligngpt_trainers": "trainers",
+    "aligngpt_hub": "hub",
+    "aligngpt_playground": "playground",
+}
+# Libraries whose classes we derive from and whose releases move such names.
+LIBRARIES = ("transformers", "trl", "accelerate", "datasets", "peft", "gradio", "lmms_eval")
+# Overridden methods: `module:Class.method` of the class that has it -> its parameters.
+OVERRIDDEN = {
+    "lmms_eval.api.model:lmms.clean": "self",
+    "lmms_eval.api.model:lmms.generate_until": "self, requests",
+    "lmms_eval.api.model:lmms.generate_until_multi_round": "self, requests",
+    "lmms_eval.api.model:lmms.loglikelihood": "self, requests",
+    "transformers.cli.serving.chat_completion:ChatCompletionHandler._build_generation_config": "self, body, model_generation_config, use_cb",
+    "transformers.cli.serving.model_manager:ModelManager._load_model": "self, model_id_and_revision, tqdm_class, progress_callback, gguf_file",
+    "transformers.cli.serving.model_manager:ModelManager._load_processor": "self, model_id_and_revision, gguf_file",
+    "transformers.cli.serving.model_manager:ModelManager.get_model_modality": "model, processor",
+    "transformers.cli.serving.model_manager:ModelManager.load_model_and_processor": "self, model_id_and_revision, progress_callback, tqdm_class, gguf_file",
+    "transformers.cli.serving.response:ResponseHandler._build_generation_config": "self, body, model_generation_config, use_cb",
+    "transformers.cli.serving.utils:BaseHandler.get_processor_inputs_from_messages": "messages, modality",
+    "transformers.cli.serving.utils:GenerateManager.generate_non_streaming": "self, model, processor, inputs, gen_config, request_id",
+    "transformers.cli.serving.utils:GenerateManager.generate_streaming": "self, model, processor, inputs, gen_config, request_id, response_parser",
+    "transformers.cli.serving.utils:GenerationState.get_manager": "self, model_id, use_cb",
+    "transformers.configuration_utils:PreTrainedConfig.to_diff_dict": "self",
+    "transformers.generation.utils:GenerationMixin.generate": "self, inputs, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, synced_gpus, assistant_model, streamer, negative_prompt_ids, negative_prompt_attention_mask, custom_generate, kwargs",
+    "transformers.modeling_utils:EmbeddingAccessMixin.get_input_embeddings": "self",
+    "transformers.modeling_utils:EmbeddingAccessMixin.get_output_embeddings": "self",
+    "transformers.modeling_utils:EmbeddingAccessMixin.set_input_embeddings": "self, value",
+    "transformers.modeling_utils:PreTrainedModel.is_custom_code": "cls",
+    "transformers.modeling_utils:PreTrainedModel.save_pretrained": "self, save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, variant, token, save_peft_format, save_original_format, distributed_checkpoint, kwargs",
+    "transformers.processing_utils:ProcessorMixin.__call__": "self, images, text, videos, audio, kwargs",
+    "transformers.processing_utils:ProcessorMixin._get_arguments_from_pretrained": "cls, pretrained_model_name_or_path, processor_dict, kwargs",
+    "transformers.processing_utils:ProcessorMixin.get_text_with_replacements": "self, text, images_replacements, videos_replacements, audio_replacements",
+    "transformers.processing_utils:ProcessorMixin.prepare_inputs_layout": "self, images, text, videos, audio, kwargs",
+    "transformers.processing_utils:ProcessorMixin.replace_image_token": "self, image_inputs, image_idx, kwargs",
+    "transformers.processing_utils:ProcessorMixin.save_pretrained": "self, save_directory, push_to_hub, kwargs",
+    "transformers.processing_utils:ProcessorMixin.validate_inputs": "self, images, text, videos, audio, kwargs",
+    "transformers.trainer:Trainer._get_grad_norm": "self, model, grad_norm",
+    "transformers.trainer:Trainer._get_output_dir": "self, trial",
+    "transformers.trainer:Trainer._get_train_sampler": "self, train_dataset",
+    "transformers.trainer:Trainer._init_training_state": "self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial",
+    "transformers.trainer:Trainer._run_epoch": "self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch",
+    "transformers.trainer:Trainer.create_optimizer": "self, model",
+    "transformers.trainer:Trainer.evaluation_loop": "self, dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix",
+    "transformers.trainer:Trainer.get_eval_dataloader": "self, eval_dataset",
+    "transformers.trainer:Trainer.get_train_dataloader": "self",
+    "transformers.trainer:Trainer.train": "self, resume_from_checkpoint, trial, ignore_keys_for_eval",
+    "transformers.trainer_callback:TrainerCallback.on_epoch_end": "self, args, state, control, kwargs",
+    "transformers.trainer_callback:TrainerCallback.on_step_end": "self, args, state, control, kwargs",
+    "trl.trainer.base_trainer:_BaseTrainer.create_model_card": "self, model_name, dataset_name, tags",
+    "trl.trainer.sft_trainer:SFTTrainer._save_checkpoint": "self, model, trial",
+    "trl.trainer.sft_trainer:SFTTrainer._set_signature_columns_if_needed": "self",
+    "trl.trainer.sft_trainer:SFTTrainer.compute_loss": "self, model, inputs, return_outputs, num_items_in_batch",
+    "trl.trainer.sft_trainer:SFTTrainer.evaluate": "self, eval_dataset, ignore_keys, metric_key_prefix",
+}
+# Private names that are read: dotted name -> its parameters; `None` where it is no function.
+BORROWED = {
+    "argparse:ArgumentParser._add_action": "self, action",
+    "datasets:Dataset._estimate_nbytes": "self",
+    "datasets:IterableDataset._resolve_features": "self",
+    "torch:_assert_async": None,
+    "torch._subclasses.fake_tensor:FakeTensorMode": None,
+    "transformers:ProcessorMixin._check_special_mm_tokens": "self, text, text_inputs, modalities",
+    "transformers:ProcessorMixin._merge_kwargs": "self, ModelProcessorKwargs, tokenizer_init_kwargs, kwargs",
+    "transformers:Trainer._prepare_inputs": "self, inputs",
+    "transformers.processing_utils:_UNMARKED": None,
+}
+# Private attributes that only instances have: the name -> how to get one.
+ON_INSTANCES = {
+    "_actions": "argparse",
+    "_option_string_actions": "argparse",
+    "_data": "datasets",
+    "_indices": "datasets",
+    "_fingerprint": "datasets",
+    "_attn_implementation": "transformers",
+    "_generate_managers": "serving",
+    "_cdata": "torch",
+}
+
+
+def our_modules():
+    for package in PACKAGES:
+        module = importlib.import_module(package)
+        for found in pkgutil.walk_packages(module.__path__, f"{package}."):
+            # a template's files, and what runs on import
+            if ".space." not in found.name and not found.name.endswith("__main__"):
+                yield importlib.import_module(found.name)
+
+
+def is_ours(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] in PACKAGES
+
+
+def overridden_names() -> dict[str, list]:
+    """Methods of other libraries that our classes override, and by what."""
+    found: dict[str, list] = {}
+    for module in our_modules():
+        for cls in vars(module).values():
+            if not inspect.isclass(cls) or cls.__module__ != module.__name__:
+                continue
+            theirs = [base for base in cls.__mro__ if base.__module__.partition(".")[0] in LIBRARIES]
+            for ours in (base for base in cls.__mro__ if is_ours(base)):
+                for name, value in vars(ours).items():
+                    function = inspect.unwrap(getattr(value, "__func__", value))
+                    if not inspect.isfunction(function) or (name.startswith("__") and name != "__call__"):
+                        continue
+                    owner = next((base for base in theirs if inspect.isroutine(vars(base).get(name))), None)
+                    if owner is not None:
+                        found.setdefault(f"{owner.__module__}:{owner.__qualname__}.{name}", []).append(function)
+    return found
+
+
+def resolve(key: str):
+    module, _, path = key.partition(":")
+    value = importlib.import_module(module)
+    for part in path.split("."):
+        value = inspect.getattr_static(value, part) if inspect.isclass(value) else getattr(value, part)
+    return getattr(value, "__func__", value)
+
+
+def parameters_of(key: str) -> str:
+    return ", ".join(inspect.signature(inspect.unwrap(resolve(key))).parameters)
+
+
+def test_every_overridden_method_is_listed():
+    found = overridden_names()
+    assert sorted(found) == sorted(OVERRIDDEN), "list what is new, take out what is gone"
+
+
+@pytest.mark.parametrize("key", OVERRIDDEN)
+def test_an_overridden_method_is_as_it_was(key):
+    assert parameters_of(key) == OVERRIDDEN[key]
+
+
+@pytest.mark.parametrize("key", OVERRIDDEN)
+def test_an_override_takes_what_the_library_gives(key):
+    theirs = inspect.signature(inspect.unwrap(resolve(key))).parameters
+    for function in overridden_names()[key]:
+        ours = inspect.signature(function).parameters.values()
+        kinds = {parameter.kind for parameter in ours}
+        names = {parameter.name for parameter in ours}
+        if inspect.Parameter.VAR_KEYWORD in kinds:
+            continue
+        lacking = [name for name in theirs if name not in names]
+        assert not lacking or inspect.Parameter.VAR_POSITIONAL in kinds, f"{function.__qualname__} lacks {lacking}"
+
+
+@pytest.mark.parametrize("key", BORROWED)
+def test_a_borrowed_name_is_as_it_was(key):
+    value = resolve(key)
+    if BORROWED[key] is not None:
+        assert ", ".join(inspect.signature(value).parameters) == BORROWED[key]
+
+
+def private_names_read() -> set[str]:
+    """Private attributes of anything but ourselves, and private imports, in our code."""
+    found = set()
+    for folder in PACKAGES.values():
+        for path in (ROOT / folder).rglob("*.py"):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            nodes = list(ast.walk(tree))
+            own = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+            own |= {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+            for node in nodes:
+                if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    private = "._" in f".{node.module}"
+                    found |= {alias.name for alias in node.names if private or alias.name.startswith("_")}
+                elif isinstance(node, ast.Attribute) and node.attr not in own:
+                    found |= {node.attr} if node.attr.startswith("_") and not node.attr.startswith("__") else set()
+    return found
+
+
+def test_every_private_name_that_is_read_is_listed():
+    # defined by another module of ours
+    ours = {name for module in our_modules() for name in vars(module)}
+    listed = {key.rpartition(":")[2].rpartition(".")[2] for key in BORROWED} | set(ON_INSTANCES)
+    assert private_names_read() - ours - listed == set()
+
+
+@pytest.mark.parametrize("name", ON_INSTANCES)
+def test_instances_have_it(name):
+    import argparse
+
+    import datasets
+    import torch
+    from transformers import LlamaConfig
+    from transformers.cli.serving.utils import GenerationState
+
+    makers = {
+        "argparse": argparse.ArgumentParser,
+        "datasets": lambda: datasets.Dataset.from_dict({"a": [1]}),
+        "transformers": LlamaConfig,
+        "serving": GenerationState,
+        "torch": lambda: torch.zeros(1).untyped_storage(),
+    }
+    assert hasattr(makers[ON_INSTANCES[name]](), name)
