@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: quickstart test lint clean browser
+.PHONY: quickstart test lint wheel compat lowest clean browser
 
 quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/python -m aligngpt_playground quickstart --output runs/quickstart
@@ -15,6 +15,18 @@ test: $(VENV)/.installed-dev browser
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The wheel without constraints, outside of the repository, on the newest releases that its bounds admit
+wheel: $(VENV)/.installed-dev
+	$(BIN)/python tests/compat/wheel.py
+
+# One saved model on every release of transformers that the core promises; benchmarks/compat.md
+compat: $(VENV)/.installed-dev
+	$(BIN)/python tests/compat/run.py --page benchmarks/compat.md
+
+# The lowest releases that pyproject.toml allows
+lowest: $(VENV)/.installed-dev
+	$(BIN)/python tests/compat/lowest.py
 
 # The demo is tested in a real browser: the system's, or Debian's where packages may be installed (a container, CI)
 browser:

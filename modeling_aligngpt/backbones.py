@@ -72,7 +72,7 @@ def read_config(source: str | os.PathLike, role: str, revision: str | None = Non
 def backbone_of(causal_lm: nn.Module) -> nn.Module:
     """A causal language model without its head."""
     # where the prefix names what only the multimodal form has (Llama 4), `base_model` is the model itself
-    return causal_lm.get_decoder() if causal_lm.base_model is causal_lm else causal_lm.base_model
+    return causal_lm.model if causal_lm.base_model is causal_lm else causal_lm.base_model
 
 
 def few_layers(config: PretrainedConfig) -> PretrainedConfig:
@@ -202,7 +202,7 @@ def _refusing(what: str):
     except BackboneError as error:
         reason = str(error)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
+        lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
         reason = f"it cannot be used here: {type(error).__name__}: {lines[0][:300]}"
     else:
         return

@@ -72,11 +72,7 @@ def image_processor_for(picture_size, vision_tower, do_pad: bool):
     """[`LlavaImageProcessor`] in its PIL form, for pictures of `picture_size`, with the normalisation of a tower."""
     settings: dict[str, Any] = {}
     if vision_tower is not None:
-        try:
-            own = transformers.AutoImageProcessor.from_pretrained(vision_tower).to_dict()
-        except (OSError, ValueError) as error:
-            own = {}
-            logger.warning(f"{vision_tower}: no image processor there, CLIP's normalisation is taken ({error}).")
+        own = _image_settings(vision_tower)
         names = ("image_mean", "image_std", "resample", "rescale_factor", "do_center_crop")
         settings = {name: own[name] for name in names if own.get(name) is not None}
         if "size" in own and "shortest_edge" not in own["size"]:
@@ -87,6 +83,17 @@ def image_processor_for(picture_size, vision_tower, do_pad: bool):
     settings["crop_size"] = {"height": height, "width": width}
     form = getattr(transformers, "LlavaImageProcessorPil", None) or transformers.LlavaImageProcessor
     return form(do_pad=do_pad, **settings)
+
+
+def _image_settings(vision_tower) -> dict[str, Any]:
+    """What a tower's image processor is set to; what its file says where its class cannot be had (torchvision)."""
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(vision_tower).to_dict()
+    except ImportError:
+        return transformers.ImageProcessingMixin.get_image_processor_dict(vision_tower)[0]
+    except (OSError, ValueError) as error:
+        logger.warning(f"{vision_tower}: no image processor there, CLIP's normalisation is taken ({error}).")
+        return {}
 
 
 def pair_of(size) -> tuple[int, int] | None:

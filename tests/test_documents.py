@@ -3,6 +3,7 @@ them is named."""
 
 import json
 import re
+import shutil
 
 import documents
 import pytest
@@ -10,6 +11,7 @@ from demo_model import save_demo_model
 from documents import PAGES, ROOT
 from PIL import Image
 
+from aligngpt_trainers.cli import main
 from aligngpt_trainers.recipes import FOLDER
 
 
@@ -92,7 +94,20 @@ def workspace(tmp_path_factory):
     rows.append({"id": "gone", "image": "gone.png", "conversations": turns})
     (folder / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
     (folder / "conversations.json").write_text(json.dumps(rows[:4]))
+    for name in ("runs/pretrain", "runs/vicuna-7b/pretrain"):
+        shutil.copytree(folder / "runs" / "quickstart" / "instruct", folder / name)
+        mark_as_pretrained(folder / name)
+    adapter = ["instruct", "--config", "vicuna-7b/instruct_lora", "--model", f"{folder}/runs/vicuna-7b/pretrain"]
+    adapter += ["--dataset", f"{folder}/conversations.json", "--image-folder", f"{folder}/images"]
+    adapter += ["--output-dir", f"{folder}/runs/vicuna-7b/instruct_lora", "--use-cpu", "true", "--max-steps", "1"]
+    adapter += ["--per-device-train-batch-size", "2", "--dataloader-num-workers", "0", "--lora-r", "4"]
+    assert main(adapter) == 0
     return folder
+
+
+def mark_as_pretrained(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "align_mode": "level", "training_stage": "pretrain"}))
 
 
 def python_blocks():

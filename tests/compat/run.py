@@ -99,13 +99,13 @@ def install_torch(folder: Path) -> Path:
     return folder / "torch"
 
 
-def make_environment(folder: Path, version: str, torch_folder: Path) -> Path:
+def make_environment(folder: Path, version: str, torch_folder: Path, pillow: str) -> Path:
     """A virtual environment with one transformers and what it brings; returns its Python."""
     _run([sys.executable, "-m", "venv", "--without-pip", folder])
     python = folder / "bin" / "python"
     (next(folder.glob("lib/python*")) / "site-packages" / "torch_of_all.pth").write_text(f"{torch_folder}\n")
     command = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", f"transformers=={version}"]
-    _run([*command, "pillow<13", "jinja2", "sentencepiece", "protobuf"])
+    _run([*command, pillow, "jinja2", "sentencepiece", "protobuf"])
     return python
 
 
@@ -181,6 +181,7 @@ def page(rows: list[list[str]], problems: dict[str, list[str]]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--versions", nargs="+", help="default: all that are promised, from the index")
+    parser.add_argument("--pillow", default="pillow", help="another release of pillow, such as pillow==10.0.0")
     parser.add_argument("--page", type=Path, help="write the page here")
     args = parser.parse_args()
     versions = args.versions or promised_versions()
@@ -191,7 +192,7 @@ def main() -> int:
         saved, reference = save_model(folder)
         torch_folder = install_torch(folder)
         for version in versions:
-            python = make_environment(folder / version, version, torch_folder)
+            python = make_environment(folder / version, version, torch_folder, args.pillow)
             results[version] = probe(python, saved, reference, folder / "output" / version)
             print(f"  {version}: {results[version][0]['failed'] or 'ran'}", flush=True)
             shutil.rmtree(folder / version)

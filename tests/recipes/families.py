@@ -3,6 +3,7 @@ Tiny stand-ins for the checkpoints that the recipes name: the same config class,
 weights. What is said of each checkpoint here is what its own `config.json` and `tokenizer_config.json` say.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     CLIPConfig,
     CLIPImageProcessor,
@@ -101,11 +103,60 @@ LANGUAGE_MODELS = {
         own_template=CHATML,
     ),
 }
+LANGUAGE_MODELS |= {
+    "Qwen/Qwen3-8B": Family(
+        "qwen3",
+        "chatml",
+        {"num_key_value_heads": 2, "head_dim": 16, "bos_token_id": None},
+        {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+        ("<|im_start|>",),
+        own_template=CHATML,
+    ),
+    "HuggingFaceTB/SmolLM3-3B": Family(
+        "smollm3",
+        "chatml",
+        {"num_key_value_heads": 2, "tie_word_embeddings": True},
+        {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"},
+        ("<|im_start|>",),
+        own_template=CHATML,
+    ),
+    "meta-llama/Llama-3.2-3B-Instruct": Family(
+        "llama",
+        "llama_3",
+        {
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 128,
+            },
+        },
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+        ("<|start_header_id|>", "<|end_header_id|>"),
+        own_template=LLAMA_3,
+    ),
+    "google/gemma-3-1b-it": Family(
+        "gemma3_text",
+        "gemma",
+        {"num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True, "sliding_window": 8},
+        {"unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"},
+        ("<start_of_turn>", "<end_of_turn>"),
+        sentencepiece=True,
+        own_template=GEMMA,
+    ),
+}
 LANGUAGE_MODELS["lmsys/vicuna-13b-v1.5"] = LANGUAGE_MODELS["lmsys/vicuna-7b-v1.5"]
 VISION_TOWERS = {
     "openai/clip-vit-large-patch14-336": "clip_vision_model",
     "openai/clip-vit-base-patch16": "clip_vision_model",
     "google/siglip-so400m-patch14-384": "siglip_vision_model",
+    # of fixed size: SigLIP's own class
+    "google/siglip2-so400m-patch14-384": "siglip_vision_model",
+    "facebook/dinov3-vitl16-pretrain-lvd1689m": "dinov3_vit",
 }
 
 
@@ -146,7 +197,7 @@ def save_language_model(name: str, folder: Path) -> Path:
 
 
 def save_vision_tower(name: str, folder: Path) -> Path:
-    """A tiny CLIP or SigLIP, both halves, as the checkpoint `name` has them."""
+    """A tiny CLIP or SigLIP, both halves, or DINOv3 as the checkpoint `name` has them."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2}
     text = {**sizes, "vocab_size": 64, "max_position_embeddings": 16}
@@ -155,6 +206,15 @@ def save_vision_tower(name: str, folder: Path) -> Path:
         CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
         crop = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
         CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=crop).save_pretrained(folder)
+    elif VISION_TOWERS[name] == "dinov3_vit":
+        AutoModel.from_config(AutoConfig.for_model("dinov3_vit", **vision, num_register_tokens=4)).save_pretrained(
+            folder
+        )
+        # as the checkpoint has it: a class that needs torchvision
+        values = {"image_processor_type": "DINOv3ViTImageProcessorFast", "resample": 2, "rescale_factor": 1 / 255}
+        values |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+        values["size"] = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+        (folder / "preprocessor_config.json").write_text(json.dumps(values))
     else:
         SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
         size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
