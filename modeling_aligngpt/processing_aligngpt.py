@@ -9,12 +9,13 @@ import re
 from pathlib import Path
 
 from PIL import Image
-from transformers import processing_utils
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TextInput
 
+from .control_tokens import control_tokens, sanitized
+from .images_aligngpt import LIMITS, ImageLimits, read_image
 from .processing_parts import (
     apply_edits,
     image_processor_for,
@@ -29,9 +30,6 @@ from .processing_parts import (
     single_token_id,
 )
 
-
-# a placeholder that a user wrote in a sanitised chat is text: transformers 5 marks it, 4.57 does not know this
-_UNMARKED = getattr(processing_utils, "_UNMARKED", "")
 
 if hasattr(ProcessorMixin, "prepare_inputs_layout"):
     _ProcessorBase = ProcessorMixin
@@ -169,6 +167,31 @@ class AlignGPTProcessor(_ProcessorBase):
             text = self._without_second_bos(text, kwargs)
         return super().__call__(images=images, text=text, **kwargs)
 
+    def apply_chat_template(self, conversation, chat_template=None, sanitize_control_tokens: bool = True, **kwargs):
+        """
+        As transformers', for texts that stay text: see `control_tokens.py`.
+
+        Args:
+            conversation: messages, or a list of conversations.
+            chat_template (`str`, *optional*): another template than the processor's, or the name of one of several.
+            sanitize_control_tokens (`bool`): `False` lets control tokens in messages have their meaning.
+        """
+        if sanitize_control_tokens and conversation:
+            batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
+            chats = [self.sanitize(chat, chat_template) for chat in (conversation if batched else [conversation])]
+            conversation = chats if batched else chats[0]
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
+
+    def sanitize(self, messages, chat_template: str | None = None) -> list[dict]:
+        """Messages whose texts hold no control tokens; what is no mapping (a library's own) is left as it is."""
+        messages = getattr(messages, "messages", messages)
+        if not all(isinstance(message, dict) for message in messages):
+            return messages
+        own = self.chat_template
+        templates = own if isinstance(own, dict) else {"default": own}
+        template = templates.get(chat_template or "default", chat_template)
+        return sanitized(list(messages), control_tokens(self.tokenizer, template), self.image_token)
+
     @property
     def _bos(self) -> str | None:
         # some ChatML tokenizers name the start of a turn as BOS
@@ -208,19 +231,22 @@ class AlignGPTProcessor(_ProcessorBase):
         return rows if any(rows) else None
 
     def _read_picture(self, image, where: str):
+        # an array or tensor is taken as it is: its pixels, of whatever layout, are what the caller means
+        if hasattr(image, "shape"):
+            return image
         source = f" ({str(image)[:200]})" if isinstance(image, (str, os.PathLike)) else ""
         try:
-            image = self.image_processor.fetch_images(os.fspath(image) if isinstance(image, os.PathLike) else image)
-            if isinstance(image, Image.Image):
-                # as transformers does for paths, and the authors: it drops transparency where image processors lay the
-                # picture on white; and a lazily opened picture shows its damage here
-                image = image.convert("RGB")
+            return self.read_image(image)
         except Exception as error:
             raise ValueError(
                 f"{where}{source}: the picture cannot be read ({type(error).__name__}: {str(error)[:200]}); "
                 "repair the file or leave the row out."
             ) from error
-        return image
+
+    @staticmethod
+    def read_image(image, limits: ImageLimits = LIMITS, allow_urls: bool = True) -> Image.Image:
+        """One image as the model sees it before resizing; see [`~images_aligngpt.read_image`]."""
+        return read_image(image, limits, allow_urls)
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Checks that every row has as many pictures as placeholders (in total where pictures are a flat list)."""
@@ -266,7 +292,7 @@ class AlignGPTProcessor(_ProcessorBase):
         starts = [end for _, end, _, _ in edits]
         if row.startswith(self.align_token, head):
             head += len(self.align_token)
-        elif pictures and not re.search(_UNMARKED + re.escape(self.align_token), row):
+        elif pictures and self.align_token not in row:
             edits.append((head, head, self.align_token, "text"))
             starts.append(head)
         if head:

@@ -190,6 +190,7 @@ class AlignGPTDataCollator(DataCollatorMixin):
             pictures += sum(part.get("type") == "image" for part in parts)
             answers += role == "assistant"
             checked.append({"role": role, "content": parts})
+        checked = self.processor.sanitize(checked, self.chat_template)
         if not answers:
             raise ValueError(f"{describe_row(row)} has no assistant message: nothing in it can be learned.")
         if self.stage == "pretrain" and pictures != 1:

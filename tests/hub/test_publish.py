@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import documents
 import pytest
 import torch
 import yaml
@@ -159,6 +160,18 @@ def test_the_card(hub, published):
     table = [line for line in card.content.splitlines() if line.startswith("| pope |")]
     page = "[lmms-lab/POPE](https://huggingface.co/datasets/lmms-lab/POPE)"
     assert table == [f"| pope | {page} | test | accuracy | 86.0 | 9,000 | 86.0 | 86.2 |"]
+
+
+def test_the_cards_blocks_run_as_they_stand(hub, published):
+    """Pasted one behind the other by somebody who has transformers alone and a picture of their own."""
+    card = hub.files("models", REPO)["README.md"].decode()
+    for text in documents.mentioned(card):
+        documents.check_mention(text)
+    on_5, in_hand, on_4 = documents.blocks(card, "python")
+    compile(on_4, "the card's block for 4.57", "exec")
+    picture = "from PIL import Image\nImage.new('RGB', (40, 30), (200, 30, 30)).save('picture.jpg')\n"
+    last = "\nimport json; print(json.dumps({'new': answer.shape[1] - inputs['input_ids'].shape[1]}))"
+    assert run_script(hub, picture + on_5 + in_hand + last)["new"] > 0
 
 
 LOAD = """

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import documents
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict, Image, List, Value, load_from_disk
@@ -72,6 +73,15 @@ def test_there_and_back(hub, published, scored):
         image = original.pop("images")[0]
         assert (size, pixel) == (list(image.size), list(image.getpixel((5, 5)))) and "/" not in name
         assert row == original
+
+
+def test_the_cards_blocks_run_as_they_stand(hub, published):
+    card = published["README.md"].decode()
+    for text in documents.mentioned(card):
+        documents.check_mention(text)
+    (block,) = documents.blocks(card, "python")
+    last = "\nimport json; print(json.dumps({'rows': len(pairs['train']), 'first': next(iter(stream))['align_level']}))"
+    assert run_script(hub, block + last) == {"rows": 12, "first": 0}
 
 
 def test_the_card(published):

@@ -7,6 +7,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import documents
 import pytest
 import yaml
 from local_hub.server import HubServer
@@ -205,3 +206,11 @@ def test_a_space_for_a_published_model_is_pushed(tmp_path):
             assert failed[0] == 2 and failed[2].startswith("error: ") and message in failed[2], failed
         assert hidden[0] == 0 and hub.repos["spaces", "user/hidden"].private, hidden
         assert not hub.repos["spaces", "user/show"].private
+
+
+def test_commands_and_blocks_of_its_page():
+    text = (TEMPLATE / "README.md").read_text(encoding="utf-8")
+    for mention in documents.mentioned(text):
+        documents.check_mention(mention)
+    for block in documents.blocks(text, "python"):
+        compile(block, "the Space's page", "exec")

@@ -82,7 +82,7 @@ class TestLoadImage:
                 load_image({"path": str(tmp_path / name), "bytes": None}, 17)
         with pytest.raises(ValueError, match=r"row x: picture cannot be read \(7 bytes of 'a\.png' stored"):
             load_image({"path": "a.png", "bytes": b"nothing"}, "x")
-        with pytest.raises(ValueError, match="download the picture first"):
+        with pytest.raises(ValueError, match="download the image first"):
             load_image("https://example.com/a.png")
 
     def test_16_bits_with_alpha_and_big_endian(self):
@@ -177,5 +177,5 @@ def test_an_orientation_that_cannot_be_read_is_left_alone():
 
 def test_a_decompression_bomb_is_an_error_with_a_name(monkeypatch):
     monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(ValueError, match=r"row big: picture cannot be read.*DecompressionBombError"):
+    with pytest.raises(ValueError, match=r"row big: picture cannot be read.*pixels"):
         load_image(encode(picture()), "big")
