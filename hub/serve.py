@@ -2,7 +2,8 @@
 `aligngpt serve`: transformers' own OpenAI-compatible server, told how to load and ask an AlignGPT.
 
 Over `transformers serve` this adds: the model's classes (no code from the Hub is run), `align_level` in requests, one
-pinned model (the server's `/load_model` would fetch any), and no reading of files or addresses that a request names.
+pinned model, an allow-list of routes and of what a request may hold (`serve_requests.py`), and no reading of files or
+addresses that a request names.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import socket
 
 
 DEFAULT_PORT = 8000
+# Of transformers' server, these are served; all others answer 404.
+ROUTES = ("/v1/chat/completions", "/v1/responses", "/v1/models", "/health")
 
 
 def add_arguments(parser: argparse.ArgumentParser):
@@ -59,13 +62,12 @@ def build_app(
     """
     # they import the server's parts, which a machine without the extra does not have
     from fastapi import HTTPException
-    from transformers.cli.serving.completion import CompletionHandler
+    from fastapi.exceptions import RequestValidationError
     from transformers.cli.serving.server import build_server
-    from transformers.cli.serving.systemone import SystemOneHandler
-    from transformers.cli.serving.transcription import TranscriptionHandler
     from transformers.utils import logging
 
     from .serve_parts import AlignGPTModelManager, ChatHandler, LevelGenerationState, ResponsesHandler
+    from .serve_requests import MAX_BODY_BYTES
 
     logging.set_verbosity_error()
     manager = AlignGPTModelManager(model, revision, device=device, dtype=dtype)
@@ -73,12 +75,23 @@ def build_app(
     app = build_server(
         manager,
         ChatHandler(manager, state, fetch_urls=fetch_urls),
-        completion_handler=CompletionHandler(manager, state),
+        completion_handler=None,
         response_handler=ResponsesHandler(manager, state, fetch_urls=fetch_urls),
-        transcription_handler=TranscriptionHandler(manager, state),
-        systemone_handler=SystemOneHandler(manager, state),
+        transcription_handler=None,
+        systemone_handler=None,
         generation_state=state,
     )
+    # what was not made safe here is not there
+    app.router.routes = [route for route in app.router.routes if route.path in ROUTES]
+
+    @app.middleware("http")
+    async def refuse_large_bodies(request, call_next):
+        length = request.headers.get("content-length", "0")
+        if request.method == "POST" and (not length.isdigit() or int(length) > MAX_BODY_BYTES):
+            return _error(f"The request is larger than {MAX_BODY_BYTES // 2**20} MB.", 413)
+        if request.method == "POST" and "content-length" not in request.headers:
+            return _error("The request does not say its length (Content-Length).", 411)
+        return await call_next(request)
 
     # as OpenAI's clients read errors: with the message in them
     @app.exception_handler(HTTPException)
@@ -88,6 +101,14 @@ def build_app(
     @app.exception_handler(ValueError)
     async def say_what_was_wrong(_request, error: ValueError):
         return _error(str(error), 400)
+
+    @app.exception_handler(RequestValidationError)
+    async def say_what_is_no_json(_request, error: RequestValidationError):
+        return _error(f"The request is no JSON object: {error.errors()[0]['msg']}.", 400)
+
+    @app.exception_handler(Exception)
+    async def say_that_it_broke(_request, error: Exception):
+        return _error(f"The server failed at this request ({type(error).__name__}); it goes on.", 500)
 
     return app
 

@@ -89,6 +89,13 @@ def read_image(source: Any, limits: ImageLimits = LIMITS, allow_urls: bool = Fal
     return to_rgb(image)
 
 
+def image_size(source: Any, limits: ImageLimits = LIMITS) -> tuple[int, int]:
+    """Width and height by the header alone; raises as [`read_image`] for an image beyond the limits."""
+    size = _open(source, limits, allow_urls=False).size
+    limits.check_size(*size)
+    return size
+
+
 def _open(source: Any, limits: ImageLimits, allow_urls: bool) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
@@ -171,4 +178,4 @@ def _deep_grey_to_8_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(values.round().astype(np.uint8))
 
 
-__all__ = ["FORMATS", "LIMITS", "ImageLimits", "read_image", "to_rgb"]
+__all__ = ["FORMATS", "LIMITS", "ImageLimits", "image_size", "read_image", "to_rgb"]

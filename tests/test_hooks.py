@@ -28,11 +28,13 @@ OVERRIDDEN = {
     "lmms_eval.api.model:lmms.generate_until_multi_round": "self, requests",
     "lmms_eval.api.model:lmms.loglikelihood": "self, requests",
     "transformers.cli.serving.chat_completion:ChatCompletionHandler._build_generation_config": "self, body, model_generation_config, use_cb",
+    "transformers.cli.serving.chat_completion:ChatCompletionHandler.handle_request": "self, body, request_id",
     "transformers.cli.serving.model_manager:ModelManager._load_model": "self, model_id_and_revision, tqdm_class, progress_callback, gguf_file",
     "transformers.cli.serving.model_manager:ModelManager._load_processor": "self, model_id_and_revision, gguf_file",
     "transformers.cli.serving.model_manager:ModelManager.get_model_modality": "model, processor",
     "transformers.cli.serving.model_manager:ModelManager.load_model_and_processor": "self, model_id_and_revision, progress_callback, tqdm_class, gguf_file",
     "transformers.cli.serving.response:ResponseHandler._build_generation_config": "self, body, model_generation_config, use_cb",
+    "transformers.cli.serving.response:ResponseHandler.handle_request": "self, body, request_id",
     "transformers.cli.serving.utils:BaseHandler.get_processor_inputs_from_messages": "messages, modality",
     "transformers.cli.serving.utils:GenerateManager.generate_non_streaming": "self, model, processor, inputs, gen_config, request_id",
     "transformers.cli.serving.utils:GenerateManager.generate_streaming": "self, model, processor, inputs, gen_config, request_id, response_parser",
@@ -46,6 +48,7 @@ OVERRIDDEN = {
     "transformers.modeling_utils:PreTrainedModel.save_pretrained": "self, save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, variant, token, save_peft_format, save_original_format, distributed_checkpoint, kwargs",
     "transformers.processing_utils:ProcessorMixin.__call__": "self, images, text, videos, audio, kwargs",
     "transformers.processing_utils:ProcessorMixin._get_arguments_from_pretrained": "cls, pretrained_model_name_or_path, processor_dict, kwargs",
+    "transformers.processing_utils:ProcessorMixin.apply_chat_template": "self, conversation, chat_template, tools, documents, add_generation_prompt, continue_final_message, return_assistant_tokens_mask, tokenize, return_tensors, return_dict, load_audio_from_video, processor_kwargs, sanitize_control_tokens, kwargs",
     "transformers.processing_utils:ProcessorMixin.get_text_with_replacements": "self, text, images_replacements, videos_replacements, audio_replacements",
     "transformers.processing_utils:ProcessorMixin.prepare_inputs_layout": "self, images, text, videos, audio, kwargs",
     "transformers.processing_utils:ProcessorMixin.replace_image_token": "self, image_inputs, image_idx, kwargs",
@@ -79,7 +82,6 @@ BORROWED = {
     "transformers:ProcessorMixin._check_special_mm_tokens": "self, text, text_inputs, modalities",
     "transformers:ProcessorMixin._merge_kwargs": "self, ModelProcessorKwargs, tokenizer_init_kwargs, kwargs",
     "transformers:Trainer._prepare_inputs": "self, inputs",
-    "transformers.processing_utils:_UNMARKED": None,
 }
 # Private attributes that only instances have: the name -> how to get one.
 ON_INSTANCES = {
