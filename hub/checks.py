@@ -16,8 +16,9 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from huggingface_hub import get_token
 from safetensors import SafetensorError, safe_open
+
+from .secret_scan import find_secrets, texts_of_image, unescaped
 
 
 # what training and tools leave beside a model and nobody needs: not sent, not a finding
@@ -46,22 +47,17 @@ DATA_FILES = ("*.parquet", "*/*.parquet", "alignment.json", "dropped.jsonl", ".g
 TEXT_SUFFIXES = {".json", ".jsonl", ".py", ".md", ".txt", ".jinja", ".yaml", ".yml", ".toml", ".cfg", ".csv", ""}
 # a vocabulary holds pieces of paths that are nobody's
 VOCABULARIES = {"tokenizer.json", "vocab.json", "vocab.txt", "merges.txt"}
+IMAGES = {".png", ".jpg", ".jpeg"}
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
 
-TOKENS = {
-    "a Hugging Face token": r"\b(?:hf|api_org)_[A-Za-z0-9]{30,}",
-    "an API key": r"\bsk-[A-Za-z0-9_-]{20,}",
-    "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,})",
-    "a GitLab token": r"\bglpat-[A-Za-z0-9_-]{20,}",
-    "an AWS key": r"\bAKIA[0-9A-Z]{16}\b",
-    "a Google key": r"\bAIza[A-Za-z0-9_-]{35}",
-    "a Slack token": r"\bxox[abprs]-[A-Za-z0-9-]{10,}",
-    "a wandb key": r"(?i)\bwandb_api_key\W{1,4}[0-9a-f]{40}\b",
-    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-}
 _PATH_START = r"(?:(?<![\w.:/~)\]-])|(?<=file:/)/)"
+# folders at the top under which people and clusters keep their own
+_ROOTS = (
+    "home|Users|root|tmp|var|srv|mnt|media|data|opt|nfs|net|work|scratch|workspaces?|storage|shared|projects?|private|"
+    "gpfs|lustre|beegfs|fsx|efs|cluster|export|content|kaggle"
+)
 _PATHS = (
-    _PATH_START + r"/(?:home|Users|root|tmp|mnt|media|scratch|workspace|private|gpfs|lustre)/[\w.-]+[^\s\"'`<>|)\]]*",
+    _PATH_START + rf"/(?:{_ROOTS})/[\w.-]+[^\s\"'`<>|)\]]*",
     r"(?<![\w])[A-Za-z]:\\{1,2}(?:Users|Documents and Settings|Temp)\\{1,2}[\w.-]+[^\s\"'`<>|]*",
 )
 
@@ -87,6 +83,8 @@ def select_files(
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() and not path.is_file():
             findings.append(f"{name}: a link to a folder or to nothing. Replace it by what it stands for.")
+        elif path.is_symlink() and not _stays_inside(path.resolve(), folder.resolve()):
+            findings.append(f"{name}: a link to a file outside of the folder. Replace it by what it stands for.")
         elif _matches(name, LEFT_OUT) or any(
             fnmatch.fnmatchcase(part, pattern) for part in (name, path.name) for pattern in ignore
         ):
@@ -101,6 +99,12 @@ def select_files(
         else:
             files[name] = path
     return dict(sorted(files.items())), sorted(left_out), findings
+
+
+def _stays_inside(target: Path, folder: Path) -> bool:
+    """Whether a link leads into the folder, or from a snapshot of the Hub's cache to where that keeps its files."""
+    inside = target.is_relative_to(folder)
+    return inside or (folder.parent.name == "snapshots" and target.is_relative_to(folder.parents[1] / "blobs"))
 
 
 def _walk(folder: Path) -> Iterable[Path]:
@@ -151,29 +155,20 @@ def check_contents(files: Mapping[str, Path], near: Path | None = None) -> list[
                     json.loads(text)
                 except ValueError as error:
                     findings.append(f"{name}: is no valid JSON ({error}). Was it written to the end?")
+        elif path.suffix in IMAGES and not is_pickle(path):
+            text = texts_of_image(path)
         else:
             if is_pickle(path):
                 findings.append(f"{name}: is a pickle by its content, which can run code. Remove it.")
             continue
-        findings += [f"{name}: {finding}" for finding in find_secrets(text)]
         generic = Path(name).name not in VOCABULARIES
-        findings += [f"{name}: {finding}" for finding in find_paths(text, own_paths, generic)]
+        found = [*find_secrets(text), *find_paths(text, own_paths, generic)]
+        # a JSON file is read by people and programs without its escapes
+        plain = unescaped(text) if path.suffix == ".json" and generic and "\\" in text else None
+        if not found and plain is not None:
+            found = [*find_secrets(plain), *find_paths(plain, own_paths, generic)]
+        findings += [f"{name}: {finding}" for finding in found]
     return findings
-
-
-def find_secrets(text: str) -> list[str]:
-    """Secrets in a text, shown by their beginning alone."""
-    found = {}
-    for kind, pattern in TOKENS.items():
-        for match in re.finditer(pattern, text):
-            found.setdefault(match[0], (kind, text.count("\n", 0, match.start()) + 1))
-    own = get_token()
-    if own and own in text:
-        found.setdefault(own, ("your own token", text.count("\n", 0, text.index(own)) + 1))
-    return [
-        f"line {line} holds {kind} ({secret[:7]}…). Remove it, and withdraw it where it was issued."
-        for secret, (kind, line) in found.items()
-    ]
 
 
 def find_paths(text: str, own_paths: Iterable[str] = (), generic: bool = True) -> list[str]:

@@ -15,24 +15,27 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict, Features, Image, List, load_from_disk
 from datasets.info import DatasetInfo, DatasetInfosDict
-from datasets.table import embed_table_storage
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm.auto import tqdm
 
+from modeling_aligngpt.images_aligngpt import image_size, read_image
+
 from .card import PAPER, TAGS, describe_rows, levels_text, list_levels
-from .checks import check_contents, find_paths, find_secrets
+from .checks import check_contents, find_paths
 from .pictures import draw_histogram
 from .publish import add_hub_arguments, describe, hub_settings
 from .records import ALIGNMENT, hub_link, is_hub_id
+from .secret_scan import find_secrets
 from .upload import Upload, check_repo_id, upload_checked_folder
 
 
 TEMPLATE = Path(__file__).with_name("data_card.md.jinja")
 HISTOGRAM = "histogram.png"
 SHARD_BYTES = 500 * 2**20
-ROWS_CHECKED = 1000
+ROWS_AT_ONCE = 1000
+MOST_FINDINGS = 50
 STALE = ("data/*.parquet", "*.parquet", "histogram.png")
 COLUMNS = {
     "images": "the picture, as a list of one",
@@ -88,6 +91,7 @@ def publish_dataset(
     alignment = _read_alignment(folder)
     splits = _load_splits(folder)
     findings = [finding for name, rows in splits.items() for finding in _check_rows(name, rows)]
+    findings += [finding for name, rows in splits.items() for finding in _check_images(name, rows)]
     with tempfile.TemporaryDirectory(prefix="aligngpt-publish-") as stage:
         files = _stage_files(Path(stage), folder, alignment, splits)
         infos = _describe_splits(splits)
@@ -152,14 +156,47 @@ def _load_splits(folder: Path) -> dict[str, Dataset]:
 
 
 def _check_rows(split: str, rows: Dataset) -> list[str]:
-    """Secrets and paths in the first rows' texts, apart from where pictures lie, which does not travel."""
+    """Secrets and paths in all rows' texts, apart from where pictures lie, which does not travel."""
     texts = [name for name, kind in rows.features.items() if getattr(kind, "dtype", None) == "string"]
-    findings = []
-    for name in [*texts, "messages"]:
-        text = json.dumps(rows.select_columns([name])[:ROWS_CHECKED][name], ensure_ascii=False)
-        for finding in [*find_secrets(text), *find_paths(text)]:
-            findings.append(f"split {split}, column {name}: {finding.replace('line 1 holds', 'holds')}")
+    findings: list[str] = []
+    columns = rows.select_columns([*texts, "messages"])
+    for batch in tqdm(columns.iter(ROWS_AT_ONCE), total=-(-len(rows) // ROWS_AT_ONCE), desc=f"{split}: texts read"):
+        for name, values in batch.items():
+            text = json.dumps(values, ensure_ascii=False)
+            for finding in [*find_secrets(text), *find_paths(text)]:
+                findings.append(f"split {split}, column {name}: {finding.replace('line 1 holds', 'holds')}")
+        if len(findings) >= MOST_FINDINGS:
+            return [*findings[:MOST_FINDINGS], f"split {split}: the rows behind were not looked at any more"]
     return findings
+
+
+def _check_images(split: str, rows: Dataset) -> list[str]:
+    """Rows whose picture is no picture: by its header, without decoding it. No address is asked for."""
+    others = [name for name, kind in rows.features.items() if name != "images" and _holds_files(kind)]
+    if others:
+        return [f"split {split}: the columns {', '.join(others)} hold files; only `images` may. Take them out."]
+    stored = rows.select_columns(["images"]).cast_column("images", List(Image(decode=False)))
+    findings = []
+    for number, row in enumerate(tqdm(stored, desc=f"{split}: pictures looked at")):
+        for value in row["images"]:
+            try:
+                image_size(value)
+            except Exception as error:
+                named = value.get("path") or f"{len(value['bytes'] or b'')} bytes"
+                findings.append(
+                    f"split {split}, row {number}: {str(named)[:100]} is no picture ({error}). Leave it out."
+                )
+        if len(findings) >= MOST_FINDINGS:
+            break
+    return findings
+
+
+def _holds_files(feature: Any) -> bool:
+    if isinstance(feature, dict):
+        return any(map(_holds_files, feature.values()))
+    if hasattr(feature, "feature"):
+        return _holds_files(feature.feature)
+    return hasattr(feature, "embed_storage")
 
 
 def _stage_files(stage: Path, folder: Path, alignment: dict[str, Any], splits: dict[str, Dataset]) -> dict[str, Path]:
@@ -194,18 +231,30 @@ def _write_shards(splits: dict[str, Dataset], stage: Path, shard_bytes: int) -> 
 
 
 def _write_parquet(rows: Dataset, path: Path) -> None:
-    """Rows with their pictures inside, without bars of their own."""
+    """Rows with their pictures inside, without bars of their own. What does not decode as a picture is not read in."""
     beside, shown = Path(f"{path}.arrow"), not are_progress_bars_disabled()
+    stored = rows.cast_column("images", List(Image(decode=False)))
     disable_progress_bars()
     try:
-        whole = rows.with_format("arrow").map(
-            embed_table_storage, batched=True, batch_size=100, cache_file_name=str(beside)
-        )
-        whole.to_parquet(path)
+        whole = stored.map(_embed, batched=True, batch_size=100, cache_file_name=str(beside), features=stored.features)
+        whole.cast_column("images", List(Image())).to_parquet(path)
     finally:
         if shown:
             enable_progress_bars()
     beside.unlink()
+
+
+def _embed(batch: dict[str, list]) -> dict[str, list]:
+    return {"images": [[_embedded(value) for value in images] for images in batch["images"]]}
+
+
+def _embedded(value: dict[str, Any]) -> dict[str, Any]:
+    """A picture's encoded bytes and the last part of its name, once it has been decoded whole."""
+    read_image(value)
+    data, path = value.get("bytes"), value.get("path")
+    if data is None:
+        data = Path(path).read_bytes()
+    return {"bytes": data, "path": Path(path).name if path else None}
 
 
 def _describe_splits(splits: dict[str, Dataset]) -> DatasetInfosDict:

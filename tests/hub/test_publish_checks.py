@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from modeling.test_loading import build
+from PIL import Image as PILImage
+from PIL import PngImagePlugin
 from safetensors.torch import load_file, save_file
 
 import aligngpt_hub
@@ -17,6 +19,18 @@ from aligngpt_hub.fresh_load import check_loads
 
 
 TOKEN = "hf" + "_" + "AbCdEfGhIjKlMnOpQrStUvWxYz01234567"
+
+
+def _text(value: str) -> PngImagePlugin.PngInfo:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Comment", value)
+    return info
+
+
+def _exif(value: str) -> PILImage.Exif:
+    exif = PILImage.Exif()
+    exif[0x010E] = value
+    return exif
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +129,40 @@ CASES = {
         lambda f: (f / "README.md").write_text(f"Trained from {f.parent}/stage1."),
         ["README.md: line 1 holds the path"],
     ),
+    "cluster path": (
+        lambda f: spoil_config(f, _name_or_path="/data/team/models/vicuna"),
+        ["config.json: line 1 holds the path /data/team/models/vicuna"],
+    ),
+    "path in escapes": (
+        lambda f: (f / "training_summary.json").write_text('{"dataset": "\\u002fopt\\u002fpairs\\/x.json"}'),
+        ["training_summary.json: line 1 holds the path /opt/pairs/x.json"],
+    ),
+    "cloud secret": (
+        lambda f: (f / "training_summary.json").write_text(
+            json.dumps({"aws_secret_access_key": "wJalrXUtnFEMI/K7MDENG/bPxR" + "fiCYEXAMPLEKEY"})
+        ),
+        ["training_summary.json: line 1 holds what looks like a secret"],
+    ),
+    "password": (
+        lambda f: spoil_config(f, database_password="hunter2" + "hunter2"),
+        ["config.json: line", "holds what looks like a secret (Secret Keyword)"],
+    ),
+    "token in escapes": (
+        lambda f: (f / "training_summary.json").write_text('{"stage": "hf\\u005f' + TOKEN[3:] + '"}'),
+        ["training_summary.json: line 1 holds a Hugging Face token"],
+    ),
+    "token in an image": (
+        lambda f: PILImage.new("RGB", (4, 4)).save(f / "curve.png", pnginfo=_text(TOKEN)),
+        ["curve.png: line 1 holds a Hugging Face token"],
+    ),
+    "path in EXIF": (
+        lambda f: PILImage.new("RGB", (4, 4)).save(f / "curve.jpg", exif=_exif("/nfs/me/run 3")),
+        ["curve.jpg: line", "holds the path /nfs/me/run"],
+    ),
+    "link out of the folder": (
+        lambda f: (f / "LICENSE").symlink_to("/etc/hostname"),
+        ["LICENSE: a link to a file outside of the folder"],
+    ),
     "missing code": (
         lambda f: (f / "processing_parts.py").unlink(),
         ["processing_aligngpt.py: imports .processing_parts, but processing_parts.py is missing"],
@@ -207,10 +255,11 @@ def test_ordinary_text_passes():
 
 def test_a_snapshot_of_the_cache_is_a_folder(folder, tmp_path):
     """Files that are links, as the client's cache has them."""
-    snapshot = tmp_path / "snapshot"
-    snapshot.mkdir()
-    for path in folder.iterdir():
-        (snapshot / path.name).symlink_to(path)
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0a1b"
+    shutil.copytree(folder, blobs)
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", path.name))
     assert look(snapshot) == []
 
 

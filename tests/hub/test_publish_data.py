@@ -153,6 +153,30 @@ def with_paths(data: Dataset, folder: Path) -> None:
     save(folder, data.rename_column("id", "file").map(lambda row: {"file": "/home/me/1.jpg"}))
 
 
+def with_images(make):
+    """The same rows, their images given by what `make(folder)` says."""
+
+    def spoil(data: Dataset, folder: Path) -> None:
+        folder.parent.mkdir(exist_ok=True)
+        columns = {name: data[name][:] for name in data.column_names if name != "images"}
+        columns["images"] = [[make(folder.parent)] for _ in range(len(data))]
+        save(folder, Dataset.from_dict(columns, features=features(List(Value("string")))))
+
+    return spoil
+
+
+def private_key(folder: Path) -> str:
+    (folder / "id_rsa").write_text("-----BEGIN OPENSSH " + "PRIVATE KEY-----\nabc\n")
+    return str(folder / "id_rsa")
+
+
+def late_secret(data: Dataset, folder: Path) -> None:
+    """Far behind the first thousand rows."""
+    many = data.select([0] * 1200)
+    ids = [f"pair-{number}" for number in range(1199)] + ["hf_" + "AbCdEfGhIjKlMnOpQrStUvWxYz01234567"]
+    save(folder, many.remove_columns("id").add_column("id", ids))
+
+
 def write(alignment: dict | None):
     return lambda data, folder: save(folder, data, alignment)
 
@@ -166,6 +190,13 @@ def write(alignment: dict | None):
         (lambda data, folder: (save(folder, data) / "state.json").unlink(), "is no data set"),
         (without_columns, "columns align_level, clip_score, messages are missing"),
         (with_paths, "column file: holds the path /home/me/1.jpg"),
+        (late_secret, "column id: holds a Hugging Face token"),
+        (with_images(private_key), "row 0: .*id_rsa is no picture .*not accepted.*Leave it out"),
+        (
+            with_images(lambda folder: "http://127.0.0.1:9/a.png"),
+            "row 0: http://127.0.0.1:9/a.png is no picture .*web address",
+        ),
+        (with_images(lambda folder: "gone.png"), "row 0: gone.png is no picture .*there is no file"),
     ],
 )
 def test_refusals(scored, tmp_path, spoil, message):
