@@ -187,8 +187,8 @@ def check_stage(
     Raises:
         ValueError: for settings that cannot be read.
     """
-    from .checkpoints import find_last_checkpoint
-    from .train import STAGES, parse_settings
+    from .checkpoints import check_output, checkpoint_to_continue
+    from .train import STAGES, check_places, parse_settings
 
     # settings for GPUs can be tried where there is none, such as on a login node
     without_gpu = not torch.cuda.is_available() and not any("use_cpu" in word.replace("-", "_") for word in words)
@@ -197,11 +197,11 @@ def check_stage(
     sources = model_args.model or f"{getattr(model_args, 'language_model', None)} + {model_args.vision_tower}"
     report: dict[str, Any] = {"stage": stage, "model": sources, "dataset": data_args.dataset}
     report |= {"problems": [], "warnings": []}
-    if config.resume_from_checkpoint is None and find_last_checkpoint(config.output_dir):
-        report["problems"].append(
-            f"{config.output_dir} holds checkpoints of an earlier run: continue it with resume_from_checkpoint=auto, "
-            "or choose another output_dir."
-        )
+    try:
+        check_places(model_args, data_args, config)
+        check_output(config, checkpoint_to_continue(config.resume_from_checkpoint, config.output_dir), remove=False)
+    except (ValueError, OSError) as error:
+        report["problems"].append(str(error))
     # rows that are too long are counted here, where training would stop at the first
     counted = config.on_overlong == "error" and config.check_rows and not data_args.streaming
     fresh_folder = not os.path.isdir(config.output_dir)

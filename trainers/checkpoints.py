@@ -16,6 +16,10 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
+from .continuing import write_settings
+from .guards import NonFiniteError
+from .manifest import damage, sync_folder, write_manifest
+
 
 logger = logging.get_logger(__name__)
 
@@ -61,8 +65,10 @@ class CheckpointMixin:
                     self.state.best_model_checkpoint = str(run_dir / name)
                     self.state.save_to_json(str(self._staging / name / STATE_NAME))
                 (self._staging / name / RECORD_NAME).write_text(json.dumps(record), encoding="utf-8")
+                write_settings(self, self._staging / name)
             self.accelerator.wait_for_everyone()
             if args.should_save:
+                write_manifest(self._staging / name, args.checkpoint_digests)
                 _replace_folder(self._staging / name, run_dir / name)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise self._save_error(name, error) from error
@@ -72,7 +78,8 @@ class CheckpointMixin:
             self._staging = None
         self.accelerator.wait_for_everyone()
         if args.should_save:
-            rotate_checkpoints(str(run_dir), args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True)
+            # by step and not by time: a clock that was ahead must not make a new checkpoint the oldest
+            rotate_checkpoints(str(run_dir), args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False)
 
     def _save_error(self, what: str, error: Exception) -> CheckpointError:
         return CheckpointError(f"{what} could not be saved ({_first_line(error)}). {self.last_checkpoint_message()}")
@@ -127,6 +134,7 @@ class CheckpointMixin:
         """
         output_dir = Path(self.args.output_dir)
         beside = output_dir / "unfinished"
+        self.check_weights()
         try:
             if self.args.should_save:
                 shutil.rmtree(beside, ignore_errors=True)
@@ -157,6 +165,24 @@ class CheckpointMixin:
         self.accelerator.wait_for_everyone()
         return summary
 
+    def check_weights(self):
+        """
+        Looks at the weights before they are called final.
+
+        Raises:
+            NonFiniteError: naming the first that hold NaN or infinity.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        broken = [
+            name for name, parameter in model.named_parameters()
+            if parameter.requires_grad and parameter.numel() and not bool(torch.isfinite(parameter.detach()).all())
+        ]  # fmt: skip
+        if broken:
+            raise NonFiniteError(
+                f"{len(broken)} weights hold NaN or infinity after training ({', '.join(broken[:3])}): nothing was "
+                f"saved as finished. {self.last_checkpoint_message()} A lower learning_rate may help."
+            )
+
     def _complete_adapter(self, folder: Path):
         """Config and code beside an adapter: they say what the stage made of the base model. No card of PEFT's."""
         base = self.accelerator.unwrap_model(self.model).get_base_model()
@@ -166,16 +192,83 @@ class CheckpointMixin:
 
 
 def find_last_checkpoint(output_dir: str | os.PathLike) -> str | None:
-    """The newest complete checkpoint in a folder, or `None`. `trainer_state.json` is what a save writes last."""
-    complete = []
+    """The newest whole checkpoint in a folder, or `None`; what is damaged is named and passed over."""
+    for path in _checkpoints(output_dir):
+        if not _is_json(path / STATE_NAME):
+            logger.warning(f"{path.name} is incomplete (the run stopped while saving): passed over.")
+        elif (found := damage(path)) is not None:
+            logger.warning(f"{path.name} is damaged ({found}): passed over.")
+        else:
+            return str(path)
+    return None
+
+
+def has_checkpoints(output_dir: str | os.PathLike) -> bool:
+    """Whether a folder holds checkpoints, whole or damaged; a save that was cut off is none."""
+    return any((path / STATE_NAME).is_file() for path in _checkpoints(output_dir))
+
+
+def _checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """Folders of checkpoints, the newest first."""
+    found = []
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         match = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)
         if match and path.is_dir():
-            if _is_json(path / STATE_NAME):
-                complete.append((int(match[1]), str(path)))
-            else:
-                logger.warning(f"{path.name} is incomplete (the run stopped while saving): passed over.")
-    return max(complete)[1] if complete else None
+            found.append((int(match[1]), path))
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def checkpoint_to_continue(asked: str | bool | None, output_dir: str | os.PathLike) -> str | None:
+    """
+    The checkpoint that a run goes on from: the one named, or for `"auto"` the last whole one.
+
+    Raises:
+        CheckpointError: the one named is damaged, or all that there are.
+    """
+    if asked in ("auto", "true", "True", True):
+        last = find_last_checkpoint(output_dir)
+        if last is None and has_checkpoints(output_dir):
+            raise CheckpointError(
+                f"{output_dir} holds checkpoints, but no whole one (see above): remove them to start afresh."
+            )
+        return last
+    if not asked:
+        return None
+    if not Path(asked).is_dir():
+        raise CheckpointError(f"resume_from_checkpoint={str(asked)!r}: there is no such folder.")
+    found = damage(asked) if _is_json(Path(asked) / STATE_NAME) else f"{STATE_NAME} is missing or cannot be read"
+    if found is not None:
+        raise CheckpointError(f"{asked} is damaged ({found}): name an earlier checkpoint, or start afresh.")
+    return str(asked)
+
+
+def check_output(args: Any, resumed_from: str | None, remove: bool = True) -> None:
+    """
+    Refuses a folder that holds an earlier run, unless it is continued or `overwrite` says so; then, if `remove`, makes
+    room.
+
+    Raises:
+        ValueError: naming what is there.
+    """
+    folder = Path(args.output_dir)
+    if resumed_from is not None:
+        return
+    finished = [
+        name for name in (SUMMARY_NAME, "model.safetensors", "adapter_model.safetensors") if (folder / name).exists()
+    ]
+    if args.overwrite:
+        for path in _checkpoints(folder) if remove else ():
+            shutil.rmtree(path)
+        return
+    if has_checkpoints(folder):
+        raise ValueError(
+            f"{folder} holds checkpoints of an earlier run: continue it with resume_from_checkpoint=auto, choose "
+            "another output_dir, or replace it with overwrite."
+        )
+    if finished:
+        raise ValueError(
+            f"{folder} holds a finished model ({finished[0]}): choose another output_dir, or replace it with overwrite."
+        )
 
 
 def read_record(checkpoint: str | os.PathLike | None) -> dict[str, float]:
@@ -205,6 +298,7 @@ def _replace_folder(source: Path, target: Path):
     if target.exists():
         os.replace(target, old)
     os.replace(source, target)
+    sync_folder(target.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -22,6 +22,7 @@ import transformers
 
 from .alignment import PairScorer
 from .data import read_rows
+from .locks import lock
 from .score_output import (
     FATES,
     Scores,
@@ -32,7 +33,7 @@ from .score_output import (
     remove_leftovers,
     write_output,
 )
-from .score_processes import Processes, keeping_progress, lock
+from .score_processes import Processes, keeping_progress
 from .score_settings import RECORD, ScoreConfig, read_edges, warn_of_other_scorer
 from .score_shards import finished_blocks, score_blocks
 from .score_source import KINDS, WholeSource, kind_of, refuse_other_rows

@@ -1,5 +1,6 @@
 """A path, a Hub id or something in memory -> a `datasets` data set or plain records, not yet interpreted."""
 
+import codecs
 import csv
 import glob
 import json
@@ -9,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ijson
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
 
 
-READ = 1 << 20  # characters of a JSON file read at a time
-LONGEST_RECORD = 64 << 20  # characters: a record that does not end before is taken for broken JSON
+READ = 1 << 12  # bytes in which a JSON file has to begin
 # Shards of a data set in memory or on disk that is streamed: how many loader processes can share it.
 NUM_SHARDS = 64
 
@@ -132,38 +133,25 @@ def _open_files(paths: list[Path], streaming: bool) -> Dataset | IterableDataset
 
 
 def _array_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a JSON array, decoded one by one from a sliding window over the file."""
-    decoder, window, place, number = json.JSONDecoder(), "", 0, -1
+    """Records of a JSON array one by one, by a parser that lets nothing pass that is no JSON."""
     refused = f"{path}: expected a list of records (JSON) or a record a line (JSONL)"
-    with path.open(encoding="utf-8-sig") as file:
-        while True:
-            while place < len(window) and window[place] in " \t\r\n":
-                place += 1
-            problem = "the file ends too early"
-            if place < len(window):
-                if number < 0:
-                    if window[place] != "[":
-                        raise ValueError(f"{refused}.")
-                    number, place = 0, place + 1
-                    continue
-                if window[place] == "]":
-                    return
-                if window[place] == "," and number:
-                    place += 1
-                    continue
-                if window[place] != "{":
-                    raise ValueError(f"{refused}; record {number} begins with {window[place : place + 20]!r}.")
-                try:
-                    record, place = decoder.raw_decode(window, place)
-                    number += 1
-                    yield record
-                    continue
-                except json.JSONDecodeError as error:  # the window ends within the record, or it is broken
-                    problem = error.msg
-            more = file.read(max(READ, len(window) - place)) if len(window) - place < LONGEST_RECORD else ""
-            if not more:
-                raise ValueError(f"{path}, record {max(number, 0)}: not valid JSON ({problem}).")
-            window, place = window[place:] + more, 0
+    number = 0
+    with path.open("rb") as file:
+        begin = file.read(READ).removeprefix(codecs.BOM_UTF8).lstrip()
+        if not begin.startswith(b"["):
+            raise ValueError(f"{refused}.")
+        file.seek(0)
+        if file.read(3) != codecs.BOM_UTF8:
+            file.seek(0)
+        try:
+            for record in ijson.items(file, "item", use_float=True):
+                if not isinstance(record, dict):
+                    raise ValueError(f"{refused}; record {number} is {str(record)[:20]!r}.")
+                yield record
+                number += 1
+        except ijson.JSONError as error:
+            problem = str(error).strip().splitlines()[0]
+            raise ValueError(f"{path}, record {number}: not valid JSON ({problem}).") from error
 
 
 def _line_records(path: Path) -> Iterator[dict[str, Any]]:

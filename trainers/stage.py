@@ -15,10 +15,21 @@ from trl import SFTTrainer
 
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
-from .checkpoints import SUMMARY_NAME, CheckpointError, CheckpointMixin, find_last_checkpoint, read_record, read_state
+from .checkpoints import (
+    SUMMARY_NAME,
+    CheckpointError,
+    CheckpointMixin,
+    check_output,
+    checkpoint_to_continue,
+    find_last_checkpoint,
+    read_record,
+    read_state,
+)
 from .collator import ROW_INDEX_COLUMN, AlignGPTDataCollator
+from .continuing import ContinuationError, compare_settings
 from .eval_callback import GenerationMetrics, GenerationMixin
 from .guards import FiniteGuard, NonFiniteError, StopCallback, TrainingStopped, outlive_signals
+from .locks import lock, lock_of
 from .rows import ENCODED_FEATURES, prepare_rows
 from .sampling import make_sampler
 from .stage_config import IMAGE_ASPECT_RATIOS, StageConfig
@@ -32,6 +43,7 @@ __all__ = [
     "IMAGE_ASPECT_RATIOS",
     "SUMMARY_NAME",
     "CheckpointError",
+    "ContinuationError",
     "NonFiniteError",
     "StageConfig",
     "StageTrainer",
@@ -145,7 +157,10 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
         self.finite_guard, self.stop_callback = FiniteGuard(self), StopCallback(self)
         self.add_callback(self.stop_callback)
         self.resumed_from: str | None = None
+        # settings that a continued run has otherwise than before, with the step
+        self.setting_changes: list[dict[str, Any]] = []
         self._started: float | None = None
+        self._trained = False
         self._record_before: dict[str, float] = {}
         self.record: dict[str, float] = {}
         # attended and all positions of the batches trained on
@@ -251,9 +266,23 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
-        if resume_from_checkpoint in ("auto", "true", "True", True):
-            resume_from_checkpoint = find_last_checkpoint(self.args.output_dir)
-        self.resumed_from = resume_from_checkpoint or None
+        self.resumed_from = checkpoint_to_continue(resume_from_checkpoint, self.args.output_dir)
+        with self._sole_writer():
+            return self._train(**kwargs)
+
+    def _sole_writer(self):
+        """The lock on `output_dir`, in the process that writes."""
+        return lock(lock_of(self.args.output_dir)) if self.args.should_save else nullcontext()
+
+    def _train(self, **kwargs):
+        if not self._trained:  # what this trainer has written itself it may replace
+            check_output(self.args, self.resumed_from)
+        self._trained = True
+        self.setting_changes = compare_settings(self, self.resumed_from)
+        for change in self.setting_changes:
+            logger.warning(
+                f"{change['setting']} changed from {change['before']} to {change['after']} at step {change['step']}."
+            )
         self._record_before = read_record(self.resumed_from)
         self._positions.zero_()
         self.finite_guard.batches = []

@@ -1,7 +1,9 @@
 """Settings that both training stages share, on top of TRL's."""
 
+import math
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from trl import SFTConfig
@@ -11,6 +13,53 @@ from .sampling import GROUPINGS
 
 
 IMAGE_ASPECT_RATIOS = ("square", "pad")
+
+
+# Settings with the values that they may have: (least, whether that itself, most).
+BOUNDS = {
+    "learning_rate": (0, True, 1e3),
+    "projector_learning_rate": (0, True, 1e3),
+    "weight_decay": (0, True, 1e3),
+    "max_grad_norm": (0, True, math.inf),
+    "adam_beta1": (0, True, 1 - 1e-12),
+    "adam_beta2": (0, True, 1 - 1e-12),
+    "adam_epsilon": (0, False, 1.0),
+    "num_train_epochs": (0, False, 1e6),
+    "warmup_steps": (0, True, 1e12),
+    "per_device_train_batch_size": (1, True, 1e6),
+    "per_device_eval_batch_size": (1, True, 1e6),
+    "gradient_accumulation_steps": (1, True, 1e6),
+    "save_steps": (0, False, 1e12),
+    "logging_steps": (0, False, 1e12),
+    "save_total_limit": (1, True, 1e6),
+    "max_length": (1, True, 1e9),
+    "dataloader_num_workers": (0, True, 1e4),
+    "seed": (0, True, 2**32 - 1),
+    "data_seed": (0, True, 2**32 - 1),
+}
+
+
+def check_bounds(config: Any) -> None:
+    """A ValueError for a number that no run can have."""
+    for name, (least, itself, most) in BOUNDS.items():
+        value = getattr(config, name, None)
+        if value is None:
+            continue
+        if not isinstance(value, (int, float)) or math.isnan(value):
+            raise ValueError(f"{name}={value!r} is not a number.")
+        if (
+            value > most
+            or value < least
+            or (value == least and not itself)
+            or (math.isinf(value) and name != "max_grad_norm")
+        ):
+            rule = f"{'at least' if itself else 'more than'} {least}" + (
+                "" if math.isinf(most) else f" and at most {most:g}"
+            )
+            raise ValueError(f"{name}={value} cannot be: it must be {rule}.")
+    steps = getattr(config, "max_steps", -1)
+    if steps != -1 and steps < 1:
+        raise ValueError(f"max_steps={steps} cannot be: it must be at least 1, or -1 for whole epochs.")
 
 
 @dataclass
@@ -37,6 +86,9 @@ class StageConfig(SFTConfig):
         resume_from_checkpoint (`str`, *optional*): a checkpoint folder, or `"auto"`: the last complete one in
             `output_dir`, or a fresh start when there is none.
         resume (`str`, *optional*): a shorter name of `resume_from_checkpoint`.
+        overwrite (`bool`): replace an earlier run or a finished model in `output_dir`, which is refused otherwise.
+        checkpoint_digests (`bool`): take the digest of every file of a checkpoint, however large, so that flipped bits
+            in weights are found, too (80 GB take minutes); files up to 64 MB have one always.
         use_kernels (`bool`): replace layers by kernels from the Hub (package `kernels`).
 
     Raises:
@@ -90,11 +142,18 @@ class StageConfig(SFTConfig):
     resume: str | None = field(
         default=None, metadata={"help": "Same as resume_from_checkpoint: a checkpoint folder, or `auto`."}
     )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace an earlier run or a finished model in output_dir."}
+    )
+    checkpoint_digests: bool = field(
+        default=False, metadata={"help": "Take the digest of large checkpoint files too, and compare it on resuming."}
+    )
     use_kernels: bool = field(
         default=False, metadata={"help": "Replace layers by kernels from the Hub (needs the package `kernels`)."}
     )
 
     def __post_init__(self):
+        check_bounds(self)
         if self.bf16 is None:
             self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         choices = {"image_aspect_ratio": IMAGE_ASPECT_RATIOS, "on_overlong": ON_OVERLONG, "group_by": GROUPINGS}

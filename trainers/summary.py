@@ -37,6 +37,7 @@ def summarize(trainer: Any) -> dict[str, Any]:
         "eval": [log for log in history if any(key.startswith("eval_") for key in log)],
         "train_seconds": round(record.get("seconds", 0.0), 2),
         "resumed": trainer.resumed_from is not None,
+        "setting_changes": trainer.setting_changes,
         "learning_rate": args.learning_rate,
         "seed": args.seed,
         "max_length": args.max_length,

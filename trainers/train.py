@@ -16,6 +16,7 @@ from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcesso
 from modeling_aligngpt.assembly import assemble
 
 from .arguments import DTYPES, DataArguments, ModelArguments, PretrainModelArguments
+from .checkpoints import check_output, checkpoint_to_continue
 from .data import load_rows
 from .extras import check_loggers
 from .folders import at_revision, read_record
@@ -26,7 +27,7 @@ from .lora import ADAPTER_CONFIG, check_lora, lora_config, quantization_config, 
 from .pretrain_config import AlignGPTPretrainConfig
 from .pretrain_trainer import AlignGPTPretrainTrainer
 from .settings import check_settings, parse_settings
-from .stage import StageConfig, StageTrainer, find_last_checkpoint
+from .stage import StageConfig, StageTrainer
 
 
 STAGES = {
@@ -103,11 +104,10 @@ def build_stage(stage: str, argv: Sequence[str], *, prog: str | None = None, wil
     trainer_class, kinds, description = STAGES[stage]
     model_args, data_args, config = parse_settings(prog or f"aligngpt {stage}", kinds, argv, description)
     _check_run(stage, model_args, data_args, config)
-    if will_train and config.resume_from_checkpoint is None and find_last_checkpoint(config.output_dir):
-        raise ValueError(
-            f"{config.output_dir} holds checkpoints of an earlier run: continue it with resume_from_checkpoint=auto, "
-            "or choose another output_dir."
-        )
+    if will_train:
+        check_places(model_args, data_args, config)
+        # before anything is loaded; once more when training begins, under the lock
+        check_output(config, checkpoint_to_continue(config.resume_from_checkpoint, config.output_dir), remove=False)
     if _is_fresh(stage, model_args):
         model, processor = _assemble(model_args, config)
     else:
@@ -153,6 +153,16 @@ def _check_run(stage: str, model_args: ModelArguments, data_args: DataArguments,
     if not torch.cuda.is_available():
         # the loader's hint about pinned memory, which concerns GPUs alone
         warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def check_places(model_args: ModelArguments, data_args: DataArguments, config: StageConfig) -> None:
+    """A ValueError where a run would write over what it reads."""
+    output = Path(config.output_dir)
+    sources = {name: getattr(model_args, name, None) for name in ("model", "language_model", "vision_tower")}
+    sources |= {"dataset": data_args.dataset, "eval_dataset": data_args.eval_dataset}
+    for name, source in sources.items():
+        if source is not None and output.exists() and os.path.exists(source) and os.path.samefile(source, output):
+            raise ValueError(f"output_dir {config.output_dir} is {name} itself: choose another folder to write.")
 
 
 def _is_fresh(stage: str, args: ModelArguments) -> bool:

@@ -49,7 +49,7 @@ def make_environment(folder: Path, *wanted: str) -> Path:
     for command in (
         [sys.executable, "-m", "venv", folder],
         [python, "-m", "pip", "install", "--quiet", torch],
-        [python, "-m", "pip", "install", "--quiet", *wanted, "pytest", "pytest-xdist"],
+        [python, "-m", "pip", "install", "--quiet", *wanted, "pytest", "pytest-xdist", "requests"],
         [python, "-m", "pip", "install", "--quiet", "--no-deps", "-e", ROOT],
     ):
         if run(command):

@@ -137,7 +137,8 @@ def test_the_comparison_is_sharp(straight, stage1_folder, tmp_path):
     stopped = trainer_for("instruct", stage1_folder, tmp_path, [SendSignal(signal.SIGTERM, 2)], 0.1)
     with pytest.raises(TrainingStopped):
         stopped.train()
-    (tmp_path / "checkpoint-2" / "rng_state.pth").unlink()
+    for name in ("rng_state.pth", "manifest.json"):
+        (tmp_path / "checkpoint-2" / name).unlink()
     resumed = trainer_for("instruct", stage1_folder, tmp_path, None, 0.1, resume="auto")
     resumed.train()
     assert not equal(final_weights(resumed), straight["instruct"][0])
