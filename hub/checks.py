@@ -18,6 +18,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from .folders import stays_inside
 from .secret_scan import find_secrets, texts_of_image, unescaped
 
 
@@ -83,7 +84,7 @@ def select_files(
         name = path.relative_to(folder).as_posix()
         if path.is_symlink() and not path.is_file():
             findings.append(f"{name}: a link to a folder or to nothing. Replace it by what it stands for.")
-        elif path.is_symlink() and not _stays_inside(path.resolve(), folder.resolve()):
+        elif path.is_symlink() and not stays_inside(path, folder):
             findings.append(f"{name}: a link to a file outside of the folder. Replace it by what it stands for.")
         elif _matches(name, LEFT_OUT) or any(
             fnmatch.fnmatchcase(part, pattern) for part in (name, path.name) for pattern in ignore
@@ -99,12 +100,6 @@ def select_files(
         else:
             files[name] = path
     return dict(sorted(files.items())), sorted(left_out), findings
-
-
-def _stays_inside(target: Path, folder: Path) -> bool:
-    """Whether a link leads into the folder, or from a snapshot of the Hub's cache to where that keeps its files."""
-    inside = target.is_relative_to(folder)
-    return inside or (folder.parent.name == "snapshots" and target.is_relative_to(folder.parents[1] / "blobs"))
 
 
 def _walk(folder: Path) -> Iterable[Path]:

@@ -29,7 +29,7 @@ from modeling_aligngpt.modeling_aligngpt import AlignGPTForConditionalGeneration
 from modeling_aligngpt.processing_aligngpt import AlignGPTProcessor
 
 from . import original_format
-from .folders import locate, new_folder
+from .folders import locate, new_folder, stays_inside
 from .original_format import BUFFERS_FILE, KEPT_FILES, ORIGINAL_FOLDER, RECORD_FILE, OriginalCheckpoint, to_our_key
 
 
@@ -89,6 +89,8 @@ def convert_checkpoint(
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, **own)
         vocabulary = len(tokenizer)
         placeholder_ids = add_placeholder_tokens(tokenizer)
+        if not source.is_stage1:
+            original_format.check_depth(source.config, source.weights, "num_hidden_layers", r"^model\.layers\.(\d+)\.")
         config = _our_config(source, llm, tower, placeholder_ids, gate_context)
         weights = _collect_weights(source, llm, tower, config)
         if vocabulary > config.text_config.vocab_size:
@@ -145,12 +147,15 @@ def _our_config(source: OriginalCheckpoint, llm: Path | None, tower: Path, place
         shapes["gate_hidden_size"] = gate.shape[0]
     keeps_class_token = source.config.get("mm_vision_select_feature") == "cls_patch"
     vision_config = original_format.vision_config(tower)
+    layer, depth = source.config.get("mm_vision_select_layer", -2), vision_config.num_hidden_layers
+    if not isinstance(layer, int) or isinstance(layer, bool) or not -depth - 1 <= layer <= depth:
+        raise ValueError(f"config.json: mm_vision_select_layer={layer!r} is none of the vision tower's {depth} layers.")
     return AlignGPTConfig(
         vision_config=vision_config,
         text_config=text_config,
         image_token_id=placeholder_ids[0],
         align_token_id=placeholder_ids[1],
-        vision_feature_layer=source.config.get("mm_vision_select_layer", -2),
+        vision_feature_layer=layer,
         vision_scales=original_format.vision_scales(source.config, vision_config.image_size),
         vision_feature_select_strategy="full" if keeps_class_token else None,
         align_mode="level" if source.is_stage1 else "gate",
@@ -173,8 +178,12 @@ def _collect_weights(
             if not original_format.is_buffer(key):
                 weights.setdefault(key, value)
     config.lm_head_bias = "lm_head.bias" in weights
-    with torch.device("meta"):
-        parameters = AlignGPTForConditionalGeneration(config).state_dict()
+    try:
+        with torch.device("meta"):
+            parameters = AlignGPTForConditionalGeneration(config).state_dict()
+    except Exception as error:  # whatever a damaged value does in a family's own code
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"config.json: no model can be made of it ({type(error).__name__}: {reason}).") from error
     shapes = {original_format.to_original_key(key): value.shape for key, value in parameters.items()}
     optional = set()
     if source.is_stage1:
@@ -251,6 +260,8 @@ def _keep_original(source: OriginalCheckpoint, tokenizer_folder: Path, weights: 
         if not origin.is_file() and not source.is_stage1 and name not in ("config.json", "generation_config.json"):
             origin = tokenizer_folder / name
         if origin.is_file():
+            if not stays_inside(origin, origin.parent):
+                raise ValueError(f"{origin} is a link out of its folder: replace it by the file that it stands for.")
             shutil.copyfile(origin, folder / name)
     if source.buffers:
         save_file({key: value.contiguous() for key, value in source.buffers.items()}, folder / BUFFERS_FILE)

@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTForConditionalGeneration, AlignGPTProcessor
+from modeling_aligngpt.images_aligngpt import read_image
 
 
 GROUP_COLUMNS = ("type", "question_type", "category")
@@ -141,7 +142,7 @@ class DualEncoder:
         """[pictures, width] of unit length."""
 
         def encode(batch):
-            inputs = self.image_processor(images=[picture.convert("RGB") for picture in batch], return_tensors="pt")
+            inputs = self.image_processor(images=[read_image(picture) for picture in batch], return_tensors="pt")
             return self.model.get_image_features(**inputs.to(self.device))
 
         return self._encode(pictures, encode, "pictures")

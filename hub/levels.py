@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from modeling_aligngpt.images_aligngpt import read_image
+
 
 RESULTS_NAME, REPORT_NAME = "levels.json", "levels.html"
 
@@ -156,7 +158,7 @@ def _probe_captions(args: argparse.Namespace, loaded, rows: list[dict], correct:
     from . import level_statistics
     from .level_probe import DualEncoder, caption_measures, picture_of
 
-    pictures = [picture_of(row).convert("RGB") for row in rows]
+    pictures = [read_image(picture_of(row)) for row in rows]
     captions = loaded.captions(pictures, args.prompt, args.max_new_tokens)
     encoder = DualEncoder(args.scorer, args.device) if args.scorer else None
     measures = caption_measures(captions, pictures, rows, encoder, correct)

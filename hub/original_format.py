@@ -9,6 +9,7 @@ the level table, `config.json` beside it).
 import json
 import pickle
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,7 +115,10 @@ def find_weight_files(folder: Path) -> list[Path]:
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ValueError(f"{index} has no weight_map.")
-            shards = [folder / shard for shard in sorted(set(weight_map.values()))]
+            names = list(weight_map.values())
+            if not all(isinstance(shard, str) and Path(shard).name == shard for shard in names):
+                raise ValueError(f"{index}: its weight_map must name files of this folder.")
+            shards = [folder / shard for shard in sorted(set(names))]
             absent = [shard.name for shard in shards if not shard.is_file()]
             if absent:
                 raise ValueError(f"{index} names files that are not there: {', '.join(absent)}. Download them again.")
@@ -249,7 +253,25 @@ def text_config(config: dict) -> PretrainedConfig:
     fields = {key: value for key, value in config.items() if key not in foreign and not key.startswith("mm_")}
     if fields.get("rope_scaling") is None:
         fields.pop("rope_scaling", None)
-    return AutoConfig.for_model(text_type(config), **fields)
+    name = text_type(config)
+    try:
+        return AutoConfig.for_model(name, **fields)
+    except Exception as error:  # whatever a damaged value does in a family's own code
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"config.json: no {name} can be made of it ({type(error).__name__}: {reason}).") from error
+
+
+def check_depth(config: dict, weights: Iterable[str], field: str, pattern: str) -> None:
+    """
+    Compares a number of layers with the weights that are there, before anything of that depth is built.
+
+    Raises:
+        ValueError: naming both.
+    """
+    found = {int(match[1]) for key in weights if (match := re.search(pattern, key))}
+    told = config.get(field)
+    if not isinstance(told, int) or isinstance(told, bool) or told != len(found):
+        raise ValueError(f"config.json: {field} is {told!r}, but the weights are those of {len(found)} layers.")
 
 
 def vision_scales(config: dict, image_size: int) -> list[int] | None:
@@ -352,6 +374,11 @@ def check_weights(weights: dict[str, torch.Tensor], shapes: dict[str, torch.Size
         raise ValueError(
             "The weights do not fit the config. Weights " + "; ".join(problems) + ". "
             "Check that config, language model and vision tower belong to this checkpoint."
+        )
+    broken = sorted(key for key, value in weights.items() if not bool(torch.isfinite(value).all()))
+    if broken:
+        raise ValueError(
+            f"{len(broken)} weights hold NaN or infinity: {_listed(broken)}. Download the checkpoint again."
         )
 
 

@@ -128,6 +128,8 @@ def _open_file(file: Any, size: int, limits: ImageLimits) -> Image.Image:
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
             return Image.open(file, formats=formats)
+        except Image.DecompressionBombError:
+            raise ValueError(f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels") from None
         except Image.UnidentifiedImageError:
             raise ValueError(f"it is damaged or of a format that is not accepted ({', '.join(FORMATS)})") from None
 

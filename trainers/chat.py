@@ -2,6 +2,8 @@
 
 import argparse
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 
@@ -73,8 +75,8 @@ class Chat:
         pictures, messages = self.pictures + self.waiting, [*self.messages, {"role": "user", "content": content}]
         inputs = self._inputs(messages, pictures)
         steering = {} if self.align_level is None else {"align_level": self.align_level}
-        with torch.inference_mode():
-            self.weights = self._gate_weights(inputs, steering) if pictures else None
+        self.weights = None
+        with torch.inference_mode(), self._watching_the_gate():
             output = self.model.generate(
                 **inputs,
                 **steering,
@@ -86,6 +88,10 @@ class Chat:
             )
         answer_ids = output[0, inputs["input_ids"].shape[1] :]
         answer = self.processor.tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
+        if not answer:
+            # an empty turn would be one that no conversation has
+            print("(no answer)" if stream else "", end="\n" if stream else "")
+            return answer
         self.pictures, self.waiting = pictures, []
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         return answer
@@ -99,9 +105,19 @@ class Chat:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         return inputs
 
-    def _gate_weights(self, inputs: "dict[str, torch.Tensor]", steering: dict[str, int]) -> list[float]:
-        """Shares of the local levels in the alignment vector; the gate reads the prompt only, as `generate` does."""
-        return self.model(**inputs, **steering, logits_to_keep=1).align_weights[0].float().tolist()
+    @contextmanager
+    def _watching_the_gate(self) -> Iterator[None]:
+        """Keeps the shares of the local levels of the first forward pass within, which reads the prompt."""
+
+        def keep(_module, _args, outputs):
+            if self.weights is None and outputs.image_hidden_states is not None:
+                self.weights = outputs.align_weights[0].float().tolist()
+
+        handle = self.model.model.register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def describe_weights(self) -> str:
         """The gate's weights of the last question as bars, a line a level."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from modeling_aligngpt.images_aligngpt import read_image
+
 from . import scores
 
 
@@ -270,7 +272,7 @@ class GQAPictures:
                     self.source["dataset_path"], self.source["dataset_name"], split=self.split
                 )
             self.rows = {name: row for row, name in enumerate(self.images["id"][:])}
-        return [self.images[self.rows[doc["imageId"]]]["image"].convert("RGB")]
+        return [read_image(self.images[self.rows[doc["imageId"]]]["image"])]
 
 
 def make_task(benchmark: Benchmark, data: str | os.PathLike | None = None):

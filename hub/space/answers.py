@@ -94,6 +94,8 @@ def load(model_id: str | None = None, revision: str | None = None) -> Loaded:
         raise ValueError("No model is named: set MODEL_ID to a folder or a Hub id (and MODEL_REVISION to a commit).")
     where = {"trust_remote_code": True, "revision": revision}
     processor = AutoProcessor.from_pretrained(model_id, **where)
+    if not hasattr(processor, "read_image"):
+        raise ValueError(f"{model_id} was saved by an older version of AlignGPT: load, save and publish it again.")
     model = AutoModelForImageTextToText.from_pretrained(model_id, dtype="auto", **where).eval()
     if torch.cuda.is_available():
         model.to("cuda")

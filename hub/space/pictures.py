@@ -1,17 +1,15 @@
 """Uploaded pictures: what is accepted, and where on a picture the model's patches lie."""
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from answers import loaded
+from PIL import Image
 
 
 MAX_FILE_BYTES = 10 * 2**20
-MAX_PIXELS = 50_000_000
-
-# Pillow's own guard as well: it holds for whatever else opens a picture in this process
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+# Pillow's own guard: it holds for whatever else opens a picture in this process
+Image.MAX_IMAGE_PIXELS = 50_000_000
 
 
 class PictureError(ValueError):
@@ -20,7 +18,7 @@ class PictureError(ValueError):
 
 def read_picture(path: str | Path | None) -> Image.Image:
     """
-    A picture file, upright and in RGB.
+    A picture file as the model's processor reads it: upright, in RGB, within its limits.
 
     Raises:
         PictureError: there is none, it is too large, or it cannot be read.
@@ -31,27 +29,12 @@ def read_picture(path: str | Path | None) -> Image.Image:
     if size > MAX_FILE_BYTES:
         raise PictureError(f"The file has {size / 2**20:.1f} MB, at most {MAX_FILE_BYTES // 2**20} MB are accepted.")
     try:
-        with warnings.catch_warnings():
-            # between one and two times the limit Pillow only warns: refused below, with figures
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(path)
-        _check_pixels(picture.size)
-        return ImageOps.exif_transpose(picture).convert("RGB")
-    except PictureError:
-        raise
-    except Image.DecompressionBombError:
-        raise PictureError(f"The picture has more than twice the {MAX_PIXELS:,} pixels that are accepted.") from None
-    except Image.UnidentifiedImageError:
-        raise PictureError("The file is not a picture in a known format (PNG, JPEG, WebP, GIF, BMP ...).") from None
+        return loaded().processor.read_image(path, allow_urls=False)
+    except ValueError as error:
+        raise PictureError(f"The picture cannot be used: {_without_path(error)}.") from error
     # Pillow's plugins raise many kinds of errors on damaged files
     except Exception as error:
         raise PictureError(f"The picture is damaged and cannot be read: {_without_path(error)}.") from error
-
-
-def _check_pixels(size: tuple[int, int]):
-    width, height = size
-    if width * height > MAX_PIXELS:
-        raise PictureError(f"The picture has {width} x {height} pixels, at most {MAX_PIXELS:,} are accepted.")
 
 
 def _without_path(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Pictures of every kind, by themselves and through loading, collating and scoring."""
 
+import base64
 import io
 
 import numpy as np
@@ -126,6 +127,24 @@ def kinds() -> dict[str, bytes]:
     }
 
 
+def through_every_other_door(processor, data: bytes, path) -> dict[str, torch.Tensor]:
+    """What a model that is asked sees: by the processor, in a chat, by the server's and the demo's reader."""
+    address = "data:image/png;base64," + base64.b64encode(data).decode()
+    forms = {"path": str(path), "Path": path, "bytes": data, "address": address}
+    forms |= {"PIL": PILImage.open(io.BytesIO(data)), "datasets": {"path": None, "bytes": data}}
+    seen = {
+        f"processor, {name}": processor(images=form, text="<image>", return_tensors="pt")["pixel_values"]
+        for name, form in forms.items()
+    }
+    for key, form in (("path", str(path)), ("url", address), ("image", forms["PIL"])):
+        chat = [{"role": "user", "content": [{"type": "image", key: form}, {"type": "text", "text": "what?"}]}]
+        asked = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+        seen[f"chat, {key}"] = asked["pixel_values"]
+    read = processor.read_image(address, allow_urls=False)
+    seen["server and demo"] = processor.image_processor(read, return_tensors="pt")["pixel_values"]
+    return seen
+
+
 GREY = ("greyscale", "black and white", "16-bit")
 
 
@@ -164,6 +183,7 @@ class TestThroughTheCollator:
             pixels[name] = collator([rows[0]])["pixel_values"]
         expected = processor.image_processor(load_image(data), return_tensors="pt")["pixel_values"]
         assert expected.shape == (1, 3, IMAGE_SIZE, IMAGE_SIZE) and torch.isfinite(expected).all()
+        pixels |= through_every_other_door(processor, data, tmp_path / "picture")
         for name, found in pixels.items():
             assert torch.equal(found, expected), name
         redness = (expected[0, 0] - expected[0, 2]).max()  # somewhere: the padding is grey
