@@ -62,7 +62,15 @@ class AlignGPTPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, **kwargs):
         """Saves weights, config and code; the config names the class of every Auto class (see `AUTO_MAP`)."""
         self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, **kwargs)
+        sharded, conversions = type(self), self.__dict__.pop("_weight_conversions", None)
+        # FSDP2 puts a class of torch's in front, whose code would be saved; ZeRO-3's loader leaves renamings behind
+        self.__class__ = next(cls for cls in sharded.__mro__ if not cls.__module__.startswith("torch."))
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.__class__ = sharded
+            if conversions is not None:
+                self._weight_conversions = conversions
 
 
 class AlignGPTModel(AlignGPTPreTrainedModel):
@@ -388,6 +396,9 @@ class AlignGPTForConditionalGeneration(AlignGPTGenerationMixin, AlignGPTPreTrain
         name = next(name for name, module in self.named_modules() if module is embedding)
         self._tied_weights_keys = {"lm_head.weight": f"{name}.weight"}
         self.post_init()
+        # accelerate looks for each of these to wrap it, and CLIP names parts of its text side
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = sorted(present.intersection(self._no_split_modules or ()))
         # a placeholder in an answer would be taken for a picture that is not there
         if self.generation_config.suppress_tokens is None:
             self.generation_config.suppress_tokens = sorted((config.image_token_id, config.align_token_id))

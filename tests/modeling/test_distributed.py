@@ -4,7 +4,9 @@ import pytest
 import torch
 from modeling.test_gradients import gradients, training_batch
 from modeling.tiny import MIXED_ROWS, SIGLIP, TOP_LEVEL, make_batch, prompts, row, tiny_model
+from safetensors.torch import load_file
 from torch import distributed
+from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from modeling_aligngpt import ALIGN_MODES
@@ -119,3 +121,35 @@ def test_sharded_weights_are_gathered_in_evaluation_too(two_processes):
         model(input_ids=torch.tensor([[5], [6]]), past_key_values=outputs.past_key_values)
     assert calls.count("tower") == 1
     assert outputs.align_weights.tolist() == [[0.0] * TOP_LEVEL] * 2
+
+
+def test_a_sharded_model_saves_its_own_class_and_code(tmp_path):
+    """FSDP2 gives the instance a class of torch's; ZeRO-3's loader leaves renamings: neither reaches the folder."""
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
+    try:
+        model = tiny_model()
+        whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        for layer in model.model.language_model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        assert type(model).__name__ == "FSDPAlignGPTForConditionalGeneration"
+        model._weight_conversions = ["as DeepSpeed's loader leaves it"]
+        model.save_pretrained(tmp_path / "saved", state_dict=whole)
+        assert type(model).__name__ == "FSDPAlignGPTForConditionalGeneration" and model._weight_conversions
+    finally:
+        distributed.destroy_process_group()
+    tiny_model().save_pretrained(tmp_path / "plain")
+    assert {p.name for p in (tmp_path / "saved").iterdir()} == {p.name for p in (tmp_path / "plain").iterdir()}
+    for name in ("config.json", "modeling_aligngpt.py"):
+        assert (tmp_path / "saved" / name).read_text() == (tmp_path / "plain" / name).read_text()
+    saved, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("saved", "plain"))
+    assert saved.keys() == plain.keys() and all(torch.equal(saved[name], plain[name]) for name in plain)
+
+
+def test_only_layers_that_are_there_are_named_for_wrapping():
+    """accelerate refuses to wrap a class that the model does not have (CLIP names its text side, too)."""
+    model = tiny_model()
+    present = {type(module).__name__ for module in model.modules()}
+    assert model._no_split_modules and set(model._no_split_modules) <= present
+    assert {"LlamaDecoderLayer", "CLIPEncoderLayer"} <= set(model._no_split_modules)
