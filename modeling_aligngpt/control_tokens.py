@@ -20,13 +20,15 @@ def control_tokens(tokenizer, chat_template: str | None) -> re.Pattern:
     added = tokenizer.added_tokens_decoder.values()
     found = {t.content for t in added if t.special or (t.content in own and not t.content.isspace())}
     found |= set(tokenizer.all_special_tokens)
+    # a token of one character cannot be broken, and is one that people write (CLIP's tokenizers pad with "!")
+    found = {token for token in found if len(token) > 1}
     # the longest first, so that a token wins over one inside of it
     return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or "(?!)")
 
 
 def as_text(text: str, tokens: re.Pattern) -> str:
-    """`text` with its control tokens broken; a token of one character is taken out."""
-    return tokens.sub(lambda found: found[0][0] + BREAK + found[0][1:] if len(found[0]) > 1 else "", text)
+    """`text` with its control tokens broken."""
+    return tokens.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
 
 
 def sanitized(messages: list[dict[str, Any]], tokens: re.Pattern, placeholder: str) -> list[dict[str, Any]]:
