@@ -9,6 +9,7 @@ import socket
 import sys
 from pathlib import Path
 
+from .serve import port
 from .space_command import TEMPLATE
 
 
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--model", help=f"an AlignGPT: folder or Hub id (default: the quickstart's, {QUICKSTART})")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
+    parser.add_argument("--port", type=port, help="port (default: the first free one from 7860)")
 
 
 def run(args: argparse.Namespace):

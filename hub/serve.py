@@ -21,10 +21,17 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--model", required=True, help="an AlignGPT: folder or Hub id; requests name it so")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=DEFAULT_PORT, help=f"port (default: {DEFAULT_PORT}; 0: any)")
+    parser.add_argument("--port", type=port, default=DEFAULT_PORT, help=f"port (default: {DEFAULT_PORT}; 0: any)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda:0, ...")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--fetch-urls", action="store_true", help="also load pictures from web addresses")
+
+
+def port(text: str) -> int:
+    """A port number from the command line."""
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: a number from 0 to 65535")
+    return int(text)
 
 
 def run(args: argparse.Namespace):

@@ -101,6 +101,14 @@ class AlignGPTConfig(PretrainedConfig):
         kwargs.setdefault("tie_word_embeddings", bool(getattr(self.text_config, "tie_word_embeddings", False)))
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As the parent's; another model's config, whose sizes would become those of a default AlignGPT, is refused."""
+        kind = config_dict.get("model_type") or cls.model_type
+        if kind != cls.model_type:
+            raise ValueError(f"This is the config of a {kind} model, not of an AlignGPT: give the folder or id of one.")
+        return super().from_dict(config_dict, **kwargs)
+
     def _tower_seq_length(self) -> int | None:
         """Tokens that the tower yields for one picture after `vision_feature_select_strategy`; None if unknown."""
         image_size = getattr(self.vision_config, "image_size", None)

@@ -39,6 +39,7 @@ OVERRIDDEN = {
     "transformers.cli.serving.utils:GenerateManager.generate_non_streaming": "self, model, processor, inputs, gen_config, request_id",
     "transformers.cli.serving.utils:GenerateManager.generate_streaming": "self, model, processor, inputs, gen_config, request_id, response_parser",
     "transformers.cli.serving.utils:GenerationState.get_manager": "self, model_id, use_cb",
+    "transformers.configuration_utils:PreTrainedConfig.from_dict": "cls, config_dict, kwargs",
     "transformers.configuration_utils:PreTrainedConfig.to_diff_dict": "self",
     "transformers.generation.utils:GenerationMixin.generate": "self, inputs, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, synced_gpus, assistant_model, streamer, negative_prompt_ids, negative_prompt_attention_mask, custom_generate, kwargs",
     "transformers.modeling_utils:EmbeddingAccessMixin.get_input_embeddings": "self",

@@ -153,9 +153,11 @@ def run(args: argparse.Namespace):
             "makes one."
         )
     set_seed(args.seed)
-    model = AlignGPTForConditionalGeneration.from_pretrained(
-        args.model, dtype=args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-    ).eval()
+    dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+    try:
+        model = AlignGPTForConditionalGeneration.from_pretrained(args.model, dtype=dtype).eval()
+    except OSError as error:
+        raise ValueError(f"--model {args.model} cannot be loaded ({str(error).strip().splitlines()[0]}).") from error
     if torch.cuda.is_available():
         model.to("cuda")
     processor = AlignGPTProcessor.from_pretrained(args.model)

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from .score_levels import METHODS
 
 
@@ -105,6 +107,11 @@ class ScoreConfig:
             raise ValueError("samples_per_level has no effect without `sampling: balanced`.")
         if self.min_score is not None and not math.isfinite(self.min_score):
             raise ValueError(f"min_score must be a number, not {self.min_score}.")
+        if self.device is not None:
+            try:
+                torch.device(self.device)
+            except RuntimeError:
+                raise ValueError(f"device={self.device!r} is none that torch knows: cpu, cuda, cuda:1, ...") from None
         if self.num_workers is not None and self.num_workers < 0:
             raise ValueError(f"num_workers must not be negative, but is {self.num_workers}.")
 
