@@ -176,6 +176,7 @@ class AlignGPTProcessor(_ProcessorBase):
             chat_template (`str`, *optional*): another template than the processor's, or the name of one of several.
             sanitize_control_tokens (`bool`): `False` lets control tokens in messages have their meaning.
         """
+        conversation = getattr(conversation, "messages", conversation)
         if sanitize_control_tokens and conversation:
             batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
             chats = [self.sanitize(chat, chat_template) for chat in (conversation if batched else [conversation])]
