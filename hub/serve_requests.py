@@ -172,8 +172,6 @@ def checked(body: dict[str, Any], kind: type[_Request]) -> dict[str, Any]:
         HTTPException: 422 for a field or a part that is not known here, 400 for a value that is not right; each with
             the name of the field and the reason.
     """
-    if len(json.dumps(body)) > MAX_BODY_BYTES:
-        raise HTTPException(413, f"The request is larger than {MAX_BODY_BYTES // 2**20} MB.")
     asked = {}
     for name, value in body.items():
         if name in IDLE:

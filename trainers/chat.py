@@ -90,7 +90,8 @@ class Chat:
         answer = self.processor.tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
         if not answer:
             # an empty turn would be one that no conversation has
-            print("(no answer)" if stream else "", end="\n" if stream else "")
+            if stream:
+                print("(no answer)")
             return answer
         self.pictures, self.waiting = pictures, []
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]

@@ -172,11 +172,12 @@ class CheckpointMixin:
         Raises:
             NonFiniteError: naming the first that hold NaN or infinity.
         """
-        model = self.accelerator.unwrap_model(self.model)
-        broken = [
-            name for name, parameter in model.named_parameters()
-            if parameter.requires_grad and parameter.numel() and not bool(torch.isfinite(parameter.detach()).all())
-        ]  # fmt: skip
+        broken = []
+        for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
+            # of a sharded weight, what lies here
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            if parameter.requires_grad and not bool(torch.isfinite(local.detach()).all()):
+                broken.append(name)
         if broken:
             raise NonFiniteError(
                 f"{len(broken)} weights hold NaN or infinity after training ({', '.join(broken[:3])}): nothing was "

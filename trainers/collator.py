@@ -14,6 +14,7 @@ from transformers.data.data_collator import DataCollatorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from modeling_aligngpt.chat_templates import CHAT_TEMPLATES
+from modeling_aligngpt.control_tokens import control_tokens, sanitized
 
 from .images import load_image
 
@@ -83,6 +84,8 @@ class AlignGPTDataCollator(DataCollatorMixin):
             self.chat_template = CHAT_TEMPLATES["plain"] if self.stage == "pretrain" else own
         if self.chat_template is None:
             raise ValueError("The processor has no chat template: assemble the model with one (chat_template=...).")
+        # once, and not for every row: the tokenizer takes a millisecond to list them
+        self.control_tokens = control_tokens(self.processor.tokenizer, self.chat_template)
 
     def torch_call(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         levels = [self.check_level(row) for row in rows] if self.stage == "pretrain" else None
@@ -190,7 +193,7 @@ class AlignGPTDataCollator(DataCollatorMixin):
             pictures += sum(part.get("type") == "image" for part in parts)
             answers += role == "assistant"
             checked.append({"role": role, "content": parts})
-        checked = self.processor.sanitize(checked, self.chat_template)
+        checked = sanitized(checked, self.control_tokens, self.processor.image_token)
         if not answers:
             raise ValueError(f"{describe_row(row)} has no assistant message: nothing in it can be learned.")
         if self.stage == "pretrain" and pictures != 1:

@@ -14,28 +14,18 @@ from datasets import IterableDataset
 
 
 SETTINGS_NAME = "run_settings.json"
-FIXED = (
-    *("learning_rate", "projector_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "optim"),
-    *(
-        "adam_beta1",
-        "adam_beta2",
-        "adam_epsilon",
-        "max_grad_norm",
-        "num_train_epochs",
-        "max_steps",
-        "seed",
-        "data_seed",
-    ),
-    *(
-        "max_length",
-        "on_overlong",
-        "image_aspect_ratio",
-        "group_by",
-        "align_mode",
-        "default_align_level",
-        "gate_context",
-    ),
+SCHEDULE = (
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "projector_learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
 )
+OPTIMIZER = ("optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
+ROWS = ("seed", "data_seed", "max_length", "on_overlong", "image_aspect_ratio", "group_by")
+METHOD = ("align_mode", "default_align_level", "gate_context")
+FIXED = (*SCHEDULE, *OPTIMIZER, *ROWS, *METHOD)
 FREE = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "save_steps", "save_strategy"),
     *("save_total_limit", "logging_steps", "eval_strategy", "eval_steps", "bf16", "fp16", "gradient_checkpointing"),
@@ -87,7 +77,8 @@ def compare_settings(trainer: Any, checkpoint: str | None) -> list[dict[str, Any
             f"{Path(checkpoint).name} cannot be continued with other settings: {'; '.join(different)}. Give it the "
             "same ones (processes x batch x accumulation may be split otherwise), or start anew in another output_dir."
         )
-    step = int(Path(checkpoint).name.rpartition("-")[2]) if Path(checkpoint).name.rpartition("-")[2].isdigit() else None
+    number = Path(checkpoint).name.rpartition("-")[2]
+    step = int(number) if number.isdigit() else None
     changed = [
         {"step": step, "setting": name, "before": before["free"].get(name), "after": value}
         for name, value in now["free"].items()
@@ -102,7 +93,7 @@ def _plain(value: Any) -> Any:
 
 
 def _fingerprint(rows: Any) -> str:
-    """Number and a digest of rows, taken evenly, by what trains of them; images by their places in the row alone."""
+    """Number of rows, and a digest of some of them, taken evenly: their tokens, texts and levels, not their images."""
     if rows is None or isinstance(rows, IterableDataset):
         return "a stream"
     columns = [name for name in rows.column_names if name in ("id", "align_level", "token_ids", "messages", "length")]

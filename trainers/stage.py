@@ -274,6 +274,11 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
         """The lock on `output_dir`, in the process that writes."""
         return lock(lock_of(self.args.output_dir)) if self.args.should_save else nullcontext()
 
+    def save_final(self, extra: dict[str, Any] | None = None) -> dict[str, Any]:
+        """See [`CheckpointMixin.save_final`]; under the lock of `train`."""
+        with self._sole_writer():
+            return super().save_final(extra)
+
     def _train(self, **kwargs):
         if not self._trained:  # what this trainer has written itself it may replace
             check_output(self.args, self.resumed_from)
