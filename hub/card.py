@@ -190,6 +190,8 @@ def _parts(records: Records, base_models: Sequence[str], mode: str, levels: int)
     parts.append(("alignment vector", f"`{mode}`: {MODES.get(mode, 'see config.json')}"))
     if config.get("gate_context") == "sequence":
         parts.append(("gate in training", "also read the answers, as the authors' code does"))
+    elif config.get("gate_context") == "first_turn":
+        parts.append(("gate reads", "what stands in front of the first answer, in training and in use"))
     if config.get("dtype"):
         parts.append(("weights", f"{config['dtype']}, safetensors"))
     return parts

@@ -94,7 +94,7 @@ class LevelProbe:
             texts = self.processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
             inputs = self._inputs(texts, [list(shown) for _, shown in batch])
             with torch.inference_mode():
-                weights += self.model(**inputs, logits_to_keep=1).align_weights.float().tolist()
+                weights += self.model(**inputs, logits_to_keep=1).align_weights[:, :-1].float().tolist()
         return weights
 
     def _inputs(self, texts: list[str], pictures: list[list]):
@@ -268,7 +268,7 @@ def read_answers(path: str | Path) -> tuple[list[list[float]], list[str]]:
             row = json.loads(line)
             if "identity" in row:
                 continue
-            weights.append([float(weight) for weight in row["align_weights"]])
+            weights.append([float(weight) for weight in row["align_weights"]][:-1])
             names.append(row["task"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"--answers {path}, line {number}: no answer of `aligngpt evaluate` ({error}).") from error

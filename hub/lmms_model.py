@@ -96,9 +96,6 @@ class AlignGPTLmms(lmms):
             "align_level": align_level,
             "align_mode": config.align_mode,
         }
-        self._weights: torch.Tensor | None = None
-        # the first pass over a prompt is where the gate weighs; later ones hold no picture
-        self.model.model.register_forward_hook(self._keep_weights)
         self.store: AnswerStore | None = None
         if answers:
             self.keep_answers(answers)
@@ -106,10 +103,6 @@ class AlignGPTLmms(lmms):
     def keep_answers(self, path: str | os.PathLike):
         """Keep answers in a file from now on, and take those that it holds already."""
         self.store = AnswerStore(path, self.identity, self._rank)
-
-    def _keep_weights(self, module, args, output):
-        if self._weights is None:
-            self._weights = getattr(output, "align_weights", None)
 
     def clean(self):
         """Nothing: lmms-eval would drop the weights after each task."""
@@ -164,15 +157,13 @@ class AlignGPTLmms(lmms):
         settings, stops = generation_settings(requests[0].args[2])
         if self.align_level is not None:
             settings["align_level"] = self.align_level
-        self._weights = None
         with torch.inference_mode():
-            ids = self.model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :]
+            output = self.model.generate(**inputs, **settings, return_dict_in_generate=True)
+        ids = output.sequences[:, inputs["input_ids"].shape[1] :]
         written = self.processor.batch_decode(ids, skip_special_tokens=True)
-        if self._weights is None:
-            raise RuntimeError("the model gave no gate weights in its first pass")
         rows = []
         for request, text, answer, weights in zip(
-            requests, texts, written, self._weights.float().tolist(), strict=True
+            requests, texts, written, output.align_weights.float().tolist(), strict=True
         ):
             for stop in stops:
                 answer = answer.split(stop)[0]

@@ -82,6 +82,33 @@ def warn_without_align(image_BT: torch.BoolTensor, align_BT: torch.BoolTensor) -
         )
 
 
+def warn_about_labels(config, input_ids, labels, prompt_mask, align_level) -> None:
+    """
+    Says once what other trainers than this project's do with a row, where looking costs nothing: the gate reads the
+    answers when no `prompt_mask` comes along, and placeholders are supervised when labels are a copy of the ids.
+
+    Args:
+        config ([`AlignGPTConfig`]): of the model. input_ids, labels, prompt_mask (`(B, T)`), align_level: of `forward`.
+    """
+    if is_torchdynamo_compiling():
+        return
+    gates = align_level is None and config.align_mode in ("gate", "local", "random")
+    if gates and prompt_mask is None and config.gate_context != "sequence":
+        logger.warning_once(
+            "labels came without a prompt_mask: the gate reads the answers, which it does not see when it is used. "
+            "Pass the prompt_mask that AlignGPTProcessor.apply_chat_template(..., tokenize=True) gives, or 1 - "
+            "completion_mask."
+        )
+    if input_ids is None or not _can_look(labels):
+        return
+    placeholders_BT = (labels == config.image_token_id) | (labels == config.align_token_id)
+    if bool(placeholders_BT.any()):
+        logger.warning_once(
+            "labels supervise <image> and <align>, which are no text: set them to -100 (assistant_only_loss=True in "
+            "TRL's SFTConfig)."
+        )
+
+
 def is_prefill(cache: Cache | None, length: int) -> bool:
     """Whether `length` positions are the first ones; a single position behind a cache never asks the cache."""
     if cache is None:
@@ -89,4 +116,12 @@ def is_prefill(cache: Cache | None, length: int) -> bool:
     return length > 1 and not is_torchdynamo_compiling() and int(cache.get_seq_length()) == 0
 
 
-__all__ = ["check_levels", "check_pictures", "is_prefill", "require", "warn_without_align", "warn_without_pictures"]
+__all__ = [
+    "check_levels",
+    "check_pictures",
+    "is_prefill",
+    "require",
+    "warn_about_labels",
+    "warn_without_align",
+    "warn_without_pictures",
+]

@@ -9,7 +9,7 @@ from .compat_v4 import IS_TRANSFORMERS_4
 
 
 ALIGN_MODES = ("level", "gate", "local", "global", "mean", "fixed", "random")
-GATE_CONTEXTS = ("prompt", "sequence")
+GATE_CONTEXTS = ("first_turn", "prompt", "sequence")
 
 # What a saved repository declares, so that every Auto class of both transformers generations finds its class.
 AUTO_MAP = {
@@ -48,8 +48,10 @@ class AlignGPTConfig(PretrainedConfig):
             whole table, `"fixed"` the row `default_align_level` in both stages, `"random"` as `"gate"`, with a table
             that stage 2 draws afresh.
         default_align_level (`int`, *optional*): 0-based level of modes `"level"` and `"fixed"`; `None` is the top one.
-        gate_context (`str`): what the gate's mean text embedding is made of in training: `"prompt"` leaves supervised
-            tokens out, as at inference; `"sequence"` takes them in, as the authors' code does.
+        gate_context (`str`): what the gate's mean text embedding is made of. `"first_turn"`: what stands in front of
+            the first answer, in training and whenever the model is asked (stage 2 sets it). `"prompt"`: in training all
+            but the answers; when asked the whole prompt, earlier answers too. `"sequence"`: in training everything, as
+            in the authors' code; when asked as `"prompt"`.
         training_stage (`str`, *optional*): the last stage this model went through: `None`, `"pretrain"`, `"instruct"`.
         lm_head_bias (`bool`): whether the language modelling head has a bias (Phi-1.5 and Phi-2 have one).
 

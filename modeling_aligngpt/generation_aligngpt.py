@@ -1,11 +1,18 @@
 """What AlignGPT adds to transformers' `generate`: a fixed prompt for the gate, levels by hand, padding on any side."""
 
+from contextvars import ContextVar
+
 import torch
 from transformers.generation import GenerationMixin
+from transformers.utils import ModelOutput
 
 from .cache_aligngpt import cache_in
 from .checks_aligngpt import check_levels, check_pictures, warn_without_align, warn_without_pictures
 from .compat_v4 import PrefillOnlyPicturesMixin
+
+
+# what the first pass of the `generate` that runs in this thread gave each level
+_align_weights: ContextVar[torch.Tensor | None] = ContextVar("align_weights", default=None)
 
 
 class AlignGPTGenerationMixin(PrefillOnlyPicturesMixin, GenerationMixin):
@@ -14,8 +21,11 @@ class AlignGPTGenerationMixin(PrefillOnlyPicturesMixin, GenerationMixin):
     def generate(self, inputs=None, generation_config=None, **kwargs):
         """
         As transformers' `generate`; also takes `align_level` (int or `(B,)`), and rows padded on either side. The gate
-        reads the prompt alone: what belongs to it is fixed here, so that generated tokens stay out with and without a
-        cache.
+        reads the prompt alone, or what the processor's `prompt_mask` `(B, T)` leaves of it: fixed here, so that
+        generated tokens stay out with and without a cache.
+
+        With `return_dict_in_generate=True` the output has `align_weights` `(sequences, N)`, as `forward` gives them for
+        the prompt; `None` where that lies in a cache.
         """
         # transformers 5 encodes whatever stands under this name, None too
         if "pixel_values" in kwargs and kwargs["pixel_values"] is None:
@@ -37,7 +47,19 @@ class AlignGPTGenerationMixin(PrefillOnlyPicturesMixin, GenerationMixin):
             for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "prompt_mask"):
                 if name in kwargs:
                     kwargs[name] = _reordered(kwargs[name], order)
-        return super().generate(inputs, generation_config, **kwargs)
+        before = _align_weights.set(None)
+        try:
+            output = super().generate(inputs, generation_config, **kwargs)
+            if isinstance(output, ModelOutput):
+                output["align_weights"] = _per_sequence(_align_weights.get(), len(output.sequences), mask)
+            return output
+        finally:
+            _align_weights.reset(before)
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, **kwargs):
+        if _align_weights.get() is None:
+            _align_weights.set(outputs.get("align_weights"))
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
 
     def _check_prompt(self, input_ids: torch.LongTensor | None, kwargs: dict) -> None:
         """What `forward` can only assert on a GPU (see `checks_aligngpt.py`), once, before the first step."""
@@ -73,6 +95,14 @@ class AlignGPTGenerationMixin(PrefillOnlyPicturesMixin, GenerationMixin):
         if pad_token_id is None or pad_token_id in eos_token_ids or not bool((prompt == pad_token_id).any()):
             return torch.ones_like(prompt, dtype=torch.bool)
         return prompt != pad_token_id
+
+
+def _per_sequence(weights: torch.Tensor | None, sequences: int, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """One row of `weights` for each sequence returned: prompts are repeated for beams and for several returns."""
+    if weights is None or mask is None:
+        return weights
+    prompts = len(mask)
+    return weights[:: len(weights) // prompts].repeat_interleave(sequences // prompts, 0)
 
 
 def _reordered(values: torch.Tensor | None, order: torch.LongTensor) -> torch.Tensor | None:

@@ -18,7 +18,14 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .cache_aligngpt import CACHE_NAME, one_cache
-from .checks_aligngpt import check_levels, check_pictures, is_prefill, warn_without_align, warn_without_pictures
+from .checks_aligngpt import (
+    check_levels,
+    check_pictures,
+    is_prefill,
+    warn_about_labels,
+    warn_without_align,
+    warn_without_pictures,
+)
 from .compat_v4 import run_vision_tower
 from .configuration_aligngpt import AUTO_MAP, AlignGPTConfig
 from .dummy_aligngpt import needs_dummy_picture, run_dummy_picture
@@ -307,7 +314,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         inputs_embeds = torch.where((align_BT & has_picture_B1).unsqueeze(-1), vectors_BD.unsqueeze(1), inputs_embeds)
         # in place: `where` has made the one copy that is needed
         inputs_embeds.masked_scatter_(image_BT.unsqueeze(-1), image_features)
-        return inputs_embeds, weights_BN[:, :-1] * has_picture_B1
+        return inputs_embeds, weights_BN * has_picture_B1
 
     @can_return_tuple
     def forward(
@@ -329,7 +336,8 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
             input_ids (`(B, T)`) or inputs_embeds (`(B, T, D)`): rows with their placeholders.
             pixel_values (`(I, 3, height, width)`, *optional*): every picture of the batch, in reading order.
             align_level (`int` or `(B,)`, *optional*): 0-based level of each row; `config.align_mode` decides without.
-            prompt_mask (`(B, <= T)`, *optional*): 1 where the gate may read; everything when `None`.
+            prompt_mask (`(B, <= T)`, *optional*): 1 where the gate may read (`config.gate_context`; the processor makes
+                it); everything when `None`.
             mm_encoder_outputs (*optional*): `{"image": output of get_image_features}`, in place of `pixel_values`.
             cache or past_key_values (`Cache`, *optional*): the language model's, under its new or its old name.
 
@@ -348,20 +356,19 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         if pixel_values is not None:
             image_outputs = self.get_image_features(pixel_values)
 
-        image_features = None
+        image_features = align_weights = None
         if image_outputs is not None:
             image_features = torch.stack(tuple(image_outputs.pooler_output))
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds, align_weights = self._insert_pictures(
                 input_ids, inputs_embeds, image_features, attention_mask, prompt_mask, align_level
             )
-        else:
-            align_weights = inputs_embeds.new_zeros(inputs_embeds.shape[0], self.config.num_align_levels - 1)
-            if is_prefill(cache, inputs_embeds.shape[1]):
-                if input_ids is not None:
-                    warn_without_pictures(input_ids == self.config.image_token_id)
-                if needs_dummy_picture(self):
-                    inputs_embeds = run_dummy_picture(self, input_ids, inputs_embeds, align_level)
+        elif is_prefill(cache, inputs_embeds.shape[1]):
+            align_weights = inputs_embeds.new_zeros(inputs_embeds.shape[0], self.config.num_align_levels)
+            if input_ids is not None:
+                warn_without_pictures(input_ids == self.config.image_token_id)
+            if needs_dummy_picture(self):
+                inputs_embeds = run_dummy_picture(self, input_ids, inputs_embeds, align_level)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -437,12 +444,12 @@ class AlignGPTForConditionalGeneration(AlignGPTGenerationMixin, AlignGPTPreTrain
         As [`AlignGPTModel.forward`], and
 
         Args:
-            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): ids to predict, -100 where nothing is; with
-                `gate_context="prompt"` they also are the default of `prompt_mask`: supervised tokens stay unread.
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): ids to predict, -100 where nothing is. They never
+                change the logits: what the gate must not read says `prompt_mask`, which the processor makes.
             logits_to_keep (`int` or 1D `torch.Tensor`): last positions (or the positions) to score; 0 is all.
         """
-        if prompt_mask is None and labels is not None and self.config.gate_context == "prompt":
-            prompt_mask = labels == -100
+        if labels is not None:
+            warn_about_labels(self.config, input_ids, labels, prompt_mask, align_level)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

@@ -17,8 +17,9 @@ class AlignGPTModelOutputWithPast(BaseModelOutputWithPast):
 
     Args:
         image_hidden_states (`torch.FloatTensor` of shape `(I, S, D)`, *optional*): projected pictures.
-        align_weights (`torch.FloatTensor` of shape `(B, N - 1)`): share of each local level in the row's alignment
-            vector; zeros for a row without a picture. A level given by hand is one-hot (the top level: zeros).
+        align_weights (`torch.FloatTensor` of shape `(B, N)`, *optional*): what each level contributes to the row's
+            alignment vector: the gate's shares and 1 for the top level, or one-hot for a level given by hand; zeros
+            for a row without a picture. `None` behind a cache, where no vector is made.
     """
 
     image_hidden_states: torch.FloatTensor | None = None
@@ -33,7 +34,7 @@ class AlignGPTCausalLMOutputWithPast(CausalLMOutputWithPast):
 
     Args:
         image_hidden_states (`torch.FloatTensor` of shape `(I, S, D)`, *optional*): projected pictures.
-        align_weights (`torch.FloatTensor` of shape `(B, N - 1)`): see [`AlignGPTModelOutputWithPast`].
+        align_weights (`torch.FloatTensor` of shape `(B, N)`, *optional*): see [`AlignGPTModelOutputWithPast`].
     """
 
     image_hidden_states: torch.FloatTensor | None = None

@@ -214,7 +214,7 @@ class SavedModel:
     def _generate(
         self, pictures: Sequence[Image.Image], texts: list[str], levels: Sequence[int | None] | None = None
     ) -> tuple[list[str], list[list[float]]]:
-        """Answers and `align_weights` of prompts with one picture each."""
+        """Answers and the shares of levels 0..N-2 of prompts with one picture each."""
         import torch
 
         levels = levels or [None] * len(texts)
@@ -235,11 +235,11 @@ class SavedModel:
             if levels[rows[0]] is not None:
                 batch["align_level"] = torch.tensor([levels[row] for row in rows])
             with torch.inference_mode():
-                weights = self.model(**batch, logits_to_keep=1).align_weights.tolist()
-                ids = self.model.generate(**batch, max_new_tokens=32, do_sample=False)
-            written = self.processor.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-            for row, text, gate in zip(rows, written, weights, strict=True):
-                answers[row], gates[row] = text.strip(), gate
+                output = self.model.generate(**batch, max_new_tokens=32, do_sample=False, return_dict_in_generate=True)
+            ids = output.sequences[:, batch["input_ids"].shape[1] :]
+            written = self.processor.batch_decode(ids, skip_special_tokens=True)
+            for row, text, shares in zip(rows, written, output.align_weights.tolist(), strict=True):
+                answers[row], gates[row] = text.strip(), shares[:-1]
         return answers, gates
 
 

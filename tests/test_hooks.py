@@ -41,6 +41,7 @@ OVERRIDDEN = {
     "transformers.cli.serving.utils:GenerationState.get_manager": "self, model_id, use_cb",
     "transformers.configuration_utils:PreTrainedConfig.from_dict": "cls, config_dict, kwargs",
     "transformers.configuration_utils:PreTrainedConfig.to_diff_dict": "self",
+    "transformers.generation.utils:GenerationMixin._update_model_kwargs_for_generation": "self, outputs, model_kwargs, is_encoder_decoder, num_new_tokens",
     "transformers.generation.utils:GenerationMixin.generate": "self, inputs, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, synced_gpus, assistant_model, streamer, negative_prompt_ids, negative_prompt_attention_mask, custom_generate, kwargs",
     "transformers.modeling_utils:EmbeddingAccessMixin.get_input_embeddings": "self",
     "transformers.modeling_utils:EmbeddingAccessMixin.get_output_embeddings": "self",

@@ -2,8 +2,6 @@
 
 import argparse
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 
@@ -75,18 +73,19 @@ class Chat:
         pictures, messages = self.pictures + self.waiting, [*self.messages, {"role": "user", "content": content}]
         inputs = self._inputs(messages, pictures)
         steering = {} if self.align_level is None else {"align_level": self.align_level}
-        self.weights = None
-        with torch.inference_mode(), self._watching_the_gate():
+        with torch.inference_mode():
             output = self.model.generate(
                 **inputs,
                 **steering,
                 max_new_tokens=self.max_new_tokens,
+                return_dict_in_generate=True,
                 streamer=TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
                 if stream
                 else None,
                 **({"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}),
             )
-        answer_ids = output[0, inputs["input_ids"].shape[1] :]
+        self.weights = output.align_weights[0].float().tolist() if "pixel_values" in inputs else None
+        answer_ids = output.sequences[0, inputs["input_ids"].shape[1] :]
         answer = self.processor.tokenizer.decode(answer_ids, skip_special_tokens=True).strip()
         if not answer:
             # an empty turn would be one that no conversation has
@@ -106,39 +105,19 @@ class Chat:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         return inputs
 
-    @contextmanager
-    def _watching_the_gate(self) -> Iterator[None]:
-        """Keeps the shares of the local levels of the first forward pass within, which reads the prompt."""
-
-        def keep(_module, _args, outputs):
-            if self.weights is None and outputs.image_hidden_states is not None:
-                self.weights = outputs.align_weights[0].float().tolist()
-
-        handle = self.model.model.register_forward_hook(keep)
-        try:
-            yield
-        finally:
-            handle.remove()
-
     def describe_weights(self) -> str:
-        """The gate's weights of the last question as bars, a line a level."""
+        """What each level contributed to the last answer as bars, a line a level."""
         if self.weights is None:
             return "no picture so far: nothing to weigh."
-        mode = self.model.config.align_mode
         lines = [
-            f"level {k}  {weight:5.3f}  {'█' * round(weight * BAR_WIDTH)}" for k, weight in enumerate(self.weights)
+            f"level {level}  {weight:5.3f}  {'█' * round(weight * BAR_WIDTH)}".rstrip()
+            for level, weight in enumerate(self.weights)
         ]
         if self.align_level is not None:
             source = f"steered to level {self.align_level}"
         else:
-            source = f'align_mode "{mode}"'
-        top = len(self.weights)
-        level = self.align_level
-        if level is None and mode in ("level", "fixed"):
-            level = self.model.config.default_align_level
-            level = top if level is None else level
-        takes_top = level == top if level is not None else mode != "local"
-        return "\n".join([*lines, f"level {top}  {'added' if takes_top else '-----'}  (global; {source})"])
+            source = f'align_mode "{self.model.config.align_mode}"'
+        return "\n".join([*lines[:-1], f"{lines[-1]}  (global; {source})"])
 
 
 def run(args: argparse.Namespace):

@@ -44,15 +44,16 @@ class AlignGPTDataCollator(DataCollatorMixin):
         on_overlong (`str`): what a row longer than `max_length` does: `"error"` and `"drop"` raise here (the trainers
             leave such rows out before), `"truncate"` cuts the end, never an image token nor the whole answer.
         num_align_levels (`int`, *optional*): levels must be below it; needed for `"pretrain"`.
-        gate_context (`str`): the model's; with `"sequence"` the gate reads answers too and no `prompt_mask` is made.
+        gate_context (`str`): the model's: `prompt_mask` is what stands in front of the first answer (`"first_turn"`) or
+            beside the answers (`"prompt"`); with `"sequence"` none is made, and the gate reads everything.
         chat_template (`str`, *optional*): default: "plain" for `"pretrain"`, the processor's own for `"instruct"`.
         pad_to_multiple_of (`int`, *optional*): round batch lengths up to a multiple of it.
         emit_row_index (`bool`): give `row_index` of shape `(batch,)`, for rows that have one, so that a trainer can say
             which rows a batch was made of; it must take it out before the model sees the batch.
 
     Returns, when called with a list of rows:
-        `input_ids`, `attention_mask`, `labels` (-100: not supervised), `prompt_mask` (bool, the unsupervised
-        positions), each of shape `(batch, length)`; `pixel_values` of shape `(pictures of the batch, 3, height, width)`
+        `input_ids`, `attention_mask`, `labels` (-100: not supervised), `prompt_mask` (bool, what the gate
+        reads), each of shape `(batch, length)`; `pixel_values` of shape `(pictures of the batch, 3, height, width)`
         in reading order, absent without pictures; in stage 1 `align_level` of shape `(batch,)`.
 
     Raises:
@@ -107,6 +108,8 @@ class AlignGPTDataCollator(DataCollatorMixin):
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         if self.gate_context == "prompt":
             batch["prompt_mask"] = labels == IGNORE_INDEX
+        elif self.gate_context == "first_turn":
+            batch["prompt_mask"] = (labels != IGNORE_INDEX).cumsum(1) == 0
         if any(pictures):
             flat = [picture for of_row in pictures for picture in of_row]
             batch["pixel_values"] = self.processor.image_processor(flat, return_tensors="pt")["pixel_values"]

@@ -44,6 +44,8 @@ def settings_of(trainer: Any) -> dict[str, Any]:
         "fixed": {
             "stage": trainer.stage,
             **{name: _plain(getattr(args, name)) for name in FIXED if hasattr(args, name)},
+            # what the setting, which may be left open, came to
+            "gate_context": trainer.model.config.gate_context,
             "global batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "training rows": _fingerprint(trainer.train_dataset),
         },

@@ -74,7 +74,7 @@ def generate_answers(trainer: Any, rows: Any, number: int, max_new_tokens: int) 
 
     Returns:
         For each row `row` (its `id` or position), `prompt`, `reference`, `answer`, `match` (equal but for spaces at the
-        ends) and `align_weights` (list of N - 1 floats; `None` without a picture or without a gate).
+        ends) and `align_weights` (list of N floats; `None` without a picture or without a gate).
     """
     chosen = _choose(rows, number)
     rank, world_size = trainer.args.process_index, trainer.args.world_size
@@ -115,11 +115,12 @@ def _answer(trainer: Any, model: torch.nn.Module, row: dict[str, Any], max_new_t
         prompt["pixel_values"] = batch["pixel_values"][:num_pictures]
     prompt = trainer._prepare_inputs(prompt)
     with trainer.compute_loss_context_manager():
-        generated = model.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
-        weights = None
-        if num_pictures and config.align_mode in GATED_MODES:
-            weights = model(**prompt, logits_to_keep=1).align_weights[0].float().tolist()
-    answer = tokenizer.decode(generated[0, begin:], skip_special_tokens=True).strip()
+        generated = model.generate(
+            **prompt, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=True
+        )
+    gates = num_pictures and config.align_mode in GATED_MODES
+    weights = generated.align_weights[0].float().tolist() if gates else None
+    answer = tokenizer.decode(generated.sequences[0, begin:], skip_special_tokens=True).strip()
     reference = tokenizer.decode(input_ids[begin:end], skip_special_tokens=True).strip()
     shown = [token for token in prompt["input_ids"][0].tolist() if token != config.image_token_id]
     return {
@@ -133,7 +134,7 @@ def _answer(trainer: Any, model: torch.nn.Module, row: dict[str, Any], max_new_t
 
 
 def summarize_generations(records: list[dict[str, Any]]) -> dict[str, float]:
-    """`answer_match`, the share of exact answers, and `align_weight_k`, the mean gate weight of level k."""
+    """`answer_match`, the share of exact answers, and `align_weight_k`, the mean share of level k."""
     metrics = {"answer_match": float(np.mean([record["match"] for record in records]))} if records else {}
     weights = [record["align_weights"] for record in records if record["align_weights"] is not None]
     if weights:

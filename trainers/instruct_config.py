@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from modeling_aligngpt.configuration_aligngpt import GATE_CONTEXTS
+
 from .sampling import GROUPINGS
 from .stage_config import StageConfig
 
@@ -21,8 +23,9 @@ class AlignGPTInstructConfig(StageConfig):
             level); the paper's ablations: `"local"`, `"global"`, `"mean"`, `"fixed"` (the row `default_align_level`)
             and `"random"` (as `"gate"`, with the table of stage 1 drawn afresh).
         default_align_level (`int`, *optional*): 0-based level of `"fixed"`; the top one when `None`.
-        gate_context (`str`): `"prompt"`: the gate reads what it will read at inference; `"sequence"`: answers too, as
-            in the authors' code.
+        gate_context (`str`, *optional*): what the gate reads (see [`AlignGPTConfig`]): `"first_turn"`, the same in
+            training and in use; `"prompt"`, every question; `"sequence"`, answers too, as in the authors' code. `None`
+            is `"first_turn"` for a model from stage 1, and what it was trained with for one from stage 2.
         allow_unaligned (`bool`): train a model that has not been through stage 1.
 
     Raises:
@@ -38,11 +41,12 @@ class AlignGPTInstructConfig(StageConfig):
     default_align_level: int | None = field(
         default=None, metadata={"help": "0-based level of align_mode `fixed`; the top one when not given."}
     )
-    gate_context: str = field(
-        default="prompt",
+    gate_context: str | None = field(
+        default=None,
         metadata={
-            "help": "`prompt`: the gate reads prompts only. `sequence`: answers too, as the authors' code.",
-            "choices": ("prompt", "sequence"),
+            "help": "The gate reads the `first_turn` (default after stage 1), every question (`prompt`), or answers, "
+            "too, as in the authors' code (`sequence`).",
+            "choices": GATE_CONTEXTS,
         },
     )
     group_by: str = field(

@@ -46,7 +46,10 @@ class AlignGPTInstructTrainer(StageTrainer):
             raise ValueError(f"default_align_level={level} is not in 0..{config.num_align_levels - 1}, the model's.")
         config.align_mode = args.align_mode
         config.default_align_level = level
-        config.gate_context = args.gate_context
+        if args.gate_context is not None:
+            config.gate_context = args.gate_context
+        elif config.training_stage != "instruct":
+            config.gate_context = "first_turn"
         if args.align_mode == "random" and config.training_stage != "instruct":
             # drawn on the CPU, so that every process has the same table
             generator = torch.Generator().manual_seed(args.seed)

@@ -118,6 +118,7 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
         self.check_adapter(kwargs.get("peft_config"), args)
         self.configure_stage(model, args)
         model.config.training_stage = self.stage
+        processing_class.gate_context = model.config.gate_context
         processing_class.image_processor.do_pad = args.image_aspect_ratio == "pad"
         if processing_class.tokenizer.pad_token is None:
             processing_class.tokenizer.pad_token = processing_class.tokenizer.eos_token

@@ -231,7 +231,9 @@ def _alignment(loaded: Loaded, inputs: dict[str, torch.Tensor], align_level: int
     model = loaded.model.model
     tokens_1SD = torch.stack(tuple(model.get_image_features(inputs["pixel_values"]).pooler_output))
     embeds = model.get_input_embeddings()(inputs["input_ids"])
-    mean_1D, _ = model.get_prompt_mean(inputs["input_ids"], embeds, inputs.get("attention_mask"))
+    mean_1D, _ = model.get_prompt_mean(
+        inputs["input_ids"], embeds, inputs.get("attention_mask"), inputs.get("prompt_mask")
+    )
     rows = torch.zeros(1, dtype=torch.long, device=tokens_1SD.device)
     gate = model.get_gate_weights(tokens_1SD, rows, mean_1D)
     shares = model.get_level_weights(align_level, 1, gate)

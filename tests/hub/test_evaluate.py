@@ -107,7 +107,7 @@ def test_the_answers_are_those_of_transformers_alone(task, run, rows, model, pro
         assert row["answer"] == answer_alone(model, processor, question, shown)
         inputs = processor(text=[row["prompt"]], images=shown, return_tensors="pt", add_special_tokens=False)
         assert row["align_weights"] == pytest.approx(model(**inputs).align_weights[0].tolist(), abs=1e-4)
-        assert sum(row["align_weights"]) == pytest.approx(1, abs=1e-4)
+        assert sum(row["align_weights"]) == pytest.approx(2, abs=1e-4)
 
 
 @pytest.mark.parametrize("task", PAPER)
@@ -337,7 +337,7 @@ def test_another_way_of_answering_is_not_mixed_in(model_folder, data, tmp_path, 
     assert cli.main([*given, "--align-level", "0", "--overwrite"]) == 0
     steered = read(tmp_path / "evaluation" / "answers-pope.jsonl")
     assert steered[0]["identity"]["align_level"] == 0
-    assert steered[1]["align_weights"] == [1, 0, 0, 0, 0, 0, 0]
+    assert steered[1]["align_weights"] == [1, 0, 0, 0, 0, 0, 0, 0]
     # more samples: those that are there are kept
     more = words(model_folder, data, tmp_path, "--limit", "3", "--align-level", "0", tasks="pope")
     assert cli.main(more) == 0

@@ -32,7 +32,7 @@ def check(model, folder):
     labels[:, :-3] = -100  # what is left in front is the gate's prompt
     outputs = model(**batch, labels=labels)
     assert outputs.logits.shape == (*labels.shape, 64)
-    assert outputs.align_weights.sum(1).tolist() == pytest.approx([1, 1, 0], abs=1e-5)
+    assert outputs.align_weights.sum(1).tolist() == pytest.approx([2, 2, 0], abs=1e-5)
     outputs.loss.backward()
     assert torch.isfinite(outputs.loss)
     for part in (model.model.multi_modal_projector, model.model.align_gate, model.model.language_model):

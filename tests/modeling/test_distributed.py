@@ -120,7 +120,7 @@ def test_sharded_weights_are_gathered_in_evaluation_too(two_processes):
         # a step behind a cache has no pictures in any process
         model(input_ids=torch.tensor([[5], [6]]), past_key_values=outputs.past_key_values)
     assert calls.count("tower") == 1
-    assert outputs.align_weights.tolist() == [[0.0] * TOP_LEVEL] * 2
+    assert outputs.align_weights.tolist() == [[0.0] * (TOP_LEVEL + 1)] * 2
 
 
 def test_a_sharded_model_saves_its_own_class_and_code(tmp_path):

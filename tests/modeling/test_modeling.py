@@ -21,7 +21,8 @@ from modeling.tiny import (
 from torch.nn.functional import gelu
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from modeling_aligngpt import ALIGN_MODES
+from modeling_aligngpt import ALIGN_MODES, checks_aligngpt
+from modeling_aligngpt.configuration_aligngpt import GATE_CONTEXTS
 
 
 def plain_logits(model, ids: list[int], pictures: torch.Tensor, mode: str, level: int | None = None) -> torch.Tensor:
@@ -92,9 +93,9 @@ def test_a_level_by_hand_steers_in_every_mode(mode):
     assert torch.equal(one_for_all.logits, level.logits)
     assert torch.equal(a_list.logits[0], one_for_all.logits[0])
     assert (a_list.logits[1] - one_for_all.logits[1]).abs().max() > 1e-2
-    assert single.align_weights.tolist() == [[0, 0, 0, 1, 0, 0, 0]]
-    assert a_list.align_weights.tolist() == [[0, 0, 0, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0]]
-    assert model(**batch, align_level=TOP_LEVEL).align_weights.abs().sum() == 0
+    assert single.align_weights.tolist() == [[0, 0, 0, 1, 0, 0, 0, 0]]
+    assert a_list.align_weights.tolist() == [[0, 0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1, 0, 0]]
+    assert model(**batch, align_level=TOP_LEVEL).align_weights.tolist() == [[0] * TOP_LEVEL + [1]] * 2
 
 
 @pytest.mark.parametrize(
@@ -119,11 +120,13 @@ def test_gate_weights_of_mixed_rows():
     with torch.no_grad():
         outputs = model(**make_batch(MIXED_ROWS))
     weights = outputs.align_weights
-    assert weights.shape == (3, TOP_LEVEL)
-    torch.testing.assert_close(weights.sum(1), torch.tensor([1.0, 1.0, 0.0]))
+    assert weights.shape == (3, TOP_LEVEL + 1)
+    torch.testing.assert_close(weights[:, :-1].sum(1), torch.tensor([1.0, 1.0, 0.0]))
+    assert weights[:, -1].tolist() == [1, 1, 0]
     assert outputs.image_hidden_states.shape == (3, SEQ_LENGTH, 32)
     text_only = model(**make_batch([row(5, 6, pictures=0)]))
-    assert text_only.align_weights.tolist() == [[0.0] * TOP_LEVEL]
+    assert text_only.align_weights.tolist() == [[0.0] * (TOP_LEVEL + 1)]
+    assert model(input_ids=torch.tensor([[5]]), past_key_values=text_only.past_key_values).align_weights is None
     assert text_only.image_hidden_states is None
 
 
@@ -140,7 +143,7 @@ def test_several_pictures_share_the_gate():
 
 def test_gate_reads_the_prompt_and_leaves_answers_out():
     prompt, answer, other_answer = row(5, 6, 7), [8, 9, 10], [20, 21, 22]
-    model, sequence = tiny_model(), tiny_model(gate_context="sequence")
+    model = tiny_model()
 
     def gate(model, ids, **kwargs):
         return model(**make_batch([ids]), **kwargs).align_weights
@@ -150,11 +153,36 @@ def test_gate_reads_the_prompt_and_leaves_answers_out():
 
     alone = gate(model, prompt)
     for ids in (prompt + answer, prompt + other_answer):
-        torch.testing.assert_close(gate(model, ids, labels=labels(ids)), alone)
         torch.testing.assert_close(gate(model, ids, prompt_mask=labels(ids) == -100), alone)
         torch.testing.assert_close(gate(model, ids, prompt_mask=torch.ones(1, len(prompt))), alone)
         assert (gate(model, ids) - alone).abs().max() > 1e-3  # nothing says what the prompt is: everything is read
-        torch.testing.assert_close(gate(sequence, ids, labels=labels(ids)), gate(model, ids))
+
+
+@pytest.mark.parametrize("context", GATE_CONTEXTS)
+def test_labels_never_change_the_logits(context):
+    model, ids = tiny_model(gate_context=context), row(5, 6, 7, 8, 9, 10)
+    labels = torch.tensor([[-100] * (len(ids) - 3) + ids[-3:]])
+    plain, learned = model(**make_batch([ids])), model(**make_batch([ids]), labels=labels)
+    assert torch.equal(plain.logits, learned.logits) and learned.loss is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"labels": "answer"}, "without a prompt_mask"),
+        ({"labels": "all", "prompt_mask": True}, "supervise <image>"),
+        ({"labels": "answer", "prompt_mask": True}, None),
+        ({"labels": "answer", "align_level": 3}, None),
+    ],
+)
+def test_what_other_trainers_do_with_labels_is_said(given, said, monkeypatch):
+    heard = []
+    monkeypatch.setattr(checks_aligngpt.logger, "warning_once", heard.append)
+    ids = row(5, 6, 7, 8)
+    labels = torch.tensor([ids if given["labels"] == "all" else [-100] * (len(ids) - 1) + ids[-1:]])
+    mask = {"prompt_mask": torch.ones(1, len(ids) - 1)} if given.get("prompt_mask") else {}
+    tiny_model()(**make_batch([ids]), labels=labels, align_level=given.get("align_level"), **mask)
+    assert len(heard) == (said is not None) and all(said in line for line in heard)
 
 
 def test_gate_passes_over_bos_padding_and_placeholders():

@@ -91,14 +91,15 @@ def test_each_ablation_is_one_value(world, stage_1, tmp_path, mode, levels):
         weights = model(**inputs).align_weights[0]
     found = embedded[0][0, (inputs["input_ids"][0] == model.config.align_token_id)]
     expected = {
-        "gate": weights @ table[:-1] + table[-1],
-        "random": weights @ table[:-1] + table[-1],
-        "local": weights @ table[:-1],
+        "gate": weights[:-1] @ table[:-1] + table[-1],
+        "random": weights[:-1] @ table[:-1] + table[-1],
+        "local": weights[:-1] @ table[:-1],
         "global": table[-1],
         "mean": table.mean(0),
         "fixed": table[2],
     }[mode]
     torch.testing.assert_close(found, expected[None], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(weights @ table, expected, rtol=1e-4, atol=1e-6)
     if mode in ("gate", "local", "random"):
-        assert weights.shape == (levels - 1,) and float(weights.sum()) == pytest.approx(1, abs=1e-5)
+        assert weights.shape == (levels,) and float(weights[:-1].sum()) == pytest.approx(1, abs=1e-5)
     assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]

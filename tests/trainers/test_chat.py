@@ -61,15 +61,15 @@ def test_the_gates_weights_are_shown(chat, files):
     assert "no picture" in chat.describe_weights()
     chat.add_picture(files[0])
     chat.ask("what colour is it?", stream=False)
-    assert len(chat.weights) == NUM_LEVELS - 1 and sum(chat.weights) == pytest.approx(1, abs=1e-5)
+    assert len(chat.weights) == NUM_LEVELS and sum(chat.weights) == pytest.approx(2, abs=1e-5)
     shown = chat.describe_weights().splitlines()
-    assert len(shown) == NUM_LEVELS and f"{chat.weights[0]:5.3f}" in shown[0] and "added" in shown[-1]
+    assert len(shown) == NUM_LEVELS and f"{chat.weights[0]:5.3f}" in shown[0] and "1.000" in shown[-1]
     chat.set_level(1)
     chat.ask("again", stream=False)
-    assert chat.weights == [0.0, 1.0, 0.0] and "-----" in chat.describe_weights()
+    assert chat.weights == [0.0, 1.0, 0.0, 0.0] and "0.000  (global; steered to level 1)" in chat.describe_weights()
     chat.set_level(NUM_LEVELS - 1)
     chat.ask("again", stream=False)
-    assert chat.weights == [0.0, 0.0, 0.0] and "added" in chat.describe_weights()
+    assert chat.weights == [0.0, 0.0, 0.0, 1.0]
 
 
 def test_steering_reaches_the_model(chat, files):

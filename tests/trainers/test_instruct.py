@@ -31,7 +31,7 @@ def test_the_papers_settings_are_the_defaults(tmp_path):
     )
     assert (args.num_train_epochs, args.max_length, args.image_aspect_ratio) == (1, 2048, "pad")
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps * 8 == 128
-    assert (args.align_mode, args.gate_context, args.allow_unaligned) == ("gate", "prompt", False)
+    assert (args.align_mode, args.gate_context, args.allow_unaligned) == ("gate", None, False)
 
 
 @pytest.mark.parametrize("mode", ["gate", "local", "global", "mean", "fixed", "random"])
@@ -78,7 +78,7 @@ def test_the_loss_is_the_models_own(stage1_folder, conversations, tmp_path):
     torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), own, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("context", ["prompt", "sequence"])
+@pytest.mark.parametrize("context", [None, "first_turn", "prompt", "sequence"])
 def test_the_gate_reads_answers_in_sequence_context_alone(stage1_folder, conversations, tmp_path, context):
     """TRL calls the inner model without labels: what the gate may read reaches it as `prompt_mask`."""
     trainer = trainer_for(str(stage1_folder), tmp_path, conversations, gate_context=context)
@@ -89,7 +89,9 @@ def test_the_gate_reads_answers_in_sequence_context_alone(stage1_folder, convers
         batch = trainer.data_collator([row])
         batch.pop("labels")
         weights.append(trainer.model.base_model(**batch).align_weights)
-    assert torch.equal(*weights) == (context == "prompt")
+    assert torch.equal(*weights) == (context != "sequence")
+    wanted = context or "first_turn"
+    assert trainer.model.config.gate_context == trainer.processing_class.gate_context == wanted
 
 
 def test_the_gate_weighs_in_training_as_in_generation(stage1_folder, conversations, tmp_path):
