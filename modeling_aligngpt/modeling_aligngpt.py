@@ -7,6 +7,8 @@ BOS; their embeddings are replaced in [`AlignGPTModel.forward`]. Shape suffixes 
     V hidden size of the tower, N alignment levels, G hidden size of the gate.
 """
 
+from copy import copy
+
 import torch
 from torch import nn
 from transformers import AutoModel
@@ -32,6 +34,16 @@ from .dummy_aligngpt import needs_dummy_picture, run_dummy_picture
 from .generation_aligngpt import AlignGPTGenerationMixin
 from .multiscale_aligngpt import multiscale_features
 from .outputs_aligngpt import AlignGPTCausalLMOutputWithPast, AlignGPTModelOutputWithPast
+
+
+# What quantisation leaves as it is, by the beginnings of names: all but the layers of the language model.
+UNQUANTIZED = (
+    "model.vision_tower",
+    "model.multi_modal_projector",
+    "model.align_gate",
+    "model.align_embeddings",
+    "lm_head",
+)
 
 
 class AlignGPTMLP(nn.Module):
@@ -66,9 +78,27 @@ class AlignGPTPreTrainedModel(PreTrainedModel):
         # transformers skips a tower's own rule for missing weights in code that might overwrite loaded ones: not this
         return False
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """
+        As transformers'; a `quantization_config` that names no module to leave out gets [`UNQUANTIZED`], which stays in
+        the config and is saved with it: kernels of 4 bits take inputs in multiples of 64, and a gate has one for each
+        image token (729 with SigLIP).
+        """
+        given = kwargs.get("quantization_config")
+        for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
+            if given is not None and not isinstance(given, dict) and getattr(given, name, ()) is None:
+                kwargs["quantization_config"] = copy(given)
+                setattr(kwargs["quantization_config"], name, list(UNQUANTIZED))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     def save_pretrained(self, save_directory, **kwargs):
         """Saves weights, config and code; the config names the class of every Auto class (see `AUTO_MAP`)."""
         self.config.auto_map = dict(AUTO_MAP)
+        if kwargs.get("state_dict") is not None and self.config.tie_word_embeddings:
+            # FSDP2 and ZeRO-2 gather the head as a tensor of its own, beside the embedding that it is
+            tied = set(self._tied_weights_keys or ())
+            kwargs["state_dict"] = {name: value for name, value in kwargs["state_dict"].items() if name not in tied}
         sharded, conversions = type(self), self.__dict__.pop("_weight_conversions", None)
         # FSDP2 puts a class of torch's in front, whose code would be saved; ZeRO-3's loader leaves renamings behind
         self.__class__ = next(cls for cls in sharded.__mro__ if not cls.__module__.startswith("torch."))
@@ -487,4 +517,4 @@ class AlignGPTForConditionalGeneration(AlignGPTGenerationMixin, AlignGPTPreTrain
 AlignGPTModel.register_for_auto_class("AutoModel")
 AlignGPTForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
-__all__ = ["AlignGPTForConditionalGeneration", "AlignGPTModel", "AlignGPTPreTrainedModel"]
+__all__ = ["UNQUANTIZED", "AlignGPTForConditionalGeneration", "AlignGPTModel", "AlignGPTPreTrainedModel"]

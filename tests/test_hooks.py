@@ -46,6 +46,7 @@ OVERRIDDEN = {
     "transformers.modeling_utils:EmbeddingAccessMixin.get_input_embeddings": "self",
     "transformers.modeling_utils:EmbeddingAccessMixin.get_output_embeddings": "self",
     "transformers.modeling_utils:EmbeddingAccessMixin.set_input_embeddings": "self, value",
+    "transformers.modeling_utils:PreTrainedModel.from_pretrained": "cls, pretrained_model_name_or_path, model_args, config, cache_dir, ignore_mismatched_sizes, force_download, local_files_only, token, revision, use_safetensors, weights_only, fusion_config, disable_mmap, kwargs",
     "transformers.modeling_utils:PreTrainedModel.is_custom_code": "cls",
     "transformers.modeling_utils:PreTrainedModel.save_pretrained": "self, save_directory, is_main_process, state_dict, push_to_hub, max_shard_size, variant, token, save_peft_format, save_original_format, distributed_checkpoint, kwargs",
     "transformers.processing_utils:ProcessorMixin.__call__": "self, images, text, videos, audio, kwargs",

@@ -19,6 +19,7 @@ from transformers.utils import logging
 from .continuing import write_settings
 from .guards import NonFiniteError
 from .manifest import damage, sync_folder, write_manifest
+from .saved_model import SavedModelError, check_saved
 
 
 logger = logging.get_logger(__name__)
@@ -150,6 +151,7 @@ class CheckpointMixin:
                 (beside / "training_args.bin").unlink(missing_ok=True)
                 lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in summary.items())
                 (beside / SUMMARY_NAME).write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+                check_saved(beside)
                 (output_dir / SUMMARY_NAME).unlink(missing_ok=True)
                 for stale in _model_files(output_dir):
                     stale.unlink()
@@ -158,7 +160,7 @@ class CheckpointMixin:
                         shutil.rmtree(output_dir / path.name, ignore_errors=True)
                     os.replace(path, output_dir / path.name)
                 beside.rmdir()
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError, SavedModelError) as error:
             if self.args.should_save:
                 shutil.rmtree(beside, ignore_errors=True)
             raise self._save_error("The trained model", error) from error

@@ -18,6 +18,7 @@ from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
+from modeling_aligngpt.modeling_aligngpt import UNQUANTIZED
 
 from .arguments import LoraArguments
 from .folders import finished_folder
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 TRAINED_WHOLE = ("multi_modal_projector", "align_gate")
-# Not in four bits: what trains whole, what the loss reads directly, and the tower. From the start of their names, as
-# transformers 5.23 compares them: `vision_tower` alone would leave the tower's layers to be quantised.
-UNQUANTISED = (*(f"model.{name}" for name in ("vision_tower", *TRAINED_WHOLE, "align_embeddings")), "lm_head")
 ADAPTER_CONFIG = "adapter_config.json"
 MERGE_DTYPES = ("auto", "float32", "bfloat16")
 
@@ -120,7 +118,7 @@ def quantization_config(args: LoraArguments, bf16: bool) -> "BitsAndBytesConfig 
         bnb_4bit_quant_type=args.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=args.use_bnb_nested_quant,
         bnb_4bit_compute_dtype=torch.bfloat16 if bf16 else torch.float32,
-        llm_int8_skip_modules=list(UNQUANTISED),
+        llm_int8_skip_modules=list(UNQUANTIZED),
     )
 
 

@@ -34,7 +34,7 @@ from .rows import ENCODED_FEATURES, prepare_rows
 from .sampling import make_sampler
 from .stage_config import IMAGE_ASPECT_RATIOS, StageConfig
 from .summary import summarize
-from .supervised_head import SupervisedHead
+from .supervised_head import SupervisedHead, gather_head
 
 
 logger = logging.get_logger(__name__)
@@ -168,6 +168,7 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
         self._positions = torch.zeros(2, dtype=torch.int64)
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         self.supervised_head = SupervisedHead(base.model)
+        gather_head(base)
 
     # ---- what a stage is ----
 

@@ -1,4 +1,4 @@
-"""The language-model head on supervised positions alone, for devices on which TRL computes all of them."""
+"""What TRL's fused language-model head lacks: supervised positions alone on a CPU, and FSDP2's way to the weight."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,8 +6,28 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from .collator import IGNORE_INDEX
+
+
+def gather_head(model: nn.Module) -> None:
+    """
+    Has FSDP2 bring the head's weight together as it does for any other module, where it is sharded on its own.
+
+    TRL's fused head reads the weight past the module and gathers it itself (`DTensor.full_tensor`), which does not add
+    up the gradients: each process would train its part of the head on its own rows alone.
+
+    Args:
+        model: with the head, before it is sharded.
+    """
+
+    def gather(module: nn.Module, args: tuple, output: Any) -> None:
+        # looked up at each call: `fully_shard` changes the module's class later
+        if isinstance(head := model.get_output_embeddings(), FSDPModule):
+            head.unshard()
+
+    model.base_model.register_forward_hook(gather)
 
 
 class SupervisedHead:

@@ -16,13 +16,14 @@ import pytest
 import torch
 from modeling import fresh_process
 from modeling.test_assembly import save_language_model, save_tower
-from modeling.tiny import randomize, tiny_model
+from modeling.tiny import make_batch, randomize, row, tiny_model
 from safetensors.torch import load_file
 from transformers import __version__ as version
 
 import modeling_aligngpt
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 from modeling_aligngpt.assembly import assemble
+from modeling_aligngpt.modeling_aligngpt import UNQUANTIZED
 
 
 TRANSFORMERS_4 = ["transformers==4.57.6", "tokenizers>=0.22,<0.23", "huggingface_hub>=0.34,<1"]
@@ -209,3 +210,29 @@ def test_vision2seq_of_the_package(generation, tmp_path, request):
     result = run_fresh(["-c", VISION2SEQ, tmp_path / "saved"], tmp_path / "elsewhere", installed, path=[ROOT])
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.splitlines() == [f"AlignGPTForConditionalGeneration {model.num_parameters()}"] * 2
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_four_bits_leave_the_gate_alone(tmp_path, explicit):
+    """A gate has one input for each image token: 4 here, 729 with SigLIP, and kernels take multiples of 64."""
+    from transformers import BitsAndBytesConfig
+
+    model = tiny_model({"hidden_size": 64, "intermediate_size": 128})
+    model.save_pretrained(tmp_path / "whole")
+    skip = {"llm_int8_skip_modules": list(UNQUANTIZED)} if explicit else {}
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32, **skip
+    )
+    four = AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "whole", quantization_config=settings)
+    assert explicit or settings.llm_int8_skip_modules is None
+    four.save_pretrained(tmp_path / "four")
+    saved = json.loads((tmp_path / "four" / "config.json").read_text())["quantization_config"]
+    assert saved["llm_int8_skip_modules"] == list(UNQUANTIZED)
+    again = AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "four")
+    batch = make_batch([row(5, 6, 7)])
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).logits, four(**batch).logits)
+        assert torch.equal(again.model.align_gate.linear_1.weight, model.model.align_gate.linear_1.weight)
+    kinds = {name: type(module).__name__ for name, module in again.named_modules()}
+    assert kinds["model.language_model.layers.0.mlp.up_proj"] == "Linear4bit"
+    assert kinds["model.align_gate.linear_1"] == kinds["lm_head"] == "Linear"

@@ -1,0 +1,164 @@
+"""FSDP2 by the recipe, on two CPU processes: what it saves is what one process saves, and loads everywhere."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from aligngpt_trainers import AlignGPTInstructConfig, AlignGPTInstructTrainer, cli
+from aligngpt_trainers.checkpoints import CheckpointError
+from aligngpt_trainers.saved_model import SavedModelError, check_saved
+from modeling_aligngpt import AlignGPTForConditionalGeneration
+from modeling_aligngpt.assembly import assemble
+
+from .conftest import NUM_LEVELS, conversation_rows, settings, to_dataset
+
+
+SCRIPT = Path(__file__).with_name("run_sharded.py")
+LIMIT = 240
+
+
+def headers(folder: Path) -> dict[str, tuple]:
+    """Names, shapes and dtypes of all weights of a folder, with the files they lie in."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                found[name] = (path.name, part.get_shape(), part.get_dtype())
+    return found
+
+
+def code_and_config(folder: Path) -> dict[str, str]:
+    kept = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.py")}
+    return kept | {"config": (folder / "config.json").read_text(encoding="utf-8")}
+
+
+@pytest.fixture(scope="module", params=["untied", "tied"])
+def both(request, parts, tmp_path_factory):
+    """Folders of one training, by one process and by two that share the weights."""
+    folder = tmp_path_factory.mktemp("sharded")
+    llama = parts[0]
+    if request.param == "tied":
+        llama = folder / "llama"
+        config = LlamaConfig.from_pretrained(parts[0], tie_word_embeddings=True)
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(llama)
+        AutoTokenizer.from_pretrained(parts[0]).save_pretrained(llama)
+    model, processor = assemble(llama, *parts[1:], num_align_levels=NUM_LEVELS, gate_hidden_size=16, seed=0)
+    for part in (model, processor):
+        part.save_pretrained(folder / "model")
+    to_dataset(conversation_rows(16)).save_to_disk(folder / "rows")
+    words = [
+        *("instruct", f"--model={folder / 'model'}", f"--dataset={folder / 'rows'}", "--allow_unaligned"),
+        *("--max_steps=3", "--learning_rate=0.1", "--lr_scheduler_type=constant", "--optim=sgd", "--max_length=512"),
+        *("--save_steps=2", "--logging_steps=1", "--gradient_checkpointing=false", "--bf16=false", "--warmup_steps=0"),
+        *("--gradient_accumulation_steps=1", "--disable_tqdm=true", "--report_to=none"),
+    ]
+    one = [*words, f"--output_dir={folder / 'one'}", "--per_device_train_batch_size=4", "--use_cpu"]
+    assert cli.main(one) == 0
+    two = [*words, f"--output_dir={folder / 'two'}", "--per_device_train_batch_size=2"]
+    (folder / "plan.json").write_text(json.dumps({"recipe": "fsdp2", "words": two}))
+    run(folder / "plan.json")
+    return folder / "one", folder / "two"
+
+
+def run(plan: Path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(SCRIPT),
+        plan,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=LIMIT)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_sharded_run_saves_what_one_process_saves(both):
+    one, two = both
+    assert headers(one) == headers(two)
+    assert code_and_config(one) == code_and_config(two)
+
+
+def test_a_sharded_run_learns_what_one_process_learns(both):
+    one, _ = both
+    models = [AlignGPTForConditionalGeneration.from_pretrained(folder) for folder in both]
+    start = AlignGPTForConditionalGeneration.from_pretrained(one.parent / "model")
+    moved = 0.0
+    for (name, a), b, before in zip(
+        models[0].state_dict().items(), models[1].state_dict().values(), start.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6, msg=name)
+        moved = max(moved, float((a - before).abs().max()))
+    assert moved > 1e-3
+    losses = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in both]
+    pairs = [[entry["loss"] for entry in log if "loss" in entry] for log in losses]
+    assert pairs[0] == pytest.approx(pairs[1], abs=1e-4) and len(pairs[0]) == 3
+
+
+def test_it_loads_without_this_project(both):
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        both[1], trust_remote_code=True, output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(model).__name__ == "AlignGPTForConditionalGeneration"
+
+
+def damaged(folder: Path, change) -> None:
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda w: w.pop("model.align_gate.linear_1.bias"), r"lacks 1 weights \(model.align_gate.linear_1.bias\)"),
+        (lambda w: w.update({"model.more": torch.ones(1)}), r"holds besides 1 weights \(model.more\)"),
+        (lambda w: w.update({"model.align_embeddings.weight": torch.ones(2, 2)}), "in another shape"),
+    ],
+)
+def test_a_save_that_would_load_as_another_model_is_refused(stage1_folder, tmp_path, change, said):
+    folder = Path(shutil.copytree(stage1_folder, tmp_path / "model"))
+    check_saved(folder)
+    damaged(folder, change)
+    with pytest.raises(SavedModelError, match=said):
+        check_saved(folder)
+
+
+def test_code_that_is_not_ours_is_refused(stage1_folder, tmp_path):
+    folder = Path(shutil.copytree(stage1_folder, tmp_path / "model"))
+    (folder / "modeling_aligngpt.py").write_text("class FSDPAlignGPT: ...")
+    with pytest.raises(SavedModelError, match="does not hold it"):
+        check_saved(folder)
+
+
+def test_nothing_is_called_finished_that_cannot_be_read_back(stage1_folder, tmp_path, conversations, monkeypatch):
+    trainer = AlignGPTInstructTrainer(
+        str(stage1_folder), settings(AlignGPTInstructConfig, tmp_path, max_steps=1), conversations
+    )
+    trainer.train()
+    save = trainer.save_model
+
+    def save_half(folder):
+        save(folder)
+        damaged(Path(folder), lambda weights: weights.pop("lm_head.weight"))
+
+    monkeypatch.setattr(trainer, "save_model", save_half)
+    with pytest.raises(CheckpointError, match=r"could not be saved .*lacks 1 weights \(lm_head.weight\)"):
+        trainer.save_final()
+    assert not (tmp_path / "training_summary.json").exists() and not (tmp_path / "model.safetensors").exists()
