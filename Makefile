@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: quickstart test lint wheel compat lowest clean browser
+.PHONY: quickstart test lint wheel compat lowest faults clean browser
 
 quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/python -m aligngpt_playground quickstart --output runs/quickstart
@@ -27,6 +27,12 @@ compat: $(VENV)/.installed-dev
 # The lowest releases that pyproject.toml allows
 lowest: $(VENV)/.installed-dev
 	$(BIN)/python tests/compat/lowest.py
+
+# Kills, full disks, damage and two runs at once at random moments, counted; docs/reliability.md
+MINUTES ?= 60
+faults: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults/test_bad_inputs.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/suite.py --minutes $(MINUTES)
 
 # The demo is tested in a real browser: the system's, or Debian's where packages may be installed (a container, CI)
 browser:

@@ -8,6 +8,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from safetensors import SafetensorError
+
 from .extras import check_extra
 from .flags import with_known_flags
 
@@ -74,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return _run(command, words)
-    # what users can cause: values, files and missing optional packages
-    except (ValueError, OSError, ImportError) as error:
+    # what users can cause: values, files (a full disk is safetensors' own error) and missing optional packages
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
         if debug:
             traceback.print_exc()
         print(f"error: {_message(error)}", file=sys.stderr)

@@ -97,7 +97,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory):
     """Folders of a language model and a CLIP, random weights: `(language_model, vision_tower)`."""
-    folder = tmp_path_factory.mktemp("parts")
+    return save_parts(tmp_path_factory.mktemp("parts"))
+
+
+def save_parts(folder):
     tokenizer = make_tokenizer()
     torch.manual_seed(0)
     language_model = LlamaForCausalLM(
