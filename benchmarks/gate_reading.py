@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from aligngpt_trainers import AlignGPTDataCollator
-from aligngpt_trainers.data import load_rows
+from aligngpt_trainers.data.load import load_rows
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 from modeling_aligngpt.configuration_aligngpt import GATE_CONTEXTS
 

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from aligngpt_trainers.arguments import LoraArguments
+from aligngpt_trainers.commands.arguments import LoraArguments
 from aligngpt_trainers.lora import lora_config
 from aligngpt_trainers.memory import Batch, MemoryEstimate, estimate_memory
 from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration

@@ -185,12 +185,12 @@ def measure_ratio(args: argparse.Namespace) -> dict[str, Any]:
 def _time_ratio(settings: dict[str, Any], threads: int, repeats: int) -> dict[str, Any]:
     import shutil
 
-    from aligngpt_trainers.alignment import PairScorer
-    from aligngpt_trainers.data import read_rows
-    from aligngpt_trainers.score_processes import Processes
-    from aligngpt_trainers.score_settings import ScoreConfig
-    from aligngpt_trainers.score_shards import score_blocks
-    from aligngpt_trainers.score_source import Batches, WholeSource
+    from aligngpt_trainers.data.load import read_rows
+    from aligngpt_trainers.scoring.config import ScoreConfig
+    from aligngpt_trainers.scoring.processes import Processes
+    from aligngpt_trainers.scoring.scorer import PairScorer
+    from aligngpt_trainers.scoring.shards import score_blocks
+    from aligngpt_trainers.scoring.source import Batches, WholeSource
 
     torch.set_num_threads(threads)
     config = ScoreConfig(**settings)
@@ -309,8 +309,8 @@ def measure_growth(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _time_growth(settings: dict[str, Any]) -> dict[str, float]:
-    from aligngpt_trainers import scoring
-    from aligngpt_trainers.score_settings import ScoreConfig
+    from aligngpt_trainers.scoring import run as scoring
+    from aligngpt_trainers.scoring.config import ScoreConfig
 
     score_blocks, moments = scoring.score_blocks, {}
 
@@ -384,7 +384,7 @@ def measure_binning(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _time_binning(method: str, count: int) -> dict[str, float]:
-    from aligngpt_trainers.score_levels import cut_levels
+    from aligngpt_trainers.scoring.levels import cut_levels
 
     before = anonymous_memory("self")
     random = np.random.default_rng(0)

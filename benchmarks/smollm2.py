@@ -21,7 +21,7 @@ from datasets import Dataset, load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from aligngpt_playground.world import parts_path, write_world
-from aligngpt_trainers.cli import main as aligngpt
+from aligngpt_trainers.commands.cli import main as aligngpt
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
 

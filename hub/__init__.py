@@ -4,11 +4,11 @@ import importlib
 
 
 _EXPORTS = {
-    "convert_checkpoint": "convert",
-    "export_original": "export",
-    "publish": "publish",
-    "publish_dataset": "publish_data",
-    "push_space": "space_command",
+    "convert_checkpoint": "original.convert",
+    "export_original": "original.export",
+    "publish": "publishing.model",
+    "publish_dataset": "publishing.dataset",
+    "push_space": "demo.space",
     "run_benchmarks": "evaluation.runner",
 }
 

@@ -19,7 +19,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .ablation_seed import PRETRAINS, VARIANTS, Settings, Variant, run_path, run_seed, write_json
+from aligngpt_shared.files import write_json
+
+from .ablation_seed import PRETRAINS, VARIANTS, Settings, Variant, run_path, run_seed
 from .ablation_table import TABLE_NAME, describe, summarize
 
 

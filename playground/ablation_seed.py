@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import shutil
 import time
 import warnings
@@ -12,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .evaluate import SavedModel, _scenes, caption_table, question_table, questions_of
-from .train_parts import replace_folder
+from aligngpt_shared.files import new_folder, write_json
+
+from .evaluate import SavedModel, caption_table, question_table, questions_of, scenes_of
 from .world import parts_path, write_world
 
 
@@ -128,7 +128,7 @@ def _world(folder: Path, seed: int, settings: Settings, parts: str | None) -> Pa
 
     world = folder / "world"
     if not world.is_dir():
-        with replace_folder(world) as beside:
+        with new_folder(world, replace=True) as beside:
             write_world(beside / "data", settings.pairs, settings.conversations, 1, 1, seed, progress=False)
             write_world(beside / "heldout", 1, 1, settings.heldout, settings.heldout, seed=0, progress=False)
             with _silent():
@@ -159,7 +159,7 @@ def stage_one_rows(scored, variant: PretrainVariant, seed: int):
     """
     import numpy as np
 
-    from aligngpt_trainers.alignment import cut_levels
+    from aligngpt_trainers.scoring.scorer import cut_levels
 
     scores = np.asarray(scored["clip_score"][:])
     levels, _, _ = cut_levels(scores, variant.num_align_levels)
@@ -207,7 +207,7 @@ def _pretrained(folder: Path, name: str, seed: int, settings: Settings, world: P
     heldout = load_from_disk(str(world / "heldout" / "pairs"))["heldout"]
     asked = _Loaded(trainer.model, processor, variant.levels == "none")
     # the top level is the model's default: captions as exact as it can
-    captions, scenes = asked.caption(heldout["image"][:]), _scenes(heldout)
+    captions, scenes = asked.caption(heldout["image"][:]), scenes_of(heldout)
     measures = {row.name: row.accuracy for row in caption_table(captions, scenes, scenes)}
     words = sum(len(text.split()) for text in captions) / len(captions)
     write_json(output / "captions.json", {**measures, "words": words, "seconds": seconds})
@@ -347,13 +347,6 @@ def _mean(values) -> float:
 def _spread(values) -> float:
     center = _mean(values)
     return (sum((value - center) ** 2 for value in values) / len(values)) ** 0.5
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, path)
 
 
 @contextlib.contextmanager

@@ -261,8 +261,8 @@ def evaluate_captions(model: str | Path, data: str | Path, pictures: str | Path,
     from datasets import load_from_disk
 
     saved, splits = SavedModel(model), load_from_disk(str(data))
-    images, scenes = splits["heldout"]["image"][:], _scenes(splits["heldout"])
-    training, top = _scenes(splits["train"]), saved.num_align_levels - 1
+    images, scenes = splits["heldout"]["image"][:], scenes_of(splits["heldout"])
+    training, top = scenes_of(splits["train"]), saved.num_align_levels - 1
     by_level = []
     for level in (0, top):
         captions = saved.caption(images, align_level=level)
@@ -359,7 +359,7 @@ def save_picture(picture: Image.Image, folder: str | Path, name: str) -> str:
     return path.as_posix()
 
 
-def _scenes(rows: Any) -> list[Scene]:
+def scenes_of(rows: Any) -> list[Scene]:
     return [Scene.from_json(text) for text in rows["scene"]]
 
 

@@ -175,7 +175,7 @@ class Steps:
 
     def aligngpt(self, name: str, *words: str) -> None:
         """Run an `aligngpt` command in this process, as the shell command that is printed would do."""
-        from aligngpt_trainers import cli
+        from aligngpt_trainers.commands import cli
 
         with self.step(name, shlex.join(["aligngpt", *words])):
             if status := cli.main(words):
@@ -228,7 +228,7 @@ def _quiet_libraries() -> None:
     import datasets
     from transformers.utils import logging
 
-    import aligngpt_trainers.train  # noqa: F401
+    import aligngpt_trainers.commands.train  # noqa: F401
 
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
@@ -249,20 +249,23 @@ def _copy_parts(folder: Path, parts: Path | None) -> None:
 
 
 def _draw_world(args: argparse.Namespace, steps: Steps) -> None:
-    from . import __main__ as commands
+    from .world import write_world
 
     numbers = {
         "pairs": args.pairs,
         "conversations": args.conversations,
-        "heldout-pairs": args.heldout,
-        "heldout-conversations": args.heldout,
+        "heldout_pairs": args.heldout,
+        "heldout_conversations": args.heldout,
         "seed": args.seed,
     }
-    words = ["make", "--output", "data", *(word for name, n in numbers.items() for word in (f"--{name}", str(n)))]
-    command = shlex.join(["python", "-m", "aligngpt_playground", *words])
+    options = [word for name, n in numbers.items() for word in (f"--{name.replace('_', '-')}", str(n))]
+    command = shlex.join(["python", "-m", "aligngpt_playground", "make", "--output", "data", *options])
     with steps.step("Draw pictures, captions and conversations", command):
-        if status := commands.main(words):
-            raise StepError(f"it ended with status {status}; its message stands above")
+        try:
+            written = write_world("data", **numbers)
+        except (OSError, ValueError) as error:
+            raise StepError(str(error)) from error
+        print(", ".join(f"{name}: {n} rows" for name, n in written.items()), "written to data")
 
 
 def _load_back(model_folder: str, examples: list[dict[str, Any]], number: int = 3) -> dict[str, Any]:

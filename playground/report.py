@@ -3,11 +3,12 @@
 import base64
 import json
 import math
-import os
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from aligngpt_shared.files import write_file
 
 
 RESULTS_NAME = "results.json"
@@ -33,10 +34,7 @@ def write_report(folder: str | Path) -> Path:
     if not source.is_file():
         raise ValueError(f"{folder} holds no {RESULTS_NAME}: give the output folder of a quickstart")
     results = json.loads(source.read_text(encoding="utf-8"))
-    beside = folder / (REPORT_NAME + ".partial")
-    beside.write_text(render_report(results, folder), encoding="utf-8")
-    os.replace(beside, folder / REPORT_NAME)
-    return folder / REPORT_NAME
+    return write_file(folder / REPORT_NAME, render_report(results, folder))
 
 
 def render_report(results: dict[str, Any], folder: str | Path) -> str:

@@ -19,10 +19,12 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from aligngpt_shared.files import new_folder
+
 from .captions import KINDS, draw_caption
 from .scenes import BACKGROUNDS, GRID, IMAGE_SIZE, PLACES, draw_scene, draw_scenes, render
 from .sprites import OBJECTS
-from .train_parts import build_optimizer, replace_folder
+from .train_parts import build_optimizer
 
 
 MAX_TEXT_TOKENS = 40
@@ -197,7 +199,7 @@ def evaluate(model: CLIPModel, processor: CLIPProcessor, n: int = 512, seed: int
 
 def save(model: CLIPModel, processor: CLIPProcessor, output: Path) -> None:
     """Write model (float16 safetensors) and processor to a folder; written beside, then renamed."""
-    with replace_folder(output) as folder:
+    with new_folder(output, replace=True) as folder:
         state = {key: value.half() for key, value in model.state_dict().items() if value.is_floating_point()}
         model.save_pretrained(folder, state_dict={**model.state_dict(), **state})
         processor.save_pretrained(folder)

@@ -9,6 +9,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from aligngpt_shared.files import new_folder
+
 from .captions import NUMBERS
 from .questions import QUESTION_TYPES, draw_questions
 from .scene_text import (
@@ -29,7 +31,7 @@ from .scene_text import (
 )
 from .scenes import BACKGROUNDS, draw_scenes
 from .sprites import CATEGORIES, OBJECTS, plural
-from .train_parts import build_optimizer, replace_folder
+from .train_parts import build_optimizer
 
 
 MAX_TOKENS = 512
@@ -200,7 +202,7 @@ def evaluate(
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
     """Write model (float16 safetensors) and tokenizer to a folder; written beside, then renamed."""
-    with replace_folder(output) as folder:
+    with new_folder(output, replace=True) as folder:
         model.save_pretrained(folder, state_dict={key: value.half() for key, value in model.state_dict().items()})
         tokenizer.save_pretrained(folder)
 

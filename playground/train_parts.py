@@ -2,28 +2,10 @@
 
 import math
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 
 PARTS = ("clip", "llama")
-
-
-@contextmanager
-def replace_folder(output: str | os.PathLike) -> Iterator[Path]:
-    """Yield a folder beside `output` that takes its place when the block ends without an error."""
-    output = Path(output)
-    beside = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        shutil.rmtree(output, ignore_errors=True)
-        os.replace(beside, output)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def build_optimizer(parameters: list, learning_rate: float, steps: int, longest_warmup: int) -> tuple:

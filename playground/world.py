@@ -2,12 +2,13 @@
 
 import os
 import random
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
+
+from aligngpt_shared.files import new_folder
 
 from .captions import KINDS, draw_caption
 from .questions import draw_questions
@@ -170,9 +171,7 @@ def write_world(
             for split, n in numbers[name].items()
         }
         folder = Path(output) / name
-        beside = folder.with_name(f".{name}.{os.getpid()}.partial")
-        DatasetDict(splits).save_to_disk(str(beside))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(beside, folder)
+        with new_folder(folder, replace=True) as beside:
+            DatasetDict(splits).save_to_disk(str(beside))
         written |= {f"{name}/{split}": n for split, n in numbers[name].items()}
     return written

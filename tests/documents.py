@@ -7,15 +7,15 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from aligngpt_trainers import check as check_command
-from aligngpt_trainers.cli import COMMANDS, _Parser
-from aligngpt_trainers.flags import LAUNCHABLE, with_known_flags
-from aligngpt_trainers.init import InitArguments
-from aligngpt_trainers.launch import find_config, split_words, take_config
-from aligngpt_trainers.lora import MergeArguments
-from aligngpt_trainers.score_settings import ScoreConfig
-from aligngpt_trainers.settings import check_settings
-from aligngpt_trainers.train import STAGES
+from aligngpt_trainers.commands import check as check_command
+from aligngpt_trainers.commands.cli import COMMANDS, _Parser
+from aligngpt_trainers.commands.flags import LAUNCHABLE, with_known_flags
+from aligngpt_trainers.commands.init import InitArguments
+from aligngpt_trainers.commands.launch import find_config, split_words, take_config
+from aligngpt_trainers.commands.merge import MergeArguments
+from aligngpt_trainers.commands.settings import check_settings
+from aligngpt_trainers.commands.train import STAGES
+from aligngpt_trainers.scoring.config import ScoreConfig
 
 
 ROOT = Path(__file__).parents[1]

@@ -11,15 +11,15 @@ from demo_model import save_demo_model
 from documents import PAGES, ROOT
 from PIL import Image
 
-from aligngpt_trainers.cli import main
-from aligngpt_trainers.recipes import FOLDER
+from aligngpt_trainers.commands.cli import main
+from aligngpt_trainers.commands.recipes import FOLDER
 
 
 LINES = [(page.relative_to(ROOT), line) for page in PAGES for line in documents.commands(page.read_text())]
 RECIPES = sorted(FOLDER.glob("*/*.yaml"))
 # Blocks that need the Hub or a server: the test that runs what they show.
 RUN_ELSEWHERE = {
-    ("docs/hub.md", "aligngpt_hub.publish("): "tests/hub/test_publish.py",
+    ("docs/hub.md", "aligngpt_hub.publishing.model("): "tests/hub/test_publish.py",
     ("docs/hub.md", "pipeline("): "tests/hub/test_publish.py",
     ("docs/hub.md", "load_dataset("): "tests/hub/test_publish_data.py",
     ("docs/space.md", "Client("): "tests/hub/test_space_app.py",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from aligngpt_trainers.cli import COMMANDS, main
+from aligngpt_trainers.commands.cli import COMMANDS, main
 
 
 ROOT = Path(__file__).parents[1]

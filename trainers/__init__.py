@@ -9,9 +9,9 @@ _EXPORTS = {
     "AlignGPTInstructTrainer": "instruct_trainer",
     "AlignGPTPretrainConfig": "pretrain_config",
     "AlignGPTPretrainTrainer": "pretrain_trainer",
-    "ScoreConfig": "scoring",
-    "load_rows": "data",
-    "score_dataset": "scoring",
+    "ScoreConfig": "scoring.config",
+    "load_rows": "data.load",
+    "score_dataset": "scoring.run",
 }
 
 __all__ = sorted(_EXPORTS)

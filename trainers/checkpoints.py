@@ -16,10 +16,12 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
+from aligngpt_shared.files import move_folder
+
 from .continuing import write_settings
 from .guards import NonFiniteError
-from .manifest import damage, sync_folder, write_manifest
-from .saved_model import SavedModelError, check_saved
+from .storage.manifest import damage, write_manifest
+from .storage.saved_model import SavedModelError, check_saved
 
 
 logger = logging.get_logger(__name__)
@@ -70,7 +72,7 @@ class CheckpointMixin:
             self.accelerator.wait_for_everyone()
             if args.should_save:
                 write_manifest(self._staging / name, args.checkpoint_digests)
-                _replace_folder(self._staging / name, run_dir / name)
+                move_folder(self._staging / name, run_dir / name)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise self._save_error(name, error) from error
         finally:
@@ -292,17 +294,6 @@ def _is_json(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
-
-
-def _replace_folder(source: Path, target: Path):
-    """Renames a folder; one that stands there is moved away first and then removed."""
-    old = target.with_name(f"{target.name}.old{STAGING_SUFFIX}")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(source, target)
-    sync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _first_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from modeling_aligngpt.chat_templates import CHAT_TEMPLATES
 from modeling_aligngpt.control_tokens import control_tokens, sanitized
 
-from .images import load_image
+from .data.images import load_image
 
 
 STAGES = ("pretrain", "instruct")

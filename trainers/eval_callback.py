@@ -13,6 +13,8 @@ from accelerate.utils import gather_object
 from datasets import IterableDataset
 from trl.models.utils import unwrap_model_for_generation
 
+from aligngpt_shared.files import write_file
+
 from .collator import IGNORE_INDEX, ROW_INDEX_COLUMN
 
 
@@ -163,6 +165,4 @@ def forget_later_records(path: Path, step: int):
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text("".join(kept if step else []), encoding="utf-8")
-    os.replace(beside, path)
+    write_file(path, "".join(kept if step else []))

@@ -1,14 +1,13 @@
 """
-LoRA (arXiv 2106.09685) and QLoRA (arXiv 2305.14314) for stage 2, by peft and bitsandbytes: settings, an adapter's
-folder read back, and `aligngpt merge`.
+LoRA (arXiv 2106.09685) and QLoRA (arXiv 2305.14314) for stage 2, by peft and bitsandbytes: settings, and an
+adapter's folder read back.
 
 Low-rank matrices go into the linear layers of the language model alone. Projector and gate are small and new, so they
 train whole and are saved with the adapter; vision tower, level table and language-model head stay as stage 1 left them.
 """
 
-import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +19,6 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
 from modeling_aligngpt.modeling_aligngpt import UNQUANTIZED
 
-from .arguments import LoraArguments
-from .folders import finished_folder
-from .settings import parse_settings
-
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -31,7 +26,29 @@ if TYPE_CHECKING:
 
 TRAINED_WHOLE = ("multi_modal_projector", "align_gate")
 ADAPTER_CONFIG = "adapter_config.json"
-MERGE_DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass
+class LoraArguments:
+    """Adapters instead of whole weights; the names are those of TRL's `ModelConfig`."""
+
+    use_peft: bool = field(default=False, metadata={"help": "Stage 2: train LoRA adapters of the language model."})
+    lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters, divided by their rank."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout in front of the adapters."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Linear layers of the language model with an adapter, such as q_proj v_proj. Default: all."},
+    )
+    use_rslora: bool = field(default=False, metadata={"help": "Divide lora_alpha by the root of the rank."})
+    use_dora: bool = field(default=False, metadata={"help": "Decompose updates into magnitude and direction (DoRA)."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "QLoRA: the frozen language model in four bits (needs bitsandbytes)."}
+    )
+    bnb_4bit_quant_type: str = field(
+        default="nf4", metadata={"help": "Kind of four-bit numbers.", "choices": ["nf4", "fp4"]}
+    )
+    use_bnb_nested_quant: bool = field(default=False, metadata={"help": "Quantise the quantisation's constants too."})
 
 
 def check_lora(args: LoraArguments, stage: str) -> None:
@@ -193,53 +210,3 @@ def load_adapter(
         )
     loaded = PeftModel.from_pretrained(model, str(folder))
     return loaded.eval(), AlignGPTProcessor.from_pretrained(folder)
-
-
-@dataclass
-class MergeArguments:
-    """`aligngpt merge`."""
-
-    adapter: str = field(metadata={"help": "Adapter folder: what `aligngpt instruct` with use_peft wrote."})
-    output: str = field(metadata={"help": "Folder for the whole model; must not exist."})
-    base: str | None = field(default=None, metadata={"help": "Base model, where it is not where it was."})
-    base_revision: str | None = field(default=None, metadata={"help": "Revision of a base model on the Hub."})
-    dtype: str = field(
-        default="auto",
-        metadata={"help": "Of the written weights; `auto`: the base's own.", "choices": list(MERGE_DTYPES)},
-    )
-
-
-def merge_command(argv: Sequence[str]) -> None:
-    """
-    `aligngpt merge`: adapter and base become a model of its own, which needs neither peft nor the base.
-
-    Raises:
-        ValueError: unusable settings or folders.
-    """
-    (args,) = parse_settings(
-        "aligngpt merge", (MergeArguments,), argv, "Merge a LoRA adapter into its base: a model folder like any other."
-    )
-    if args.dtype not in MERGE_DTYPES:
-        raise ValueError(f"dtype={args.dtype!r} is not one of {', '.join(MERGE_DTYPES)}.")
-    with finished_folder(args.output) as beside:
-        dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-        adapted, processor = load_adapter(args.adapter, base=args.base, base_revision=args.base_revision, dtype=dtype)
-        base_name = adapted.active_peft_config.base_model_name_or_path
-        merged = adapted.merge_and_unload(safe_merge=True)
-        # modules that trained in float32 beside a base in bfloat16
-        merged.to(merged.get_input_embeddings().weight.dtype)
-        merged.save_pretrained(beside)
-        processor.save_pretrained(beside)
-        copy_summary(Path(args.adapter), beside, args.base or base_name)
-    size = sum(parameter.numel() for parameter in merged.parameters())
-    print(f"merged {args.adapter} into {args.base or base_name}: {size:,} parameters; saved to {args.output}")
-
-
-def copy_summary(source: Path, target: Path, base: str) -> None:
-    """The training summary of an adapter, with a note that it was merged, for the whole model's folder."""
-    path = source / "training_summary.json"
-    if not path.is_file():
-        return
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    summary["merged"] = {"adapter": source.name, "base": Path(base).name if os.path.exists(base) else base}
-    (target / path.name).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -19,7 +19,7 @@ from .collator import (
     describe_row,
     overlong_message,
 )
-from .streaming import ROWS_AT_ONCE, StreamCounts
+from .data.streaming import ROWS_AT_ONCE, StreamCounts
 
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 from trl import SFTTrainer
 
+from aligngpt_shared.locks import lock, lock_of
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
 from .checkpoints import (
@@ -29,7 +30,6 @@ from .collator import ROW_INDEX_COLUMN, AlignGPTDataCollator
 from .continuing import ContinuationError, compare_settings
 from .eval_callback import GenerationMetrics, GenerationMixin
 from .guards import FiniteGuard, NonFiniteError, StopCallback, TrainingStopped, outlive_signals
-from .locks import lock, lock_of
 from .rows import ENCODED_FEATURES, prepare_rows
 from .sampling import make_sampler
 from .stage_config import IMAGE_ASPECT_RATIOS, StageConfig
@@ -311,7 +311,7 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
     def _report_first_batch(self):
         """What `aligngpt check` says, in short, once a run starts."""
         if self.args.check_rows and self.is_world_process_zero():
-            from .check import log_first_batch
+            from .first_batch import log_first_batch
 
             with torch.random.fork_rng(devices=[]):
                 log_first_batch(self)

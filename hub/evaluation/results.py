@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from aligngpt_shared.files import write_json
+
 from .tasks import BENCHMARKS, BY_NAME, Benchmark
 
 
@@ -91,10 +93,7 @@ class Results:
         self.write()
 
     def write(self):
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".partial")
-        beside.write_text(json.dumps(self.content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(beside, self.path)
+        write_json(self.path, self.content)
 
     def describe(self) -> str:
         """The paper's figure of each benchmark, ours beside it."""

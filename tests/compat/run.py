@@ -79,7 +79,7 @@ def promised_versions() -> list[str]:
 
 def save_model(folder: Path) -> tuple[Path, Path]:
     """The authors' recorded checkpoint, converted; and their prompts as inputs."""
-    from aligngpt_hub.convert import convert_checkpoint
+    from aligngpt_hub.original.convert import convert_checkpoint
     from modeling_aligngpt import AlignGPTConfig
 
     saved = convert_checkpoint(GOLDEN / "checkpoint", folder / "saved")

@@ -32,8 +32,9 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests")]
 
 PRELOADED = [
-    *("torch", "transformers", "trl", "peft", "datasets", "aligngpt_trainers.cli", "aligngpt_trainers.train"),
-    *("aligngpt_trainers.scoring", "aligngpt_trainers.lora", "aligngpt_hub.convert", "aligngpt_hub.publish"),
+    *("torch", "transformers", "trl", "peft", "datasets"),
+    *("aligngpt_trainers.commands.cli", "aligngpt_trainers.commands.train", "aligngpt_trainers.scoring.run"),
+    *("aligngpt_trainers.lora", "aligngpt_hub.original.convert", "aligngpt_hub.publishing.model"),
 ]
 # what is left lying beside an output, and is never taken for one
 UNFINISHED = (".partial", ".unfinished", ".lock", ".tmp", "unfinished")
@@ -42,7 +43,7 @@ TRAINED = ("checkpoint-", "run_settings.json", "trainer_state.json", "training_s
 
 def run_command(words: list[str], log: str):
     """A command in a forked process; its exit status is the process's."""
-    from aligngpt_trainers import cli
+    from aligngpt_trainers.commands import cli
 
     os.setpgrp()
     with open(log, "w", encoding="utf-8", buffering=1) as file:
@@ -134,6 +135,7 @@ class Suite:
         except Lost as error:
             counter["lost"] += 1
             self.lost.append(f"{kind}: {error}")
+            print(f"LOST {kind}: {error}", flush=True)
         self.end_all()
         for path in [*self.folder.glob("*out-*"), *self.folder.glob("said-*")]:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink()

@@ -10,7 +10,7 @@ from demo_model import save_demo_model
 from PIL import Image
 
 from aligngpt_playground import parts_path
-from aligngpt_trainers.cli import COMMANDS, main
+from aligngpt_trainers.commands.cli import COMMANDS, main
 
 
 STAGES = "--language_model {llm} --vision_tower {clip} --dataset pairs.json --use_cpu true --output_dir run"

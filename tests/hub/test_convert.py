@@ -14,10 +14,10 @@ from parity.golden import GOLDEN, VOCAB_SIZE, read_json
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionModel, GenerationConfig
 
-from aligngpt_hub import convert
-from aligngpt_hub.convert import convert_checkpoint
-from aligngpt_hub.export import export_original
-from aligngpt_hub.original_format import open_checkpoint, to_original_key, to_our_key
+from aligngpt_hub.original import convert
+from aligngpt_hub.original.convert import convert_checkpoint
+from aligngpt_hub.original.export import export_original
+from aligngpt_hub.original.format import open_checkpoint, to_original_key, to_our_key
 from modeling_aligngpt.assembly import assemble
 from modeling_aligngpt.chat_templates import CHAT_TEMPLATES
 from modeling_aligngpt.modeling_aligngpt import AlignGPTForConditionalGeneration

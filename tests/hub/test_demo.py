@@ -8,9 +8,9 @@ import pytest
 from demo_model import save_demo_model, serving
 from gradio_client import Client, handle_file
 
-from aligngpt_hub.demo import QUICKSTART, find_demo_model
-from aligngpt_hub.space_command import TEMPLATE
-from aligngpt_trainers.cli import main
+from aligngpt_hub.demo.space import TEMPLATE
+from aligngpt_hub.local import QUICKSTART, find_local_model
+from aligngpt_trainers.commands.cli import main
 
 
 @pytest.fixture
@@ -30,12 +30,12 @@ def test_without_a_model_it_is_the_quickstarts(somewhere, capsys):
     said = capsys.readouterr().err
     assert "make quickstart" in said and said.count("\n") == 1
     make_model(somewhere / QUICKSTART)
-    assert find_demo_model(None) == str(QUICKSTART)
+    assert find_local_model(None) == str(QUICKSTART)
 
 
 def test_a_folder_or_a_hub_id(somewhere):
-    assert find_demo_model(str(make_model(somewhere / "run"))) == str(somewhere / "run")
-    assert find_demo_model("user/demo", "v1") == "user/demo"
+    assert find_local_model(str(make_model(somewhere / "run"))) == str(somewhere / "run")
+    assert find_local_model("user/demo", "v1") == "user/demo"
 
 
 @pytest.mark.parametrize(

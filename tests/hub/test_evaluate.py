@@ -10,7 +10,7 @@ import pytest
 from evaluation_world.rows import answer_alone, make_one_word_model, make_rows, write_data
 
 from aligngpt_hub.evaluation.tasks import BENCHMARKS, BY_NAME, PAPER, make_task
-from aligngpt_trainers import cli
+from aligngpt_trainers.commands import cli
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
 
@@ -203,7 +203,7 @@ def test_the_entry_point_leads_to_the_model():
     from lmms_eval.models import get_model
 
     assert [point.value for point in entry_points(group="lmms_eval.models", name="aligngpt")] == [
-        "aligngpt_hub.lmms_adapter:manifest"
+        "aligngpt_hub.evaluation.lmms_adapter:manifest"
     ]
     assert get_model("aligngpt").__name__ == "AlignGPTLmms"
 
@@ -267,7 +267,7 @@ def test_answers_wait_for_their_judge(model_folder, data, judge, tmp_path, capsy
 
 
 def test_a_stopped_run_goes_on_and_ends_the_same(run, model_folder, data, tmp_path, capsys, monkeypatch):
-    from aligngpt_hub.lmms_model import AlignGPTLmms
+    from aligngpt_hub.evaluation.lmms_model import AlignGPTLmms
 
     given = words(model_folder, data, tmp_path, "--batch-size", "2", tasks="pope,gqa")
     asked, real = [], AlignGPTLmms._answer
@@ -345,7 +345,7 @@ def test_another_way_of_answering_is_not_mixed_in(model_folder, data, tmp_path, 
 
 
 def test_mode_and_level_reach_the_model(model_folder, data, tmp_path):
-    from aligngpt_hub.lmms_model import AlignGPTLmms
+    from aligngpt_hub.evaluation.lmms_model import AlignGPTLmms
 
     lm = AlignGPTLmms(str(model_folder), align_mode="mean", dtype="bfloat16", device="cpu")
     assert lm.model.config.align_mode == "mean" and lm.identity["dtype"] == "bfloat16"
@@ -401,7 +401,7 @@ def test_without_lmms_eval_the_error_says_how_to_install_it(tmp_path):
         "import sys, importlib.util\n"
         "find = importlib.util.find_spec\n"
         "importlib.util.find_spec = lambda name, *more: None if name == 'lmms_eval' else find(name, *more)\n"
-        "from aligngpt_trainers import cli\n"
+        "from aligngpt_trainers.commands import cli\n"
         "sys.exit(cli.main(['evaluate', '--model', 'x', '--tasks', 'pope']))\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)

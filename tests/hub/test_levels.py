@@ -10,9 +10,9 @@ import torch
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from evaluation_world.rows import make_one_word_model, picture
 
-from aligngpt_hub import level_statistics
-from aligngpt_hub.level_probe import DualEncoder, caption_measures, read_answers
-from aligngpt_trainers import cli
+from aligngpt_hub.levels import statistics as level_statistics
+from aligngpt_hub.levels.probe import DualEncoder, caption_measures, read_answers
+from aligngpt_trainers.commands import cli
 from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTForConditionalGeneration, AlignGPTProcessor
 
 
@@ -226,7 +226,7 @@ def test_captions_are_the_models_at_every_level(world, report):
 
 def test_after_stage_1_captions_are_in_its_format(world, tmp_path, monkeypatch):
     """The picture alone is the prompt, and a caption ends at the line break."""
-    from aligngpt_hub.level_probe import LevelProbe
+    from aligngpt_hub.levels.probe import LevelProbe
 
     probe = LevelProbe(str(world / "model"))
     probe.model.config.training_stage = "pretrain"
@@ -260,7 +260,7 @@ def test_the_page_stands_alone_and_says_what_the_json_says(report):
 
 
 def test_texts_of_models_cannot_break_the_page(tmp_path):
-    from aligngpt_hub.level_report import write_report
+    from aligngpt_hub.levels.report import write_report
 
     trend = {"name": "<b>words", **level_statistics.trend(np.random.default_rng(0).normal(size=(4, 3)))}
     captions = {

@@ -16,8 +16,8 @@ from local_hub.server import HubServer
 from modeling import fresh_process
 from modeling.test_loading import build, transformers_4  # noqa: F401  (a fixture)
 
-from aligngpt_hub.publish import publish
-from aligngpt_trainers.train import instruct_command, pretrain_command
+from aligngpt_hub.publishing.model import publish
+from aligngpt_trainers.commands.train import instruct_command, pretrain_command
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
 

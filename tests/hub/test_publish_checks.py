@@ -14,8 +14,15 @@ from PIL import PngImagePlugin
 from safetensors.torch import load_file, save_file
 
 import aligngpt_hub
-from aligngpt_hub.checks import check_code, check_complete, check_contents, find_paths, find_secrets, select_files
-from aligngpt_hub.fresh_load import check_loads
+from aligngpt_hub.publishing.checks import (
+    check_code,
+    check_complete,
+    check_contents,
+    find_paths,
+    find_secrets,
+    select_files,
+)
+from aligngpt_hub.publishing.fresh_load import check_loads
 
 
 TOKEN = "hf" + "_" + "AbCdEfGhIjKlMnOpQrStUvWxYz01234567"
@@ -176,8 +183,8 @@ CASES = {
         ["compat_v4.py line", "`from . import ...` does not travel"],
     ),
     "import of ours": (
-        lambda f: edit(f / "compat_v4.py", "import", "from aligngpt_trainers.data import load_rows\nimport"),
-        ["compat_v4.py line", "imports aligngpt_trainers.data, which only this project's installation has"],
+        lambda f: edit(f / "compat_v4.py", "import", "from aligngpt_trainers.data.load import load_rows\nimport"),
+        ["compat_v4.py line", "imports aligngpt_trainers.data.load, which only this project's installation has"],
     ),
     "code of elsewhere": (
         lambda f: spoil_config(f, auto_map={"AutoConfig": "user/x--configuration_aligngpt.AlignGPTConfig"}),
@@ -226,9 +233,6 @@ def test_all_findings_are_named_and_nothing_is_sent(folder):
 
 
 def test_what_the_package_offers():
-    """Also when the module of that name was imported before."""
-    import aligngpt_hub.publish
-
     assert all(callable(getattr(aligngpt_hub, name)) for name in aligngpt_hub.__all__)
     with pytest.raises(ValueError, match="write USER/NAME"):
         aligngpt_hub.publish("folder", "name")
@@ -236,7 +240,7 @@ def test_what_the_package_offers():
 
 def test_without_the_hub_nothing_is_tried(folder, monkeypatch):
     """Said before the fresh process, which takes its time."""
-    monkeypatch.setattr("aligngpt_hub.publish.check_loads", None)
+    monkeypatch.setattr("aligngpt_hub.publishing.model.check_loads", None)
     with pytest.raises(ValueError, match="switched off by HF_HUB_OFFLINE"):
         aligngpt_hub.publish(folder, "user/name", card=folder / "config.json")
 
@@ -277,7 +281,7 @@ def test_fresh_process(folder):
 
 
 def test_large_weights_are_compared_unread(folder, monkeypatch):
-    import aligngpt_hub.fresh_load as fresh_load
+    import aligngpt_hub.publishing.fresh_load as fresh_load
 
     script = folder.parent / "fresh_load.py"
     script.write_text(Path(fresh_load.__file__).read_text().replace("LARGEST_RUN = 4 * 2**30", "LARGEST_RUN = 0"))

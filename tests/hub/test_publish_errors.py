@@ -41,7 +41,7 @@ UPLOAD = (
     IMPATIENT
     + """
 import json, sys
-from aligngpt_hub.upload import upload_checked_folder
+from aligngpt_hub.publishing.upload import upload_checked_folder
 said = []
 for settings in json.loads(sys.argv[1]):
     try:
@@ -100,7 +100,7 @@ RACE = """
 import json, sys
 from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
-from aligngpt_hub.upload import upload_checked_folder
+from aligngpt_hub.publishing.upload import upload_checked_folder
 def shards():
     HfApi().create_commit("user/race", [CommitOperationAdd("other.md", b"x")], commit_message="meanwhile")
     yield "more.safetensors", Path(sys.argv[1]) / "model.safetensors"

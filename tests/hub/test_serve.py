@@ -13,8 +13,8 @@ from demo_model import CONTEXT, save_demo_model, serving
 from PIL import Image
 from transformers import pipeline
 
-from aligngpt_hub.space_command import TEMPLATE
-from aligngpt_trainers.cli import main
+from aligngpt_hub.demo.space import TEMPLATE
+from aligngpt_trainers.commands.cli import main
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
 

@@ -18,7 +18,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from aligngpt_hub.space_command import TEMPLATE, Model, render_space
+from aligngpt_hub.demo.space import TEMPLATE, Model, render_space
 
 
 QUESTION = "what is in the picture?"

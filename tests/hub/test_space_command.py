@@ -13,8 +13,8 @@ import yaml
 from local_hub.server import HubServer
 from packaging.requirements import Requirement
 
-from aligngpt_hub.space_command import TEMPLATE, Model, find_model, push_space, render_space
-from aligngpt_trainers.cli import main
+from aligngpt_hub.demo.space import TEMPLATE, Model, find_model, push_space, render_space
+from aligngpt_trainers.commands.cli import main
 
 
 ROOT = Path(__file__).parents[2]
@@ -145,7 +145,7 @@ def test_no_token_leaves_with_a_space(tmp_path):
 # the Hub's client reads its settings once: a process of its own, with one call after another
 CALLS = """
 import contextlib, io, json, os, sys
-from aligngpt_trainers.cli import main
+from aligngpt_trainers.commands.cli import main
 for words, token in json.loads(sys.argv[1]):
     os.environ.pop("HF_TOKEN", None)
     os.environ.update({"HF_TOKEN": token} if token else {})

@@ -16,7 +16,7 @@ from demo_model import CONTEXT, save_demo_model
 from PIL import Image, ImageDraw
 from transformers import LlavaImageProcessor
 
-from aligngpt_hub.space_command import TEMPLATE
+from aligngpt_hub.demo.space import TEMPLATE
 from modeling_aligngpt import AlignGPTProcessor
 
 

@@ -21,7 +21,7 @@ class NotInstalled(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, NotInstalled())
 """
 
-COMMAND = IMPATIENT + "import sys; from aligngpt_trainers.cli import main; sys.exit(main(sys.argv[1:]))"
+COMMAND = IMPATIENT + "import sys; from aligngpt_trainers.commands.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 def run_python(hub: HubServer, code: str, words=(), token=None, home=None, path=None, cwd=None, **environment):

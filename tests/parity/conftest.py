@@ -3,7 +3,7 @@
 import pytest
 from parity.golden import GOLDEN
 
-from aligngpt_hub.convert import convert_checkpoint
+from aligngpt_hub.original.convert import convert_checkpoint
 from modeling_aligngpt.modeling_aligngpt import AlignGPTForConditionalGeneration
 from modeling_aligngpt.processing_aligngpt import AlignGPTProcessor
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from aligngpt_hub.original_format import to_our_key
+from aligngpt_hub.original.format import to_our_key
 
 
 GOLDEN = Path(os.environ.get("ALIGNGPT_GOLDEN") or Path(__file__).parents[1] / "fixtures" / "golden")

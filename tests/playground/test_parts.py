@@ -13,7 +13,7 @@ from aligngpt_playground.scene_text import ANSWER, CELLS, chat_text, draw_texts,
 from aligngpt_playground.train_clip import MAX_TEXT_TOKENS, REGION_WORDS, SceneBatches, evaluate, normalise
 from aligngpt_playground.train_llama import FIDELITY_WORDS, TextBatches, encode
 from aligngpt_playground.train_llama import evaluate as evaluate_llama
-from aligngpt_playground.train_parts import replace_folder
+from aligngpt_shared.files import new_folder
 from modeling_aligngpt import CHAT_TEMPLATES, select_chat_template
 
 
@@ -205,9 +205,9 @@ def test_train_parts_never_replaces_something_else(tmp_path, capsys):
 
 def test_a_failed_save_leaves_the_old_folder(tmp_path):
     target = tmp_path / "part"
-    with replace_folder(target) as folder:
+    with new_folder(target, replace=True) as folder:
         (folder / "weights").write_text("old")
-    with pytest.raises(RuntimeError), replace_folder(target) as folder:
+    with pytest.raises(RuntimeError), new_folder(target, replace=True) as folder:
         (folder / "weights").write_text("new")
         raise RuntimeError
     assert (target / "weights").read_text() == "old"

@@ -8,7 +8,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 
-from aligngpt_trainers.launch import check_config, find_config
+from aligngpt_trainers.commands.launch import check_config, find_config
 
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "accelerate"

@@ -13,12 +13,12 @@ import yaml
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from aligngpt_trainers.arguments import DataArguments, ModelArguments, PretrainModelArguments
-from aligngpt_trainers.cli import main
+from aligngpt_trainers.commands.arguments import DataArguments, ModelArguments, PretrainModelArguments
+from aligngpt_trainers.commands.cli import main
+from aligngpt_trainers.commands.settings import parse_settings
 from aligngpt_trainers.instruct_config import AlignGPTInstructConfig
 from aligngpt_trainers.lora import load_adapter
 from aligngpt_trainers.pretrain_config import AlignGPTPretrainConfig
-from aligngpt_trainers.settings import parse_settings
 from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTForConditionalGeneration, AlignGPTProcessor
 
 from .families import LANGUAGE_MODELS, VISION_TOWERS, save_language_model, save_vision_tower

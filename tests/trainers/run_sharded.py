@@ -32,7 +32,7 @@ def settle(recipe: str):
 def main():
     plan = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     settle(plan["recipe"])
-    from aligngpt_trainers import cli
+    from aligngpt_trainers.commands import cli
 
     sys.exit(cli.main(plan["words"]))
 

@@ -20,7 +20,7 @@ from transformers import (
     SiglipTokenizer,
 )
 
-from aligngpt_trainers.scoring import ScoreConfig
+from aligngpt_trainers.scoring.run import ScoreConfig
 
 
 WORDS = ["a", "red", "blue", "green", "kite", "dog", "boat", "over", "under", "near", "the", "bay", "hill"]
@@ -123,8 +123,8 @@ def config(pairs, scorers, output, **options):
 # which the model takes argv[3] seconds longer. argv[4] limits the size of files from then on.
 CHILD = """
 import json, os, resource, sys, time
-from aligngpt_trainers.alignment import PairScorer
-from aligngpt_trainers.scoring import ScoreConfig, score_dataset
+from aligngpt_trainers.scoring.scorer import PairScorer
+from aligngpt_trainers.scoring.run import ScoreConfig, score_dataset
 settings, log, seconds, file_size = json.loads(sys.argv[1]), sys.argv[2], float(sys.argv[3]), int(sys.argv[4])
 score = PairScorer.score
 def logged(self, image_inputs, text_inputs):

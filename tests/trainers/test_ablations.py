@@ -13,7 +13,7 @@ from datasets import load_from_disk
 from transformers import AutoModelForImageTextToText
 
 from aligngpt_playground.world import parts_path, write_world
-from aligngpt_trainers.cli import main
+from aligngpt_trainers.commands.cli import main
 from modeling_aligngpt import AlignGPTProcessor
 
 

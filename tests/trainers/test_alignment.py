@@ -16,9 +16,9 @@ from transformers import (
     CLIPModel,
 )
 
-from aligngpt_trainers.alignment import PairScorer, cut_levels
-from aligngpt_trainers.data import load_rows
-from aligngpt_trainers.scoring import score_dataset
+from aligngpt_trainers.data.load import load_rows
+from aligngpt_trainers.scoring.run import score_dataset
+from aligngpt_trainers.scoring.scorer import PairScorer, cut_levels
 
 from .scoring_parts import config, make_pairs, save_scorers, write_pairs
 

@@ -4,8 +4,8 @@ import argparse
 
 import pytest
 
-from aligngpt_trainers import chat as chat_module
-from aligngpt_trainers.chat import Chat
+from aligngpt_trainers.commands import chat as chat_module
+from aligngpt_trainers.commands.chat import Chat
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
 from .conftest import NUM_LEVELS, picture

@@ -9,10 +9,10 @@ import yaml
 from datasets import load_from_disk
 
 from aligngpt_trainers import AlignGPTInstructConfig, AlignGPTInstructTrainer
-from aligngpt_trainers.check import check_stage, log_first_batch, recognise_stage
-from aligngpt_trainers.check_measures import check_batch, mark_supervised, step_facts
-from aligngpt_trainers.cli import main
-from aligngpt_trainers.train import build_stage
+from aligngpt_trainers.commands.check import check_stage, log_first_batch, recognise_stage
+from aligngpt_trainers.commands.check_measures import check_batch, mark_supervised, step_facts
+from aligngpt_trainers.commands.cli import main
+from aligngpt_trainers.commands.train import build_stage
 from modeling_aligngpt.assembly import assemble
 
 from .conftest import NUM_LEVELS, conversation_rows, pair_rows, settings, snapshot, to_dataset
@@ -345,8 +345,8 @@ def test_selected_rows_with_ids_are_named(parts, recipe, tmp_path):
 
 def test_nothing_is_left_of_a_meta_model(parts):
     """The light way really holds no weights."""
-    from aligngpt_trainers.arguments import PretrainModelArguments
-    from aligngpt_trainers.check_light import _assemble
+    from aligngpt_trainers.commands.arguments import PretrainModelArguments
+    from aligngpt_trainers.commands.check_light import _assemble
 
     args = PretrainModelArguments(language_model=str(parts[0]), vision_tower=str(parts[1]), num_align_levels=NUM_LEVELS)
     model, processor = _assemble(args)

@@ -12,10 +12,10 @@ import yaml
 from local_hub.server import HubServer
 from safetensors.torch import load_file, save_file
 
-from aligngpt_trainers.arguments import DataArguments, PretrainModelArguments
-from aligngpt_trainers.cli import COMMANDS, main
-from aligngpt_trainers.folders import read_record
-from aligngpt_trainers.train import run_records
+from aligngpt_trainers.commands.arguments import DataArguments, PretrainModelArguments
+from aligngpt_trainers.commands.cli import COMMANDS, main
+from aligngpt_trainers.commands.train import run_records
+from aligngpt_trainers.storage.folders import read_record
 from modeling_aligngpt import AlignGPTForConditionalGeneration
 from modeling_aligngpt.assembly import assemble
 
@@ -164,8 +164,8 @@ def test_scientific_notation_and_empty_values(recipe, tmp_path, capsys):
         f"dataset: {tmp_path}\nmodel: a/b\nlearning_rate: 1e-3\nmax_length:\noutput_dir: x\nuse_cpu: true\n"
     )
     from aligngpt_trainers import AlignGPTInstructConfig
-    from aligngpt_trainers.settings import parse_settings
-    from aligngpt_trainers.train import DataArguments, ModelArguments
+    from aligngpt_trainers.commands.settings import parse_settings
+    from aligngpt_trainers.commands.train import DataArguments, ModelArguments
 
     kinds = (ModelArguments, DataArguments, AlignGPTInstructConfig)
     model_args, _, args = parse_settings("x", kinds, ["--config", str(path), "--learning-rate", "2e-4"])
@@ -209,7 +209,8 @@ def test_every_command_has_help(capsys):
 
 
 def test_help_needs_no_heavy_import():
-    code = "import sys; from aligngpt_trainers.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from aligngpt_trainers.commands.cli import main; main(['--help']); "
+    code += "sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and all(command in done.stdout for command in COMMANDS)
     done = subprocess.run([sys.executable, "-m", "aligngpt_trainers"], capture_output=True, text=True, check=False)

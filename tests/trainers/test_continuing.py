@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from aligngpt_shared.locks import lock, lock_of
 from aligngpt_trainers import AlignGPTPretrainConfig, AlignGPTPretrainTrainer
 from aligngpt_trainers.checkpoints import CheckpointError, find_last_checkpoint
 from aligngpt_trainers.continuing import ContinuationError
 from aligngpt_trainers.guards import NonFiniteError
-from aligngpt_trainers.locks import lock, lock_of
-from aligngpt_trainers.manifest import damage
+from aligngpt_trainers.storage.manifest import damage
 
 from .conftest import pair_rows, settings, to_dataset
 

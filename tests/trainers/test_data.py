@@ -9,8 +9,8 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value
 from PIL import Image as PILImage
 
-from aligngpt_trainers.conversations import BadRow, caption_of, to_messages
-from aligngpt_trainers.data import load_rows, read_rows
+from aligngpt_trainers.data.conversations import BadRow, caption_of, to_messages
+from aligngpt_trainers.data.load import load_rows, read_rows
 
 
 RED, BLUE = (200, 10, 20), (20, 10, 200)
@@ -130,7 +130,7 @@ class TestLlavaJson:
 
     @pytest.mark.parametrize("indent", [None, 1])
     def test_json_is_read_piece_by_piece(self, folder, monkeypatch, indent):
-        monkeypatch.setattr("aligngpt_trainers.sources.READ", 7)
+        monkeypatch.setattr("aligngpt_trainers.data.sources.READ", 7)
         records = [llava(id=f"é {i} ] }}, {{") for i in range(5)]
         (folder / "d.json").write_text(json.dumps(records, indent=indent, ensure_ascii=False), encoding="utf-8")
         assert load_rows(folder / "d.json", image_folder=folder / "pictures")["id"][:] == [r["id"] for r in records]

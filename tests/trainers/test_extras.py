@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from aligngpt_trainers import extras
-from aligngpt_trainers.arguments import DataArguments, ModelArguments, PretrainModelArguments
-from aligngpt_trainers.cli import COMMANDS, main
+from aligngpt_trainers.commands import extras
+from aligngpt_trainers.commands.arguments import DataArguments, ModelArguments, PretrainModelArguments
+from aligngpt_trainers.commands.cli import COMMANDS, main
+from aligngpt_trainers.commands.settings import check_settings
 from aligngpt_trainers.instruct_config import AlignGPTInstructConfig
 from aligngpt_trainers.pretrain_config import AlignGPTPretrainConfig
-from aligngpt_trainers.settings import check_settings
 
 
 def said(capsys, *words: str) -> str:

@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 
-from aligngpt_trainers.cli import main
-from aligngpt_trainers.launch import check_config, launch_words, split_words, take_config
+from aligngpt_trainers.commands.cli import main
+from aligngpt_trainers.commands.launch import check_config, launch_words, split_words, take_config
 from modeling_aligngpt import AlignGPTForConditionalGeneration
 
 from .conftest import pair_rows, to_dataset

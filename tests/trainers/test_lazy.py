@@ -33,7 +33,7 @@ class Peak:
 folder = sys.argv[1]
 datasets.config.HF_DATASETS_CACHE = folder
 datasets.disable_progress_bars()
-from aligngpt_trainers.data import load_rows
+from aligngpt_trainers.data.load import load_rows
 """
 
 PICTURES = """

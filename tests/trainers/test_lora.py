@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, TrainerCallback
 
-from aligngpt_trainers.arguments import LoraArguments
-from aligngpt_trainers.cli import main
+from aligngpt_trainers.commands.arguments import LoraArguments
+from aligngpt_trainers.commands.cli import main
+from aligngpt_trainers.commands.train import build_stage
 from aligngpt_trainers.lora import check_lora, load_adapter, lora_targets, quantization_config
-from aligngpt_trainers.train import build_stage
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
 from .conftest import conversation_rows, picture, to_dataset

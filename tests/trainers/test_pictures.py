@@ -10,7 +10,7 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from aligngpt_trainers import AlignGPTDataCollator
-from aligngpt_trainers.data import load_image, load_rows
+from aligngpt_trainers.data.load import load_image, load_rows
 
 from .conftest import IMAGE_SIZE
 

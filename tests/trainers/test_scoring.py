@@ -16,12 +16,13 @@ import pytest
 from datasets import Dataset, load_from_disk
 from PIL import Image as PILImage
 
-from aligngpt_trainers import score_levels, scoring
-from aligngpt_trainers.alignment import PairScorer
-from aligngpt_trainers.cli import main
-from aligngpt_trainers.data import load_rows
-from aligngpt_trainers.score_levels import balance_levels, cut_levels
-from aligngpt_trainers.scoring import score_dataset
+from aligngpt_trainers.commands.cli import main
+from aligngpt_trainers.data.load import load_rows
+from aligngpt_trainers.scoring import levels as score_levels
+from aligngpt_trainers.scoring import run as scoring
+from aligngpt_trainers.scoring.levels import balance_levels, cut_levels
+from aligngpt_trainers.scoring.run import score_dataset
+from aligngpt_trainers.scoring.scorer import PairScorer
 
 from .scoring_parts import config, make_pairs, run_child, save_scorers, start_child, write_pairs
 

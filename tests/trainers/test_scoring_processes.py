@@ -13,8 +13,8 @@ import pytest
 from accelerate import PartialState
 from datasets import load_from_disk
 
-from aligngpt_trainers.alignment import PairScorer
-from aligngpt_trainers.scoring import score_dataset
+from aligngpt_trainers.scoring.run import score_dataset
+from aligngpt_trainers.scoring.scorer import PairScorer
 
 from .scoring_parts import child_command, config, save_scorers, write_pairs
 

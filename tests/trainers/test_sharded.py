@@ -13,9 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from aligngpt_trainers import AlignGPTInstructConfig, AlignGPTInstructTrainer, cli
+from aligngpt_trainers import AlignGPTInstructConfig, AlignGPTInstructTrainer
 from aligngpt_trainers.checkpoints import CheckpointError
-from aligngpt_trainers.saved_model import SavedModelError, check_saved
+from aligngpt_trainers.commands import cli
+from aligngpt_trainers.storage.saved_model import SavedModelError, check_saved
 from modeling_aligngpt import AlignGPTForConditionalGeneration
 from modeling_aligngpt.assembly import assemble
 

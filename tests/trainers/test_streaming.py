@@ -17,10 +17,10 @@ from aligngpt_trainers import (
     AlignGPTPretrainConfig,
     AlignGPTPretrainTrainer,
 )
-from aligngpt_trainers.conversations import caption_of
-from aligngpt_trainers.data import load_rows
+from aligngpt_trainers.data.conversations import caption_of
+from aligngpt_trainers.data.load import load_rows
+from aligngpt_trainers.data.sources import open_source
 from aligngpt_trainers.rows import prepare_rows, stream_totals
-from aligngpt_trainers.sources import open_source
 
 from .conftest import NUM_LEVELS, conversation_rows, losses, pair_rows, picture, settings, to_dataset
 
@@ -259,7 +259,7 @@ import json, sys
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from torch.utils.data import DataLoader
-from aligngpt_trainers.data import load_rows
+from aligngpt_trainers.data.load import load_rows
 accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=False))
 def collate(rows):
     return {"numbers": torch.tensor([int(row["messages"][1]["content"][0]["text"].split()[1]) for row in rows])}

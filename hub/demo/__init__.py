@@ -1,0 +1,1 @@
+"""The demo here (`aligngpt demo`) and as a Space (`aligngpt space`)."""

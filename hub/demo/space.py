@@ -1,0 +1,211 @@
+"""`aligngpt space`: a complete Gradio Space for a published model, as a folder and, with `--push`, on the Hub."""
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from aligngpt_shared.files import new_folder
+from aligngpt_shared.locks import lock, lock_of
+
+from ..publishing.checks import check_contents
+from ..publishing.upload import Upload, check_repo_id, hub_errors, upload_checked_folder
+
+
+TEMPLATE = Path(__file__).parents[1] / "space"
+"""The Space's folder before a model's name is written into it."""
+SETTINGS = "settings.json"
+HARDWARE = "zero-a10g"
+
+_SHA = re.compile(r"[0-9a-f]{40}")
+# what loading a model reads, for the Space's image
+_LOADED = re.compile(r"[^/]+\.(json|safetensors|py|jinja|model)")
+_NOT_SENT = {"__pycache__", ".git", ".gradio"}
+
+
+@dataclass
+class Model:
+    """A model repository at a commit; `files` are what loading it reads, empty when the Hub was not asked."""
+
+    repo_id: str
+    revision: str
+    files: list[str]
+    private: bool = False
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("folder", metavar="DIR", help="where the Space is written")
+    parser.add_argument("--model", required=True, metavar="ID", help="the published model that it shows, USER/NAME")
+    parser.add_argument("--revision", help="its branch, tag or commit (default: main's newest commit); always pinned")
+    parser.add_argument("--title", help="the Space's title (default: the model's name)")
+    parser.add_argument("--hardware", default=HARDWARE, help=f"hardware to suggest (default: {HARDWARE}, ZeroGPU)")
+    parser.add_argument("--overwrite", action="store_true", help="also replace files of the Space changed by hand")
+    parser.add_argument("--push", action="store_true", help="upload it to --repo-id as well")
+    parser.add_argument("--repo-id", metavar="USER/NAME", help="the Space on the Hub")
+    parser.add_argument("--private", action="store_true", help="make a new Space private")
+
+
+def run(args: argparse.Namespace):
+    """`aligngpt space`."""
+    if args.push and not args.repo_id:
+        raise ValueError("--push needs to know where to: add --repo-id USER/NAME.")
+    if args.repo_id and not args.push:
+        raise ValueError("--repo-id names where --push uploads to: add --push, or leave it out.")
+    if args.repo_id:
+        check_repo_id(args.repo_id)
+    model = find_model(args.model, args.revision)
+    folder = render_space(args.folder, model, args.title, args.hardware, args.overwrite)
+    print(f"{folder}: a Space for {model.repo_id} at {model.revision}")
+    if not model.files:
+        print("The Hub was not asked for the model's files: the Space downloads them when it starts.")
+    if model.private:
+        print("The model is private: give the Space a secret HF_TOKEN that may read it.")
+    if args.push:
+        # True or the account's own setting
+        upload = push_space(folder, args.repo_id, private=args.private or None)
+        print(f"{'uploaded' if upload.changed else 'nothing new'}: {upload.url}")
+
+
+def find_model(repo_id: str, revision: str | None = None) -> Model:
+    """
+    The commit that a Space is pinned to.
+
+    Args:
+        repo_id: USER/NAME.
+        revision: branch, tag or commit; `None`: main. A full commit is taken at its word where the Hub is out of reach.
+
+    Raises:
+        ValueError: it is a folder, or the Hub does not know it or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    if Path(repo_id).is_dir():
+        raise ValueError(
+            f"{repo_id} is a folder here, and a Space loads its model from the Hub: publish it first "
+            f"(`aligngpt publish {repo_id} --repo-id USER/NAME`); to see it here: `aligngpt demo --model {repo_id}`."
+        )
+    check_repo_id(repo_id)
+    try:
+        with hub_errors(repo_id):
+            info = HfApi().model_info(repo_id, revision=revision)
+    except ValueError as error:
+        unreachable = "HF_HUB_OFFLINE" in str(error) or "broke or never stood" in str(error)
+        if unreachable and revision and _SHA.fullmatch(revision):
+            return Model(repo_id, revision, [])
+        # what the upload says about the repository has no meaning here
+        what = str(error).replace(f" {repo_id} is as it was; run the same command again.", "")
+        hint = " Or name a full commit with --revision." if unreachable else ""
+        raise ValueError(what + hint) from error
+    names = sorted(sibling.rfilename for sibling in info.siblings or ())
+    if "config.json" not in names:
+        raise ValueError(f"{repo_id} at {info.sha[:7]} has no config.json: it is not a model that can be loaded.")
+    return Model(repo_id, info.sha, [name for name in names if _LOADED.fullmatch(name)], bool(info.private))
+
+
+def render_space(
+    folder: str | os.PathLike, model: Model, title: str | None = None, hardware: str = HARDWARE, overwrite: bool = False
+) -> Path:
+    """
+    Writes the Space. A folder that an earlier call wrote is brought up to date, files added to it stay.
+
+    Raises:
+        ValueError: the folder holds something else, or files of the Space changed by hand (and not `overwrite`).
+    """
+    folder = Path(folder)
+    is_new = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+    written = {} if is_new else _settings(folder)["written"]
+    present = {name: folder / name for name in written if (folder / name).is_file()}
+    changed = [name for name, path in present.items() if _digest(path) != written[name]]
+    if changed and not overwrite:
+        raise ValueError(
+            f"{folder}: {', '.join(sorted(changed))} changed by hand since it was written. Name another folder, or "
+            "replace them with --overwrite."
+        )
+    if is_new:
+        with new_folder(folder) as beside:
+            _write(beside, model, title, hardware)
+        return folder
+    with lock(lock_of(folder)), tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+        beside = Path(name)
+        _write(beside, model, title, hardware)
+        # the settings last: until then they say what was there before
+        for path in sorted(beside.rglob("*"), key=lambda path: path.name == SETTINGS):
+            if path.is_file():
+                target = folder / path.relative_to(beside)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(path, target)
+    return folder
+
+
+def push_space(folder: str | os.PathLike, repo_id: str, private: bool | None = None) -> Upload:
+    """
+    Uploads a folder that [`render_space`] wrote, as one commit.
+
+    Args:
+        folder: the Space; files added to it go too.
+        repo_id: USER/NAME; made where it does not exist.
+        private: of a new Space; by default what the account's settings say.
+
+    Raises:
+        ValueError: it is no such folder, a file holds a token or a path of this machine, or the Hub refuses.
+    """
+    folder = Path(folder)
+    settings = _settings(folder)
+    files = {
+        path.relative_to(folder).as_posix(): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not _NOT_SENT & set(path.relative_to(folder).parts)
+    }
+    if findings := check_contents(files, near=folder):
+        raise ValueError("Nothing was uploaded. " + " ".join(findings))
+    message = f"AlignGPT demo of {settings['model']} at {settings['revision'][:7]}"
+    return upload_checked_folder(files, repo_id, "space", private=private, space_sdk="gradio", message=message)
+
+
+def _write(folder: Path, model: Model, title: str | None, hardware: str):
+    """The template with the model's name in README.md and settings.json."""
+    from jinja2 import StrictUndefined, Template
+
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".gradio")
+    shutil.copytree(TEMPLATE, folder, dirs_exist_ok=True, ignore=ignored)
+    template = Template(
+        (TEMPLATE / "README.md").read_text(encoding="utf-8"), undefined=StrictUndefined, keep_trailing_newline=True
+    )
+    card = template.render(
+        title=title or f"AlignGPT: {model.repo_id.split('/')[1]}",
+        model=model.repo_id,
+        revision=model.revision,
+        hardware=hardware,
+        preload=f"{model.repo_id} {','.join(model.files)} {model.revision}" if model.files else None,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    settings = {
+        "model": model.repo_id,
+        "revision": model.revision,
+        # by which a later call knows what was changed by hand
+        "written": {name: _digest(folder / name) for name in names if name != SETTINGS},
+    }
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _settings(folder: Path) -> dict:
+    """What an earlier call wrote: `model`, `revision`, and `written` (file -> SHA-256)."""
+    try:
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        assert all(isinstance(settings[name], str) for name in ("model", "revision"))
+        assert isinstance(settings["written"], dict)
+        return settings
+    except (OSError, ValueError, KeyError, TypeError, AssertionError):
+        raise ValueError(
+            f"{folder} exists and is no Space written by this command: name another folder or remove it."
+        ) from None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

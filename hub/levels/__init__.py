@@ -1,0 +1,1 @@
+"""`aligngpt levels`: what the alignment levels do in a model."""

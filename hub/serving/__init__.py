@@ -1,0 +1,1 @@
+"""`aligngpt serve`: transformers' OpenAI-compatible server, guarded."""

@@ -1,0 +1,1 @@
+"""The `aligngpt` command line: what users type, and the settings behind it."""

@@ -1,0 +1,354 @@
+"""
+`aligngpt check`: a stage's settings, model, rows, tokens, pictures and memory tried without training.
+
+    aligngpt check --config pretrain.yaml
+
+takes the YAML and the settings of `aligngpt pretrain` or `aligngpt instruct`, builds what they build, looks at the
+first batches and prints what it found; the exit status is 1 when something would stop training.
+"""
+
+import argparse
+import copy
+import dataclasses
+import logging as python_logging
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import Dataset, IterableDataset
+
+from aligngpt_shared.files import write_json
+from modeling_aligngpt import AlignGPTConfig
+
+from ..first_batch import batch_facts, check_batch, mark_supervised
+from ..instruct_config import AlignGPTInstructConfig
+from ..memory import Batch, count_parameters, memory_table
+from ..pretrain_config import AlignGPTPretrainConfig
+from ..rows import LENGTH_COLUMN, prepare_rows
+from .arguments import LoraArguments, ModelArguments, PretrainModelArguments
+from .check_measures import (
+    batch_names,
+    first_batches,
+    first_loss,
+    level_counts,
+    picture_facts,
+    step_facts,
+    token_facts,
+)
+from .check_report import describe_check
+from .flags import with_known_flags
+from .settings import read_yaml
+
+
+if TYPE_CHECKING:
+    from ..stage import StageTrainer
+    from .train import StageRun
+
+PROG = "aligngpt check"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        allow_abbrev=False,
+        description="Try a stage without training: tokens, pictures, levels, an example, memory, steps. Takes all "
+        "settings of `aligngpt pretrain` or `aligngpt instruct` (see their --help) besides these.",
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="Settings in YAML; the command line overrides them.")
+    parser.add_argument("--stage", choices=("pretrain", "instruct"), help="Default: recognised from the settings.")
+    parser.add_argument(
+        "--pictures", default="200", metavar="N|all", help="Rows whose pictures are decoded (default: 200)."
+    )
+    parser.add_argument("--batches", type=int, default=3, help="First batches to look at (default: 3).")
+    parser.add_argument("--devices", type=int, default=1, help="Devices to estimate memory and steps for (default: 1).")
+    parser.add_argument("--json", metavar="FILE", help="Write what was found there, too.")
+    parser.add_argument(
+        "--no_model", action="store_true", help="Read no weights: everything but the loss, for huge models."
+    )
+    return parser
+
+
+def check_command(argv: Sequence[str]) -> int:
+    """
+    `aligngpt check`. Returns 1 when it found something that would stop training, else 0.
+
+    Raises:
+        ValueError: for settings that cannot be read.
+    """
+    parser = _parser()
+    parser.error = _refuse
+    own, words = parser.parse_known_args(with_known_flags(argv, parser))
+    words = ["--config", own.config, *words] if own.config is not None else words
+    number = None if own.pictures == "all" else own.pictures
+    if number is not None and not (number.isdigit()):
+        raise ValueError(f"--pictures {own.pictures}: a number of rows, or `all`.")
+    for name, least in (("batches", 1), ("devices", 1)):
+        if getattr(own, name) < least:
+            raise ValueError(f"--{name} {getattr(own, name)}: at least {least}.")
+    stage = own.stage or recognise_stage(words)
+    report = check_stage(
+        stage,
+        words,
+        num_pictures=None if number is None else int(number),
+        num_batches=own.batches,
+        num_devices=own.devices,
+        light=own.no_model,
+    )
+    print(describe_check(report), flush=True)
+    if own.json is not None:
+        write_json(own.json, report, indent=1)
+    return 1 if report["problems"] else 0
+
+
+def _refuse(message: str):
+    raise ValueError(f"{message}. `{PROG} --help` lists the settings.")
+
+
+def recognise_stage(words: Sequence[str]) -> str:
+    """
+    The stage that settings are meant for: by a setting that only one of them has, else by the model's own.
+
+    Raises:
+        ValueError: where that does not decide it.
+    """
+    settings: dict[str, Any] = {}
+    for index, word in enumerate(words):
+        if not word.startswith("--"):
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        following = words[index + 1] if index + 1 < len(words) else None
+        if name == "config":
+            settings = {**read_yaml(value if equals else following or ""), **settings}
+        else:
+            settings[name] = value if equals else following
+
+    def names(*kinds: type) -> set[str]:
+        return {item.name for kind in kinds for item in dataclasses.fields(kind)}
+
+    common = names(ModelArguments) - names(LoraArguments)
+    only = {
+        "pretrain": names(PretrainModelArguments) - names(ModelArguments),
+        "instruct": names(AlignGPTInstructConfig, LoraArguments) - names(AlignGPTPretrainConfig) - common,
+    }
+    meant = {stage: sorted(own & settings.keys()) for stage, own in only.items()}
+    if meant["pretrain"] and meant["instruct"]:
+        raise ValueError(
+            f"{', '.join(meant['pretrain'])} belongs to stage 1 and {', '.join(meant['instruct'])} to stage 2: leave "
+            "one of them out, or say which stage is meant with --stage."
+        )
+    for stage in meant:
+        if meant[stage]:
+            return stage
+    model = settings.get("model") or settings.get("model_name_or_path")
+    if model is None:
+        raise ValueError("Neither model nor language_model and vision_tower are given: what is to be trained?")
+    try:
+        trained = AlignGPTConfig.from_pretrained(model, revision=settings.get("model_revision"))
+    except Exception as error:
+        raise ValueError(f"model {model!r}: its config cannot be read ({error}).") from error
+    if trained.training_stage == "instruct":
+        raise ValueError(f"{model} has been through both stages: say which is meant with --stage.")
+    return "instruct" if trained.training_stage == "pretrain" else "pretrain"
+
+
+def check_stage(
+    stage: str,
+    words: Sequence[str],
+    *,
+    num_pictures: int | None = 200,
+    num_batches: int = 3,
+    num_devices: int = 1,
+    light: bool = False,
+) -> dict[str, Any]:
+    """
+    What `aligngpt check` finds, as plain values.
+
+    Args:
+        stage: `"pretrain"` or `"instruct"`.
+        words: what would stand behind the stage's command.
+        num_pictures: rows whose pictures are decoded; all, when `None`.
+        num_batches: first batches to look at.
+        num_devices: devices that memory and steps are estimated for.
+        light: read no weights; without the loss.
+
+    Returns:
+        Facts by name (`tokens`, `batches`, `pictures`, `levels`, `parameters`, `steps`, `memory`, `example`,
+        `first_loss`), those that could be found; `problems` that would stop training, and `warnings`.
+
+    Raises:
+        ValueError: for settings that cannot be read.
+    """
+    from ..checkpoints import check_output, checkpoint_to_continue
+    from .train import STAGES, check_places, parse_settings
+
+    # settings for GPUs can be tried where there is none, such as on a login node
+    without_gpu = not torch.cuda.is_available() and not any("use_cpu" in word.replace("-", "_") for word in words)
+    words = [*words, *(("--use_cpu", "true") if without_gpu else ())]
+    model_args, data_args, config = parse_settings(f"{PROG} ({stage})", STAGES[stage][1], words)
+    sources = model_args.model or f"{getattr(model_args, 'language_model', None)} + {model_args.vision_tower}"
+    report: dict[str, Any] = {"stage": stage, "model": sources, "dataset": data_args.dataset}
+    report |= {"problems": [], "warnings": []}
+    try:
+        check_places(model_args, data_args, config)
+        check_output(config, checkpoint_to_continue(config.resume_from_checkpoint, config.output_dir), remove=False)
+    except (ValueError, OSError) as error:
+        report["problems"].append(str(error))
+    # rows that are too long are counted here, where training would stop at the first
+    counted = config.on_overlong == "error" and config.check_rows and not data_args.streaming
+    fresh_folder = not os.path.isdir(config.output_dir)
+    with _Warnings(report["warnings"]):
+        try:
+            run = _build(stage, [*words, "--on_overlong", "drop"] if counted else words, light)
+        except (ValueError, OSError, ImportError) as error:
+            report["problems"].append(str(error))
+            return report
+        finally:
+            if fresh_folder and os.path.isdir(config.output_dir) and not os.listdir(config.output_dir):
+                os.rmdir(config.output_dir)
+        if light and model_args.load_in_4bit:
+            report["warnings"].append("Without weights nothing is in four bits: the memory is that of whole weights.")
+        _measure_rows(run, report, num_pictures, counted)
+        _measure_batches(run.trainer, report, num_batches, light)
+        _measure_model(run.trainer, report, num_devices)
+    return report
+
+
+def _build(stage: str, words: Sequence[str], light: bool) -> "StageRun":
+    if light:
+        from .check_light import build_light
+
+        return build_light(stage, words, PROG)
+    from .train import build_stage
+
+    return build_stage(stage, words, prog=PROG, will_train=False)
+
+
+class _Warnings(python_logging.Handler):
+    """Collects this project's warnings, so that they stand in the report."""
+
+    SOURCES = ("aligngpt_trainers", "modeling_aligngpt")
+
+    def __init__(self, found: list[str]):
+        super().__init__(python_logging.WARNING)
+        self.found = found
+
+    def emit(self, record: python_logging.LogRecord):
+        message = record.getMessage()
+        if message not in self.found:
+            self.found.append(message)
+
+    def __enter__(self):
+        for name in self.SOURCES:
+            python_logging.getLogger(name).addHandler(self)
+
+    def __exit__(self, *_):
+        for name in self.SOURCES:
+            python_logging.getLogger(name).removeHandler(self)
+
+
+def _measure_rows(run: "StageRun", report: dict[str, Any], num_pictures: int | None, counted: bool) -> None:
+    trainer = run.trainer
+    rows, args = trainer.train_dataset, trainer.args
+    if isinstance(rows, IterableDataset):
+        report["warnings"].append("The rows are streamed: only those of the first batches were looked at.")
+        return
+    counts = trainer.row_counts
+    if LENGTH_COLUMN in rows.column_names:
+        report["tokens"] = token_facts(rows, trainer.data_collator.processor.image_seq_length, args.max_length)
+        report["tokens"]["longest"] = counts["train_longest_row"]
+    report["rows"] = {
+        name: counts.get(f"train_{key}", 0)
+        for name, key in (("kept", "rows"), ("cut", "rows_cut"), ("left_out", "rows_left_out"))
+    }
+    if counted and report["rows"]["left_out"]:
+        report["problems"].append(
+            f"{report['rows']['left_out']} of {sum(report['rows'].values())} rows are longer than "
+            f"max_length={args.max_length} (the longest has {counts['train_longest_row']} tokens), and on_overlong is "
+            f'"error". {_first_overlong(run)}'
+        )
+    if trainer.stage == "pretrain" and "align_level" in rows.column_names:
+        report["levels"] = level_counts(rows, trainer.model.config.num_align_levels)
+        empty = [str(level) for level, count in enumerate(report["levels"]) if not count]
+        if empty:
+            report["warnings"].append(f"No row has level {', '.join(empty)}: nothing will be learned for it.")
+    report["pictures"] = found = picture_facts(rows, num_pictures)
+    if found["unreadable"]:
+        listed = "\n  ".join(found["first_unreadable"])
+        report["problems"].append(
+            f"{found['unreadable']} of {found['unreadable'] + found['decoded']} pictures cannot be read:\n  {listed}"
+        )
+
+
+def _first_overlong(run: "StageRun") -> str:
+    """What training says about the first row that is too long."""
+    from .train import rows_of
+
+    data_args, trainer = run.data_args, run.trainer
+    rows = rows_of(data_args, data_args.dataset, data_args.dataset_split)
+    args = copy.copy(trainer.args)
+    args.on_overlong = "error"
+    try:
+        prepare_rows(rows, trainer.data_collator, args, "train")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _measure_batches(trainer: "StageTrainer", report: dict[str, Any], number: int, light: bool) -> None:
+    collator = trainer.data_collator
+    image_token_id = collator.processor.image_token_id
+    try:
+        for index, batch in enumerate(first_batches(trainer, number)):
+            report.setdefault("batches", []).append(batch_facts(batch, image_token_id))
+            names = batch_names(trainer, batch)
+            check_batch(batch, names, collator)
+            if index:
+                continue
+            text = mark_supervised(batch["input_ids"][0], batch["labels"][0], batch["attention_mask"][0], collator)
+            report["example"] = {"name": names[0], "text": text}
+            if not light:
+                report["first_loss"] = loss = first_loss(trainer, batch)
+                if not torch.isfinite(torch.tensor(loss)):
+                    report["problems"].append(f"The loss of the first batch is {loss}.")
+    except (ValueError, ArithmeticError) as error:
+        report["problems"].append(str(error))
+    if not report.get("batches"):
+        report["problems"].append("There is no whole batch to train on: take a smaller batch, or more rows.")
+
+
+def _measure_model(trainer: "StageTrainer", report: dict[str, Any], num_devices: int) -> None:
+    args, rows = trainer.args, trainer.train_dataset
+    report["parameters"] = count_parameters(trainer.model)
+    num_rows = len(rows) if isinstance(rows, Dataset) else None
+    report["steps"] = step_facts(args, num_rows, num_devices)
+    batches = report.get("batches")
+    if not batches:
+        return
+    longest = max(batch["length"] for batch in batches)
+    if "tokens" in report:
+        longest = max(longest, report["tokens"]["longest"])
+    longest = min(longest, args.max_length or longest)
+    size = args.per_device_train_batch_size
+    supervised = sum(batch["supervised"] for batch in batches) / sum(batch["positions"] for batch in batches)
+    batch = Batch(
+        rows=size,
+        length=longest,
+        pictures=max(round(size * batch["pictures"] / batch["rows"]) for batch in batches),
+        supervised=round(size * longest * supervised),
+    )
+    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+    optimizer = getattr(args.optim, "value", str(args.optim))
+    table = memory_table(trainer.model, batch, num_devices, autocast=autocast, optimizer=optimizer)
+    report["memory"] = {
+        "batch": dataclasses.asdict(batch),
+        "num_devices": num_devices,
+        "optimizer": optimizer,
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
+        "this_run": ["none" if num_devices == 1 else "", "with" if args.gradient_checkpointing else "without"],
+        "strategies": {
+            strategy: {word: {**dataclasses.asdict(e), "total": e.total} for word, e in pair.items()}
+            for strategy, pair in table.items()
+        },
+    }

@@ -1,0 +1,121 @@
+"""What `aligngpt check` found, as text."""
+
+from typing import Any
+
+from ..memory import describe_bytes
+
+
+BAR = 40  # characters of a histogram's longest bar
+LINE = 1000  # characters of an example that are shown
+
+
+def _share(part: float, whole: float) -> str:
+    if not whole:
+        return "-"
+    share = part / whole
+    return f"{share:.1%}" if 0 < share < 0.1 else f"{share:.0%}"
+
+
+def _tokens(facts: dict[str, Any]) -> list[str]:
+    limit = "no limit" if facts["max_length"] is None else f"max_length {facts['max_length']}"
+    percentiles = ", ".join(
+        f"{name[1:]}% up to {facts[name]}" for name in facts if name[0] == "p" and name[1:].isdigit()
+    )
+    pictures = f"{facts['rows_without_picture']:,} without a picture, at most {facts['most_pictures']} in a row"
+    return [
+        f"rows       {facts['rows']:,}; {pictures}",
+        f"tokens     {facts['tokens']:,}; a row {facts['mean']:.1f}, {percentiles}, "
+        f"longest {facts['longest']} ({limit})",
+        f"           {_share(facts['image_tokens'], facts['tokens'])} of them of pictures, "
+        f"{_share(facts['supervised'], facts['tokens'])} supervised",
+    ]
+
+
+def _batches(batches: list[dict[str, Any]]) -> list[str]:
+    positions, padding = (sum(batch[name] for batch in batches) for name in ("positions", "padding"))
+    shapes = ", ".join(f"{batch['rows']} x {batch['length']}" for batch in batches)
+    return [f"batches    first {len(batches)}: {shapes}; {_share(padding, positions)} padding"]
+
+
+def _pictures(facts: dict[str, Any]) -> list[str]:
+    lines = [f"pictures   {facts['decoded']:,} decoded, of {facts['rows']:,} rows; {facts['unreadable']:,} unreadable"]
+    if facts["decoded"]:
+        lines[0] += (
+            f"; shorter side {facts['shortest_side']} px at least, {facts['median_shortest_side']} px in the middle, "
+            f"longer side {facts['longest_side']} px at most"
+        )
+    return lines
+
+
+def _levels(counts: list[int]) -> list[str]:
+    most = max(counts) or 1
+    lines = [f"{level:>4}  {count:>9,}  {'#' * round(BAR * count / most)}" for level, count in enumerate(counts)]
+    return ["levels     rows of each, 0 (loose) to the top (exact)", *lines]
+
+
+def _parameters(parts: dict[str, dict[str, int]]) -> list[str]:
+    trained, everything = (sum(part[name] for part in parts.values()) for name in ("trained", "all"))
+    lines = [f"parameters {trained:,} of {everything:,} train ({_share(trained, everything)})"]
+    width = max(map(len, parts))
+    return lines + [f"  {name:<{width}}  {part['trained']:>15,} of {part['all']:>15,}" for name, part in parts.items()]
+
+
+def _memory(memory: dict[str, Any]) -> list[str]:
+    batch = memory["batch"]
+    lines = [
+        f"memory     estimate for {batch['rows']} rows x {batch['length']} tokens on each of {memory['num_devices']} "
+        f"device(s), {memory['optimizer']}, {memory['precision']}"
+    ]
+    unknown = False
+    for strategy, pair in memory["strategies"].items():
+        for word, estimate in pair.items():
+            used = " (this run)" if [strategy, word] == memory["this_run"] else ""
+            parts = {name: value for name, value in estimate.items() if name != "total"}
+            unknown |= parts["activations"] is None
+            shown = ", ".join(f"{name} {describe_bytes(value)}" for name, value in parts.items() if value)
+            name = "one device" if strategy == "none" else strategy
+            lines.append(f"  {name}, {word} gradient checkpointing{used}: {describe_bytes(estimate['total'])}")
+            lines.append(f"    {shown}")
+    if unknown:
+        lines.append("  activations could not be counted for this architecture and are not in the sums")
+    return lines
+
+
+def _steps(steps: dict[str, Any]) -> list[str]:
+    epochs = "" if steps["epochs"] is None else f" ({steps['epochs']:.2g} epochs)"
+    devices = "" if steps["num_devices"] == 1 else f" on {steps['num_devices']} devices"
+    return [f"steps      {steps['steps']:,} of {steps['rows_per_update']} rows{devices}{epochs}"]
+
+
+def _example(example: dict[str, str]) -> list[str]:
+    text = example["text"]
+    text = text if len(text) <= LINE else f"{text[:LINE]} ... ({len(text) - LINE} more characters)"
+    return [f"example    {example['name']}; [[supervised]]", *(f"  | {line}" for line in text.split("\n"))]
+
+
+def describe_check(report: dict[str, Any]) -> str:
+    """The lines that `aligngpt check` prints; `report` is what it also writes as JSON."""
+    lines = [f"aligngpt check: {report['stage']} of {report['model']} on {report['dataset']}", ""]
+    writers = (
+        ("tokens", _tokens),
+        ("batches", _batches),
+        ("pictures", _pictures),
+        ("levels", _levels),
+        ("parameters", _parameters),
+        ("steps", _steps),
+        ("memory", _memory),
+        ("example", _example),
+    )
+    for name, write in writers:
+        if report.get(name):
+            lines += write(report[name])
+    if report.get("first_loss") is not None:
+        lines.append(f"loss       {report['first_loss']:.4f} of the first batch, before any step")
+    lines.append("")
+    lines += [f"warning: {warning}" for warning in report["warnings"]]
+    lines += [f"PROBLEM: {problem}" for problem in report["problems"]]
+    count = len(report["problems"])
+    lines.append(
+        f"{count} problem{'s' * (count != 1)} would stop training." if count else "Nothing found that stops training."
+    )
+    return "\n".join(lines)

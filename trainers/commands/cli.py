@@ -1,0 +1,137 @@
+"""The `aligngpt` command. Heavy imports wait until a command is chosen, so that `aligngpt --help` answers at once."""
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from safetensors import SafetensorError
+
+from .extras import check_extra
+from .flags import with_known_flags
+
+
+# Command -> (what does it, what it does). `module:function` takes the words behind the command; a bare `module` has
+# `add_arguments(parser)` and `run(args)`.
+_HERE = "aligngpt_trainers.commands"
+COMMANDS = {
+    "recipes": (f"{_HERE}.recipes", "list, show or copy the settings that come with this package"),
+    "init": (
+        f"{_HERE}.init:init_command",
+        "assemble a fresh model from a language model and a vision tower",
+    ),
+    "score": (
+        f"{_HERE}.train:score_command",
+        "score image-text pairs with CLIP, cut scores into levels",
+    ),
+    "check": (
+        f"{_HERE}.check:check_command",
+        "try a stage's data, tokens and memory without training",
+    ),
+    "pretrain": (f"{_HERE}.train:pretrain_command", "stage 1: train projector and alignment levels"),
+    "instruct": (
+        f"{_HERE}.train:instruct_command",
+        "stage 2: train language model, projector and gate",
+    ),
+    "merge": (f"{_HERE}.merge:merge_command", "merge a LoRA adapter into a model of its own"),
+    "chat": (f"{_HERE}.chat", "talk with a model about pictures in the terminal"),
+    "convert": ("aligngpt_hub.original.convert", "convert the authors' checkpoints to this format, and back"),
+    "publish": ("aligngpt_hub.publishing.model", "publish a trained model to the Hub, with code and card"),
+    "publish-data": ("aligngpt_hub.publishing.dataset", "publish a scored data set to the Hub, with its card"),
+    "space": ("aligngpt_hub.demo.space", "make a Gradio Space for a model"),
+    "demo": ("aligngpt_hub.demo.command", "start the Gradio demo here"),
+    "serve": ("aligngpt_hub.serving.command", "serve a model by an OpenAI-compatible interface"),
+    "evaluate": ("aligngpt_hub.evaluation.command", "run the paper's benchmarks by lmms-eval"),
+    "levels": ("aligngpt_hub.levels.command", "report what the alignment levels do in a model"),
+}
+
+USAGE = """\
+usage: aligngpt [--debug] COMMAND [--config FILE.yaml] [--setting value ...]
+
+AlignGPT (arXiv 2405.14129): a vision-language model that learns how well each picture and text are aligned.
+
+commands:
+{commands}
+
+options:
+  -h, --help  this text; `aligngpt COMMAND --help` lists a command's settings
+  --version   the version
+  --debug     show the traceback of an error (or set ALIGNGPT_DEBUG=1)
+
+Several processes: `aligngpt COMMAND ... --accelerate_config FILE|ddp|fsdp2|zero2|zero3 [--num_processes N]`, or
+`accelerate launch -m aligngpt_trainers COMMAND ...`."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0, or 2 after a one-line error about what the user gave."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = os.environ.get("ALIGNGPT_DEBUG", "0") not in ("", "0")
+    if words and words[0] == "--debug":
+        debug = True
+        words.pop(0)
+    if not words or words[0] in ("-h", "--help"):
+        lines = "\n".join(f"  {name:<14}{text}" for name, (_, text) in COMMANDS.items())
+        print(USAGE.format(commands=lines))
+        return 0
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("aligngpt"))
+        return 0
+    command = words.pop(0)
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(COMMANDS)}."
+        print(f"error: unknown command {command!r}{hint}", file=sys.stderr)
+        return 2
+    try:
+        return _run(command, words)
+    # what users can cause: values, files (a full disk is safetensors' own error) and missing optional packages
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {_message(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped.", file=sys.stderr)
+        return 130
+
+
+def _message(error: Exception) -> str:
+    """What an error says; torch puts the traceback of a data loader's process in front of it."""
+    text = str(error)
+    if "in DataLoader worker process" in text:
+        text = text.strip().splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+    return text
+
+
+def _run(command: str, words: list[str]) -> int:
+    if any(word.partition("=")[0] in ("--accelerate_config", "--accelerate-config") for word in words):
+        from .launch import launch_words
+
+        return launch_words(command, words)
+    target, description = COMMANDS[command]
+    check_extra(command)
+    name, _, function = target.partition(":")
+    module = importlib.import_module(name)
+    if function:
+        result = getattr(module, function)(words)
+        return result if isinstance(result, int) else 0
+    parser = _Parser(prog=f"aligngpt {command}", description=description)
+    module.add_arguments(parser)
+    args = parser.parse_args(with_known_flags(words, parser))
+    if hasattr(args, "load_rows"):
+        from ..data.load import load_rows
+
+        args.load_rows = load_rows
+    return module.run(args) or 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors reach `main` as ValueError."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message}. `{self.prog} --help` lists the options.")

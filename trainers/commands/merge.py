@@ -1,0 +1,67 @@
+"""`aligngpt merge`: a LoRA adapter and its base become a model of its own."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from aligngpt_shared.files import new_folder
+
+from ..lora import load_adapter
+from .settings import parse_settings
+
+
+MERGE_DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass
+class MergeArguments:
+    """`aligngpt merge`."""
+
+    adapter: str = field(metadata={"help": "Adapter folder: what `aligngpt instruct` with use_peft wrote."})
+    output: str = field(metadata={"help": "Folder for the whole model; must not exist."})
+    base: str | None = field(default=None, metadata={"help": "Base model, where it is not where it was."})
+    base_revision: str | None = field(default=None, metadata={"help": "Revision of a base model on the Hub."})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "Of the written weights; `auto`: the base's own.", "choices": list(MERGE_DTYPES)},
+    )
+
+
+def merge_command(argv: Sequence[str]) -> None:
+    """
+    `aligngpt merge`: adapter and base become a model of its own, which needs neither peft nor the base.
+
+    Raises:
+        ValueError: unusable settings or folders.
+    """
+    (args,) = parse_settings(
+        "aligngpt merge", (MergeArguments,), argv, "Merge a LoRA adapter into its base: a model folder like any other."
+    )
+    if args.dtype not in MERGE_DTYPES:
+        raise ValueError(f"dtype={args.dtype!r} is not one of {', '.join(MERGE_DTYPES)}.")
+    with new_folder(args.output) as beside:
+        dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
+        adapted, processor = load_adapter(args.adapter, base=args.base, base_revision=args.base_revision, dtype=dtype)
+        base_name = adapted.active_peft_config.base_model_name_or_path
+        merged = adapted.merge_and_unload(safe_merge=True)
+        # modules that trained in float32 beside a base in bfloat16
+        merged.to(merged.get_input_embeddings().weight.dtype)
+        merged.save_pretrained(beside)
+        processor.save_pretrained(beside)
+        copy_summary(Path(args.adapter), beside, args.base or base_name)
+    size = sum(parameter.numel() for parameter in merged.parameters())
+    print(f"merged {args.adapter} into {args.base or base_name}: {size:,} parameters; saved to {args.output}")
+
+
+def copy_summary(source: Path, target: Path, base: str) -> None:
+    """The training summary of an adapter, with a note that it was merged, for the whole model's folder."""
+    path = source / "training_summary.json"
+    if not path.is_file():
+        return
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    summary["merged"] = {"adapter": source.name, "base": Path(base).name if os.path.exists(base) else base}
+    (target / path.name).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

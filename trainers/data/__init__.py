@@ -1,0 +1,1 @@
+"""Rows from any source: LLaVA JSON, CSV, parquet, folders, the Hub, streams."""

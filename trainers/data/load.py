@@ -1,0 +1,358 @@
+"""Whatever a researcher has -> the rows that both trainers take.
+
+`load_rows` reads LLaVA JSON and JSONL, CSV and TSV, parquet files, folders of `Dataset.save_to_disk`, Hub data sets and
+data sets in memory, in the layouts of `conversations.py`, and returns a `datasets.Dataset` with the columns
+
+- `images`: the row's pictures, in reading order (`datasets.Image`, decoded when a row is read, never all at once),
+- `messages`: standard chat messages with `{"type": "image"}` placeholders,
+- `align_level` (int, 0-based) where the source has `align_level`, or `similarity` as in the authors' release,
+- `clip_score` (float) and `id` (string) where the source has them.
+
+Files are read piece by piece and the rows beyond a few megabytes lie in a memory-mapped file; `streaming` leaves out
+that file too (see `streaming.py`).
+"""
+
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Image, IterableDataset, List
+from datasets.fingerprint import Hasher
+from datasets.info import DatasetInfo
+from datasets.table import InMemoryTable, Table, concat_tables
+from tqdm.auto import tqdm
+
+from .arrow_writer import TableWriter
+from .conversations import BadRow
+from .images import load_image, resolve_path
+from .records import (
+    MESSAGES,
+    OPTIONAL,
+    PICTURE_COLUMNS,
+    PICTURES,
+    USED_COLUMNS,
+    check_columns,
+    check_file,
+    convert_record,
+    encode_pictures,
+    has_picture,
+)
+from .sources import Records, open_source
+from .streaming import stream_rows
+
+
+__all__ = ["MESSAGES", "RowReport", "load_image", "load_rows", "read_rows"]
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 10_000  # rows held as Python objects at a time
+
+
+@dataclass
+class RowReport:
+    """What became of a source's rows.
+
+    Attributes:
+        total: rows in the source.
+        kept: their 0-based numbers that became rows, in order.
+        dropped: (number, id or None, reason) of the others.
+    """
+
+    total: int = 0
+    kept: list[int] = field(default_factory=list)
+    dropped: list[tuple[int, Any, str]] = field(default_factory=list)
+
+    def describe_dropped(self, limit: int = 5) -> str:
+        """The first few dropped rows, a line each, and how many more there are."""
+        lines = [
+            f"  row {number}{f' (id {name!r})' if name is not None else ''}: {reason}"
+            for number, name, reason in self.dropped[:limit]
+        ]
+        if len(self.dropped) > limit:
+            lines.append(f"  ... and {len(self.dropped) - limit} more")
+        return "\n".join(lines)
+
+
+def load_rows(
+    source: Any, *, streaming: bool = False, shuffle_buffer: int = 1000, seed: int = 0, **options: Any
+) -> Dataset | IterableDataset:
+    """
+    The rows of `source` as the trainers take them.
+
+    Args:
+        source: as for [`read_rows`].
+        streaming: give an `IterableDataset` whose rows are read and converted on the way, in constant memory and
+            without a local copy: for what does not fit on the disk. Bad rows are met on the way too.
+        shuffle_buffer: rows of a stream among which the next one is drawn, besides shuffling its shards; 0 keeps the
+            order. Has no effect on a data set that is not streamed: the trainers shuffle that whole.
+        seed: of that shuffling.
+        options: as for [`read_rows`].
+
+    Raises:
+        ValueError: as [`read_rows`].
+    """
+    if not streaming and not isinstance(source, IterableDataset):
+        return read_rows(source, **options)[0]
+    if isinstance(source, (list, tuple)):
+        source = read_rows(source, **options)[0]
+    title, opened, folder = _open(source, streaming=True, **options)
+    return stream_rows(
+        opened,
+        title,
+        folder,
+        check_images=options.get("check_images", True),
+        skip=options.get("on_bad_row", "raise") == "skip",
+        shuffle_buffer=shuffle_buffer,
+        seed=seed,
+    )
+
+
+def read_rows(
+    source: Any,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    image_folder: str | Path | None = None,
+    on_bad_row: str = "raise",
+    check_images: bool = True,
+) -> tuple[Dataset, RowReport]:
+    """Reads a source and reports on it.
+
+    Args:
+        source: a `.json`, `.jsonl`, `.csv`, `.tsv`, `.parquet` or `.arrow` file, a pattern for several such as
+            `parts/*.parquet`, a folder written by `save_to_disk`, a folder or Hub id that `datasets.load_dataset`
+            reads, a `Dataset`, or a list of dicts.
+        split: which split, where there are several; by default `train`, or the only one.
+        name: the configuration of a Hub data set.
+        revision: the revision of a Hub data set.
+        image_folder: what relative picture paths start from; by default the folder of the file itself.
+        on_bad_row: `"raise"` refuses a source with unusable rows and names the first few; `"skip"` leaves them out
+            and says how many and why.
+        check_images: look whether each picture file exists. Pictures are not decoded here.
+
+    Returns:
+        The data set, and the report of rows kept and dropped.
+
+    Raises:
+        ValueError: unknown source, columns or split; with `on_bad_row="raise"`, rows that cannot be used.
+    """
+    title, opened, folder = _open(source, split, name, revision, image_folder, on_bad_row)
+    report = RowReport()
+    if isinstance(opened, IterableDataset):
+        raise ValueError(f"{title}: it is a stream; read it with load_rows(..., streaming=True).")
+    build = _from_dataset if isinstance(opened, Dataset) else _from_records
+    rows = build(opened, title, folder, check_images, report)
+    if report.dropped and on_bad_row == "raise":
+        raise ValueError(
+            f"{title}: {len(report.dropped)} of {report.total} rows cannot be used:\n{report.describe_dropped()}\n"
+            f'Correct them, or leave them out with on_bad_row="skip".'
+        )
+    if not report.kept:
+        reasons = f" All {report.total} were unusable:\n{report.describe_dropped()}" if report.dropped else ""
+        raise ValueError(f"{title}: no rows.{reasons}")
+    if report.dropped:
+        logger.warning(
+            "%s: %d of %d rows left out:\n%s", title, len(report.dropped), report.total, report.describe_dropped()
+        )
+        rows = rows.select(report.kept)
+    return rows, report
+
+
+def _open(
+    source: Any,
+    split: str | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    image_folder: str | Path | None = None,
+    on_bad_row: str = "raise",
+    check_images: bool = True,
+    streaming: bool = False,
+) -> tuple[str, Any, Path | str | None]:
+    """(how errors name the source, what was opened, the folder that relative picture paths start from)."""
+    if on_bad_row not in ("raise", "skip"):
+        raise ValueError(f'on_bad_row must be "raise" or "skip", not {on_bad_row!r}.')
+    if image_folder is not None and not os.path.isdir(image_folder):
+        raise ValueError(f"image_folder {str(image_folder)!r} does not exist or is not a folder.")
+    title = str(source) if isinstance(source, (str, os.PathLike)) else "the data set"
+    opened, folder = open_source(source, split, name, revision, streaming)
+    return title, opened, image_folder if image_folder is not None else folder
+
+
+def _convert(
+    records: Iterable[tuple[dict[str, Any], list[dict] | list[str], list[str]]], report: RowReport, total: int | None
+) -> Iterator[dict[str, Any]]:
+    """Rows of records; unusable ones become empty rows and an entry in the report."""
+    for record, pictures, problems in tqdm(records, total=total, desc="Reading rows", unit="row", delay=2):
+        number = report.total
+        report.total += 1
+        try:
+            if problems:
+                raise BadRow("; ".join(problems))
+            messages, found = convert_record(record, len(pictures))
+            report.kept.append(number)
+            yield {"images": pictures, "messages": messages, **found}
+        except (BadRow, TypeError, ValueError) as error:
+            report.dropped.append((number, record.get("id"), str(error)))
+            yield {"images": [], "messages": []}
+
+
+def _write(converted: Iterator[dict[str, Any]], writer: TableWriter, report: RowReport) -> Table:
+    """The table of converted rows, made `CHUNK` rows at a time; optional columns without any value are left out."""
+    while batch := list(islice(converted, CHUNK)):
+        writer.write({column: [row.get(column) for row in batch] for column in writer.schema.names})
+    table = writer.finish()
+    found = [name for name in table.column_names if name not in OPTIONAL or table.column(name).null_count < len(table)]
+    table = table.select(found)
+    for column in ("clip_score", "align_level"):
+        if column in found:
+            _refuse_gaps(column, table, report)
+    return table
+
+
+def _refuse_gaps(column: str, table: Table, report: RowReport) -> None:
+    """Rows with a picture and without a level (or score) where others have one cannot be used."""
+    if not table.column(column).null_count:
+        return
+    absent = table.column(column).is_null().to_pylist()
+    messages = table.column("messages")
+    gaps = {number for number in report.kept if absent[number] and has_picture(messages[number].as_py())}
+    report.dropped += [(number, None, f"no {column}, which other rows have") for number in sorted(gaps)]
+    report.kept = [number for number in report.kept if number not in gaps]
+    report.dropped.sort(key=lambda entry: entry[0])
+
+
+def _assemble(table: Table, fingerprint: str) -> Dataset:
+    optional = {column: kind for column, kind in OPTIONAL.items() if column in table.column_names}
+    features = Features({"images": List(Image()), "messages": MESSAGES, **optional})
+    return Dataset(table, info=DatasetInfo(features=features), fingerprint=fingerprint)
+
+
+def _schema(*columns: str) -> pa.Schema:
+    kinds = {"images": List(Image()), "messages": MESSAGES, **OPTIONAL}
+    return pa.schema([(name, Features({name: kinds[name]}).arrow_schema.field(name).type) for name in columns])
+
+
+def _from_records(
+    records: list[dict] | Records, title: str, folder: Path | str | None, check: bool, report: RowReport
+) -> Dataset:
+    if isinstance(records, list) and not all(isinstance(record, dict) for record in records):
+        raise ValueError(f"{title}: expected a list of dicts.")
+    columns: set[str] = set()
+
+    def prepared() -> Iterator[tuple[dict, list[dict], list[str]]]:
+        for record in records:
+            columns.update(record)
+            yield record, *encode_pictures(record, folder, check)
+
+    total = len(records) if isinstance(records, list) else None
+    with TableWriter(_schema("images", "messages", *OPTIONAL)) as writer:
+        table = _write(_convert(prepared(), report, total), writer, report)
+        if not report.total:
+            raise ValueError(f"{title}: no rows.")
+        check_columns(columns, title)
+        return _assemble(table, Hasher.hash(writer.digest))
+
+
+def _from_dataset(dataset: Dataset, title: str, folder: Path | str | None, check: bool, report: RowReport) -> Dataset:
+    """Embedded pictures stay where they are (memory-mapped); only the text passes through Python."""
+    if not len(dataset):
+        raise ValueError(f"{title}: no rows.")
+    check_columns(set(dataset.column_names), title)
+    if dataset._indices is not None:
+        dataset = dataset.flatten_indices()
+    dataset = dataset.with_format(None)
+    picture_column = next((column for column in PICTURE_COLUMNS if column in dataset.column_names), None)
+    if picture_column is None:
+        images = InMemoryTable(pa.table({"images": pa.array([[]] * len(dataset), PICTURES)}))
+    else:
+        try:
+            images = _picture_lists(dataset.data.column(picture_column), folder)
+        except (pa.ArrowException, TypeError, ValueError, KeyError) as error:
+            kind = dataset.features[picture_column]
+            raise ValueError(f"{title}: column {picture_column!r} ({kind}) does not hold pictures: {error}") from error
+        if images is None and picture_column == "images":
+            images = dataset.data.select(["images"])
+        elif images is None:  # lists of pictures under the name of a single one
+            images = InMemoryTable(pa.table({"images": dataset.data.column(picture_column)}))
+    text = dataset.select_columns([column for column in dataset.column_names if column in USED_COLUMNS])
+
+    def prepared() -> Iterator[tuple[dict, list[str], list[str]]]:
+        records = (
+            dict(zip(batch, values, strict=True))
+            for batch in text.iter(batch_size=1000)
+            for values in zip(*batch.values(), strict=True)
+        )
+        for record, paths in zip(records, _paths(images.column("images")), strict=True):
+            yield record, paths, [problem for path in paths if path is not None for problem in _check_path(path, check)]
+
+    with TableWriter(_schema("messages", *OPTIONAL)) as writer:
+        table = _write(_convert(prepared(), report, len(dataset)), writer, report)
+    fingerprint = Hasher.hash(["aligngpt rows", dataset._fingerprint, str(folder)])
+    return _assemble(concat_tables([images, table], axis=1), fingerprint)
+
+
+def _check_path(path: str, check: bool) -> list[str]:
+    return check_file(path, check) if path else ["an empty picture value: neither a path nor bytes"]
+
+
+def _picture_lists(column: pa.ChunkedArray, folder: Path | str | None) -> Table | None:
+    """
+    A column of pictures or of lists of them, as paths, bytes or `datasets.Image` -> lists of undecoded pictures.
+
+    Returns:
+        A table `images` that points into the column's own memory (or file), or is copied piece by piece where rows
+        without pictures leave gaps; `None` when the column was just that already.
+    """
+    joins = folder is not None and column.type == PICTURES
+    joins = joins and any(pc.any(_outside(chunk.flatten())).as_py() for chunk in column.chunks)
+    if column.type == PICTURES and not column.null_count and not joins:
+        return None
+    if not column.null_count:
+        lists = [_picture_list(chunk, folder) for chunk in column.chunks]
+        return InMemoryTable(pa.table({"images": pa.chunked_array(lists, PICTURES)}))
+    with TableWriter(_schema("images")) as writer:
+        for chunk in column.chunks:
+            writer.write({"images": _picture_list(chunk, folder)})
+        return writer.finish()
+
+
+def _outside(values: pa.StructArray) -> pa.BooleanArray:
+    """Which pictures are files beside the data set."""
+    return pc.and_(values.field("bytes").is_null(), values.field("path").is_valid())
+
+
+def _picture_list(chunk: pa.Array, folder: Path | str | None) -> pa.ListArray:
+    if pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
+        values, lengths = chunk.flatten(), pc.fill_null(pc.list_value_length(chunk), 0)
+    else:
+        if pa.types.is_string(chunk.type) or pa.types.is_large_string(chunk.type):
+            chunk = pc.if_else(pc.equal(chunk, ""), None, chunk)
+        values, lengths = chunk.drop_null() if chunk.null_count else chunk, pc.cast(chunk.is_valid(), pa.int32())
+    values = Image().cast_storage(values)
+    outside = _outside(values).to_pylist() if folder is not None else []
+    if any(outside):
+        paths = values.field("path").to_pylist()
+        joined = [resolve_path(path, folder) if o else path for path, o in zip(paths, outside, strict=True)]
+        values = pa.StructArray.from_arrays([values.field("bytes"), pa.array(joined, pa.string())], ["bytes", "path"])
+    offsets = np.concatenate([[0], np.cumsum(lengths.to_numpy(zero_copy_only=False))]).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
+
+
+def _paths(images: pa.ChunkedArray) -> Iterator[list[str | None]]:
+    """For each row its pictures' paths: None for embedded ones, "" for empty values. Reads no picture bytes."""
+    for chunk in images.chunks:
+        values = chunk.flatten()
+        embedded = pc.and_(values.is_valid(), values.field("bytes").is_valid()).to_pylist()
+        flat = [None if e else p or "" for p, e in zip(values.field("path").to_pylist(), embedded, strict=True)]
+        start = 0
+        for length in pc.list_value_length(chunk).to_pylist():
+            yield flat[start : start + length]
+            start += length

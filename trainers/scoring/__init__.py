@@ -1,0 +1,1 @@
+"""Pairs scored with CLIP or SigLIP, and scores cut into levels."""

@@ -1,0 +1,77 @@
+"""Scored pairs as LLaVA JSON, in the form of the authors' release."""
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from PIL import Image as PILImage
+
+from ..data.conversations import IMAGE_TOKEN
+from .config import ScoreConfig
+
+
+ROWS_AT_ONCE = 1000
+
+
+def write_json(path: Path, rows: Dataset, scores: np.ndarray, levels: np.ndarray, config: ScoreConfig):
+    """The output as LLaVA JSON, the level as `similarity` as in the authors' release, one record after the other.
+
+    Picture paths are relative to `image_folder` (or the data file's folder). Pictures that are stored in the data set
+    are written into `<name of the file>_images` beside it.
+
+    Args:
+        path: of the file, which is there whole or not at all.
+        rows: with `images` and `messages`, and maybe `id`.
+        scores: [rows] float32.
+        levels: [rows] int, below 0 for rows to leave out.
+        config: `dataset` and `image_folder`.
+    """
+    source = Path(config.dataset)
+    base = config.image_folder or (str(source.parent) if source.is_file() else None)
+    pictures = path.with_name(f"{path.stem}_images")
+    beside = path.with_name(f"{path.name}.tmp")
+    columns = [name for name in ("id", "images", "messages") if name in rows.column_names]
+    place, separator = 0, "[\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with beside.open("w", encoding="utf-8") as file:
+        for batch in rows.select_columns(columns).with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
+            chosen = np.flatnonzero(levels[place : place + len(batch)] >= 0)
+            for offset, row in zip(chosen.tolist(), batch.take(chosen).to_pylist(), strict=True):
+                position = place + offset
+                name = row.get("id") or f"{position:09d}"
+                record = {
+                    "id": name,
+                    "image": _json_picture(row["images"][0], f"{position:09d}", base, pictures),
+                    "conversations": [_json_turn(message) for message in row["messages"]],
+                    "similarity": int(levels[position]),
+                    "clip_score": float(f"{scores[position]:.9g}"),
+                }
+                file.write(separator + json.dumps(record, ensure_ascii=False))
+                separator = ",\n"
+            place += len(batch)
+        file.write("\n]\n")
+    beside.replace(path)
+
+
+def _json_turn(message: dict[str, Any]) -> dict[str, str]:
+    speaker = {"user": "human", "assistant": "gpt"}.get(message["role"], message["role"])
+    parts = [IMAGE_TOKEN if block["type"] == "image" else block["text"] for block in message["content"]]
+    return {"from": speaker, "value": "\n".join(parts)}
+
+
+def _json_picture(picture: dict[str, Any], name: str, base: str | None, folder: Path) -> str:
+    """The path that stands in the JSON file; writes the picture where it has no file of its own."""
+    if picture["bytes"] is not None:
+        folder.mkdir(exist_ok=True)
+        with PILImage.open(io.BytesIO(picture["bytes"])) as image:
+            suffix = (image.format or "png").lower().replace("jpeg", "jpg")
+        (folder / f"{name}.{suffix}").write_bytes(picture["bytes"])
+        return f"{folder.name}/{name}.{suffix}"
+    path = os.path.abspath(picture["path"])
+    if base is not None and Path(path).is_relative_to(os.path.abspath(base)):
+        return os.path.relpath(path, base)
+    return path

@@ -1,0 +1,282 @@
+"""Scores and levels -> the output: the data set, its record, the list of what was left out, a picture, LLaVA JSON."""
+
+import glob
+import heapq
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+from aligngpt_shared.files import move_folder
+
+from .config import RECORD, ScoreConfig
+from .levels import balance_levels, cut_levels, draw_histogram, mean_of_levels
+from .llava_json import write_json
+from .processes import keeping_progress
+from .shards import read_shards
+from .source import KINDS, kind_of
+
+
+logger = logging.getLogger(__name__)
+
+DROPPED, HISTOGRAM = "dropped.jsonl", "histogram.png"
+# what became of a row, as stored for each: 0 is in the output
+FATES = ("written", *KINDS, "below_min_score", "left_out_by_sampling")
+
+
+@dataclass
+class Scores:
+    """What the shard files hold, for all rows in their order.
+
+    Attributes:
+        values: [rows] float32, NaN where there is none.
+        fates: [rows] uint8, index into `FATES`.
+        captions_cut: how many captions were longer than the text model takes.
+        levels: [rows] int, -1 for rows that are not in the output; None before the cut.
+    """
+
+    values: np.ndarray
+    fates: np.ndarray
+    captions_cut: int
+    levels: np.ndarray | None = None
+
+    def count(self, fate: str) -> int:
+        """How many rows it befell."""
+        return int(np.count_nonzero(self.fates == FATES.index(fate)))
+
+
+def gather_scores(folder: Path, blocks: list[str]) -> Scores:
+    """Reads all shard files: 5 bytes a row stay in memory."""
+    total = sum(pq.read_metadata(folder / f"{block}.parquet").num_rows for block in blocks)
+    scores = Scores(np.empty(total, np.float32), np.zeros(total, np.uint8), 0)
+    place = 0
+    for table in read_shards(folder, blocks):
+        scores.values[place : place + len(table)] = table["clip_score"].to_numpy()
+        scores.captions_cut += pc.sum(table["caption_cut"]).as_py() or 0
+        if table["error"].null_count < len(table):
+            for position, reason in enumerate(table["error"].to_pylist()):
+                if reason is not None:
+                    scores.fates[place + position] = FATES.index(kind_of(reason))
+        place += len(table)
+    return scores
+
+
+def refuse_unscored(source: Any, scores: Scores, folder: Path, blocks: list[str], on_bad_row: str):
+    """Raises at rows without a score where the settings say so, and at scores that are not finite."""
+    counts = {kind: scores.count(kind) for kind in KINDS}
+    total, missing = len(scores.values), sum(counts.values())
+    if missing and (on_bad_row == "raise" or missing == total):
+        shown = []
+        for entry in dropped_rows(source, scores, folder, blocks, None, None):
+            shown.append(f"  row {entry['row']}: {entry['reason']}")
+            if len(shown) == 5:
+                break
+        more = f"\n  ... and {missing - 5} more" if missing > 5 else ""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+        remedy = (
+            "\nSet on_bad_row to skip to leave them out (the finished scores in "
+            f"{folder.name} are used again), or repair the data and begin anew."
+        )
+        raise ValueError(
+            f"{missing} of {total} rows have no score ({kinds}):\n"
+            + "\n".join(shown)
+            + more
+            + ("" if missing == total else remedy)
+        )
+    broken = np.flatnonzero((scores.fates == 0) & ~np.isfinite(scores.values))
+    if len(broken):
+        raise ValueError(
+            f"row {source.number(int(broken[0]))}: the score is not finite; with a 16-bit dtype, score in float32."
+        )
+
+
+def assign_levels(scores: Scores, config: ScoreConfig, edges: list[float] | None) -> dict[str, Any]:
+    """Filters, cuts and balances; fills `scores.levels` and `scores.fates`.
+
+    Returns:
+        What the record says about it: method, edges, counts, mean scores, filter and sampling.
+
+    Raises:
+        ValueError: nothing left to cut, or scores that cannot be cut.
+    """
+    if config.min_score is not None:
+        with np.errstate(invalid="ignore"):
+            low = (scores.fates == 0) & (scores.values < config.min_score)
+        scores.fates[low] = FATES.index("below_min_score")
+    good = scores.fates == 0
+    if not good.any():
+        best = np.nanmax(scores.values)
+        raise ValueError(f"No pair scores {config.min_score} or more (the best has {best:.4f}): lower min_score.")
+    levels, bounds, counts = cut_levels(scores.values[good], config.num_align_levels, config.binning, edges)
+    sampling = None
+    if config.sampling == "balanced":
+        kept = balance_levels(levels, counts, config.samples_per_level, config.seed)
+        before, levels = counts, np.where(kept, levels, -1).astype(levels.dtype)
+        counts = np.bincount(levels[kept], minlength=len(counts))
+        sampling = {
+            "method": "balanced",
+            "samples_per_level": config.samples_per_level or int(before[before > 0].min()),
+            "seed": config.seed,
+            "counts_before": before.tolist(),
+        }
+        scores.fates[np.flatnonzero(good)[~kept]] = FATES.index("left_out_by_sampling")
+        if counts.sum() < 0.5 * before.sum():
+            logger.warning(
+                "Balanced sampling keeps %d of %d pairs, because the smallest levels hold few. More remain with "
+                "samples_per_level (smaller levels then keep all they have) or with binning=quantile.",
+                counts.sum(),
+                before.sum(),
+            )
+    scores.levels = np.full(len(scores.values), -1, levels.dtype)
+    scores.levels[good] = levels
+    return {
+        "method": config.binning,
+        "num_align_levels": len(counts),
+        "edges": bounds.tolist(),
+        "counts": counts.tolist(),
+        "mean_scores": mean_of_levels(scores.values, scores.levels, len(counts)),
+        "min_score": config.min_score,
+        "sampling": sampling,
+    }
+
+
+def dropped_rows(
+    source: Any, scores: Scores, folder: Path, blocks: list[str], rows: Dataset | None, min_score: float | None
+) -> Iterator[dict[str, Any]]:
+    """What is not in the output, in the order of the source: row, id, kind and reason.
+
+    Args:
+        source: what was scored.
+        scores: of it.
+        folder: of the shard files, which hold the reasons.
+        blocks: their names.
+        rows: where the ids are; None leaves them out.
+        min_score: of the filter.
+    """
+    unread = (
+        {"row": number, "id": None if name is None else str(name), "kind": kind_of(reason), "reason": reason}
+        for number, name, reason in source.report.dropped
+    )
+    ids = rows.select_columns(["id"]).with_format("arrow") if rows is not None and "id" in rows.column_names else None
+
+    def unused() -> Iterator[dict[str, Any]]:
+        place = 0
+        for table in read_shards(folder, blocks):
+            places = np.flatnonzero(scores.fates[place : place + len(table)])
+            if len(places):
+                reasons = table["error"].take(places).to_pylist()
+                names = ids[places + place]["id"].to_pylist() if ids is not None else [None] * len(places)
+                for position, reason, name in zip((places + place).tolist(), reasons, names, strict=True):
+                    kind = FATES[scores.fates[position]]
+                    if reason is None:
+                        reason = f"score {scores.values[position]:.6f}"
+                        reason += f" below min_score {min_score}" if kind == "below_min_score" else " in a full level"
+                    yield {"row": source.number(position), "id": name, "kind": kind, "reason": reason}
+            place += len(table)
+
+    yield from heapq.merge(unread, unused(), key=lambda entry: entry["row"])
+
+
+def write_output(
+    output: Path,
+    source: Any,
+    blocks: list[str],
+    scores: Scores,
+    record: dict[str, Any],
+    config: ScoreConfig,
+    folder: Path,
+):
+    """Writes everything beside `output`, then renames: the output is there whole or not at all."""
+    rows = source.all_rows(blocks)
+    beside = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    with keeping_progress(f"output {output}", folder):
+        try:
+            with _in_place(beside / DROPPED) as file:
+                for entry in dropped_rows(source, scores, folder, blocks, rows, config.min_score):
+                    file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            good = scores.levels >= 0
+            title = f"{record['scorer']}: {int(good.sum()):,} pairs, {record['method']} levels"
+            edges, counts = np.array(record["edges"]), np.array(record["counts"])
+            draw_histogram(scores.values[good], edges, counts, title, beside / HISTOGRAM)
+            if config.json_output:
+                write_json(Path(config.json_output), rows, scores.values, scores.levels, config)
+            _with_levels(rows, scores, config).save_to_disk(str(beside))
+            (beside / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            move_folder(beside, output)
+        except OSError:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+
+
+def _in_place(path: Path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("w", encoding="utf-8")
+
+
+def remove_leftovers(output: Path):
+    """What a killed run left beside the output. Only for who holds the lock."""
+    for path in output.parent.glob(f"{glob.escape(output.name)}.*-*"):
+        if re.fullmatch(rf"{re.escape(output.name)}\.(tmp|old)-\d+", path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _with_levels(rows: Dataset, scores: Scores, config: ScoreConfig) -> Dataset:
+    """The rows of the output with `clip_score` and `align_level`."""
+    # the columns are joined to the whole table, before anything is selected: no picture is copied until the saving
+    columns = {"clip_score": scores.values, "align_level": scores.levels.astype(np.int64)}
+    whole = rows.remove_columns([name for name in columns if name in rows.column_names])
+    for name, values in columns.items():
+        whole = whole.add_column(name, values)
+    chosen = np.flatnonzero(scores.levels >= 0)
+    whole = whole.select(chosen) if len(chosen) < len(whole) else whole
+    return whole if config.embed_images else _paths_only(whole)
+
+
+def iterate_images(rows: Dataset) -> Iterator[list[dict[str, Any]]]:
+    """Each row's pictures, undecoded."""
+    for batch in rows.select_columns(["images"]).with_format("arrow").iter(batch_size=256):
+        yield from batch["images"].to_pylist()
+
+
+def _paths_only(rows: Dataset) -> Dataset:
+    """`images` as lists of absolute paths, which `load_rows` reads."""
+    paths = []
+    for number, images in enumerate(iterate_images(rows)):
+        if images[0]["bytes"] is not None:
+            raise ValueError(f"row {number}: the picture is stored in the data set, so embed_images cannot be false.")
+        paths.append([os.path.abspath(images[0]["path"])])
+    return rows.remove_columns("images").add_column("images", paths)
+
+
+def print_summary(record: dict[str, Any], output: Path):
+    """A line for each level: interval, pairs, share and mean score; then what became of the rows."""
+    print(f"{'level':>5}  {'interval':<20} {'pairs':>9} {'share':>7}  mean score")
+    total = sum(record["counts"])
+    for level, count in enumerate(record["counts"]):
+        low, high = record["edges"][level : level + 2]
+        interval = f"[{low:.4f}, {high:.4f}{']' if level == record['num_align_levels'] - 1 else ')'}"
+        mean = record["mean_scores"][level]
+        print(f"{level:>5}  {interval:<20} {count:>9,} {count / total:>7.2%}  {'-' if mean is None else f'{mean:.4f}'}")
+    rows = record["rows"]
+    left_out = ", ".join(f"{rows[name]:,} {name.replace('_', ' ')}" for name in FATES[1:])
+    print(
+        f"{rows['scored']:,} of {rows['read']:,} rows scored; {left_out}; {rows['captions_cut']:,} captions cut at "
+        f"{record['preprocessing']['max_text_tokens']} tokens."
+    )
+    print(f"{rows['written']:,} pairs in {output}; {DROPPED} lists what was left out, {HISTOGRAM} shows the scores.")
+    empty = [str(level) for level, count in enumerate(record["counts"]) if not count]
+    if empty:
+        logger.warning(
+            "No pair has level %s: stage 1 cannot train its embedding. Fewer levels or binning=quantile avoid that.",
+            ", ".join(empty),
+        )

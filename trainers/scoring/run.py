@@ -1,0 +1,227 @@
+"""`aligngpt score`: a data set in, the same data set with `clip_score` and `align_level` out.
+
+The pairs are scored in blocks, shared out between the processes that accelerate started. The scores of each block are
+written whole to `<output>.partial` as soon as they are done. A run that was killed and is started again with the same
+settings, by however many processes, goes on with the blocks that are missing and ends with the same bytes.
+
+A block is always scored in the same batches, so that its scores do not depend on who scores it. (On a CPU the number
+of threads may change the last bit of a matrix product: `OMP_NUM_THREADS` is part of what makes runs identical there.)
+"""
+
+import contextlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import transformers
+
+from aligngpt_shared.locks import lock
+
+from ..data.load import read_rows
+from .config import RECORD, ScoreConfig, read_edges, warn_of_other_scorer
+from .output import (
+    FATES,
+    Scores,
+    assign_levels,
+    gather_scores,
+    print_summary,
+    refuse_unscored,
+    remove_leftovers,
+    write_output,
+)
+from .processes import Processes, keeping_progress
+from .scorer import PairScorer
+from .shards import finished_blocks, score_blocks
+from .source import KINDS, WholeSource, kind_of, refuse_other_rows
+from .stream_blocks import RecordStream, StreamSource
+
+
+__all__ = ["RECORD", "ScoreConfig", "score_dataset"]
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = "settings.json"
+
+
+def score_dataset(config: ScoreConfig) -> dict[str, Any]:
+    """Scores every pair, cuts the levels, writes the output folder and prints a table of the levels.
+
+    Started by `accelerate launch` or `torchrun`, the processes share the work; the main one writes the output.
+
+    Returns:
+        What alignment.json holds: method, edges, counts, mean score of each level, scorer, counts of rows.
+
+    Raises:
+        ValueError: unusable settings, rows, pictures or scorer; an output that exists or that another run writes.
+        OSError: something cannot be written; what was scored before is kept.
+    """
+    processes = Processes(config.device)
+    partial = _beside(config, "partial")
+    processes.flag = partial / "failed"
+    with contextlib.ExitStack() as stack:
+        if not processes.is_main:
+            stack.enter_context(_quiet())
+        with processes.together():
+            edges, earlier = read_edges(config)
+            if processes.is_main:
+                stack.enter_context(lock(_beside(config, "lock")))
+                _refuse_existing(config, partial)
+        with processes.together():
+            source = _open_source(config, partial)
+            scorer = PairScorer(
+                config.scorer, revision=config.scorer_revision, dtype=config.dtype, device=processes.device
+            )
+        with processes.together():
+            identity, finished = None, None
+            if processes.is_main:
+                identity = scorer.identity()
+                warn_of_other_scorer(earlier, identity)
+                settings: dict[str, Any] = {
+                    **identity,
+                    "batch_size": config.batch_size,
+                    "shard_size": config.shard_size,
+                    "streaming": config.streaming,
+                    **source.settings(),
+                }
+                finished = _open_partial(partial, settings, config)
+        finished, done = processes.from_main((finished, sorted(finished_blocks(partial))))
+        if finished is not None:
+            return finished
+        with processes.together():
+            score_blocks(source, scorer, config, processes, partial, set(done))
+        del scorer
+        with processes.together():
+            record = _finish(source, identity, edges, config, partial) if processes.is_main else None
+        return processes.from_main(record)
+
+
+def _beside(config: ScoreConfig, what: str) -> Path:
+    output = Path(config.output)
+    return output.with_name(f"{output.name}.{what}")
+
+
+@contextlib.contextmanager
+def _quiet():
+    """The other processes say what the main one says: once is enough."""
+    package = logging.getLogger(__package__)
+    level = package.level
+    package.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        package.setLevel(level)
+
+
+def _refuse_existing(config: ScoreConfig, partial: Path):
+    output = Path(config.output)
+    if config.overwrite:
+        return
+    # with progress beside it, the output may be this run's own: see _open_partial
+    if output.exists() and not (partial / SETTINGS).is_file():
+        raise ValueError(f"output {config.output!r} exists: choose another folder or set overwrite.")
+    if config.json_output and Path(config.json_output).exists() and not (partial / SETTINGS).is_file():
+        raise ValueError(f"json_output {config.json_output!r} exists: choose another file or set overwrite.")
+
+
+def _open_source(config: ScoreConfig, partial: Path) -> WholeSource | StreamSource:
+    if config.streaming:
+        return StreamSource(RecordStream(config), partial, config.shard_size)
+    rows, report = read_rows(
+        config.dataset,
+        name=config.dataset_config,
+        split=config.dataset_split,
+        revision=config.dataset_revision,
+        image_folder=config.image_folder,
+        on_bad_row=config.on_bad_row,
+    )
+    if config.on_bad_row == "raise":
+        refuse_other_rows(rows, report)
+    return WholeSource(rows, report, config.shard_size)
+
+
+def _open_partial(partial: Path, settings: dict[str, Any], config: ScoreConfig) -> dict[str, Any] | None:
+    """Makes the folder of progress, or checks that what is there was made with the same settings.
+
+    Returns:
+        The record of the output, where a run with these settings finished it and was killed while tidying up.
+    """
+    output, note = Path(config.output), partial / SETTINGS
+    settings = json.loads(json.dumps(settings))  # lists for tuples, as in the file
+    remove_leftovers(output)
+    (partial / "failed").unlink(missing_ok=True)
+    if note.is_file():
+        earlier = json.loads(note.read_text(encoding="utf-8"))
+        changed = [name for name in settings if settings[name] != earlier.get(name)]
+        if not changed and (config.overwrite or not output.exists()):
+            return None
+        if not config.overwrite:
+            if output.exists():
+                if not changed and (output / RECORD).is_file():
+                    shutil.rmtree(partial)
+                    return json.loads((output / RECORD).read_text(encoding="utf-8"))
+                raise ValueError(f"output {config.output!r} exists: choose another folder or set overwrite.")
+            raise ValueError(
+                f"{partial} keeps the progress of a run with other settings ({', '.join(changed)} changed). Delete "
+                "that folder or set overwrite to begin anew, or go back to the earlier settings to resume."
+            )
+    if partial.exists():
+        shutil.rmtree(partial)
+    with keeping_progress(f"folder {partial}", partial):
+        partial.mkdir(parents=True)
+        beside = partial / f"{SETTINGS}.tmp"
+        beside.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        beside.replace(note)
+    return None
+
+
+def _finish(
+    source: WholeSource | StreamSource,
+    identity: dict[str, Any],
+    edges: list[float] | None,
+    config: ScoreConfig,
+    partial: Path,
+) -> dict[str, Any]:
+    """From the shard files to the output; the main process alone."""
+    blocks = source.blocks(partial)
+    source.check_complete(partial)
+    scores = gather_scores(partial, blocks)
+    if not len(scores.values):
+        raise ValueError(f"{config.dataset}: no rows.")
+    refuse_unscored(source, scores, partial, blocks, config.on_bad_row)
+    cut = assign_levels(scores, config, edges)
+    record = {
+        **cut,
+        **identity,
+        "batch_size": config.batch_size,
+        "dataset": Path(config.dataset).name if Path(config.dataset).exists() else config.dataset,
+        "dataset_revision": config.dataset_revision,
+        **source.facts,
+        "rows": _count_rows(source, scores),
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, datasets, np)},
+    }
+    record = json.loads(json.dumps(record))  # as it will be read again
+    write_output(Path(config.output), source, blocks, scores, record, config, partial)
+    shutil.rmtree(partial)
+    print_summary(record, Path(config.output))
+    return record
+
+
+def _count_rows(source: WholeSource | StreamSource, scores: Scores) -> dict[str, int]:
+    """How many rows were read, scored and written, how many met each other fate, how many captions were cut."""
+    fates = {fate: scores.count(fate) for fate in FATES}
+    for _, _, reason in source.report.dropped:
+        fates[kind_of(reason)] += 1
+    read = len(scores.values) + len(source.report.dropped)
+    written = fates.pop("written")
+    return {
+        "read": read,
+        "scored": read - sum(fates[kind] for kind in KINDS),
+        "written": written,
+        **fates,
+        "captions_cut": scores.captions_cut,
+    }

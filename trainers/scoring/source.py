@@ -1,0 +1,203 @@
+"""The pairs to score as blocks of rows: a whole data set cut into blocks, or the blocks that a stream was spooled into.
+
+A block is what one shard file of scores stands for. Workers fetch spans of a block as Arrow, decode and prepare them.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+
+from ..data.conversations import caption_of
+from ..data.load import RowReport, load_image
+from .scorer import PairPreprocessor
+
+
+KINDS = ("unreadable", "empty", "unusable")
+# of an embedded picture, how many bytes from either end go into the digest of the data
+ENDS = 4096
+
+
+@dataclass(frozen=True)
+class Span:
+    """Rows `start` to `stop` (exclusive) of a block, one batch; `last` ends the block."""
+
+    block: str
+    start: int
+    stop: int
+    last: bool
+
+
+def kind_of(reason: str) -> str:
+    """Which of `KINDS` a reason of `read_rows` or `load_image` is."""
+    if "no such picture file" in reason or "unusable picture value" in reason or "cannot be read" in reason:
+        return "unreadable"
+    if "empty answer" in reason or reason.startswith("has only"):
+        return "empty"
+    return "unusable"
+
+
+def spans_of(block: str, rows: int, batch_size: int) -> Iterator[Span]:
+    """The batches of a block; one empty batch for an empty block."""
+    for start in range(0, max(rows, 1), batch_size):
+        stop = min(start + batch_size, rows)
+        yield Span(block, start, stop, stop == rows)
+
+
+class WholeSource:
+    """Blocks of a data set that can be indexed.
+
+    Args:
+        rows: of `read_rows`.
+        report: of `read_rows`.
+        shard_size: rows of a block.
+    """
+
+    def __init__(self, rows: Dataset, report: RowReport, shard_size: int):
+        self.rows, self.report, self.shard_size = rows, report, shard_size
+        self.total = len(rows)
+        self.facts: dict[str, Any] = {"streaming": False}
+        self._table = rows.select_columns(["images", "messages"]).with_format("arrow")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_table": self._table, "shard_size": self.shard_size}  # workers only fetch
+
+    def settings(self) -> dict[str, Any]:
+        """What the data is, so that progress is not mixed with that of other data."""
+        return {"data": data_digest(self.rows)}
+
+    def blocks(self, folder: Path) -> list[str]:
+        """Names of all blocks, in the order of their rows."""
+        return [f"shard-{number:06d}" for number in range(-(-self.total // self.shard_size))]
+
+    def spans(self, done: set[str], batch_size: int, rank: int, count: int) -> Iterator[Span]:
+        """The batches of this process's share of the blocks that are not done."""
+        for block in [name for name in self.blocks(Path()) if name not in done][rank::count]:
+            yield from spans_of(block, min(self.shard_size, self.total - self._first(block)), batch_size)
+
+    def fetch(self, span: Span) -> tuple[list[dict[str, Any]], list[str | None]]:
+        """(undecoded rows, what is wrong with each) of a batch."""
+        first = self._first(span.block)
+        rows = self._table[first + span.start : first + span.stop].to_pylist()
+        return rows, [None] * len(rows)
+
+    def all_rows(self, blocks: list[str]) -> Dataset:
+        """The rows in the order of their scores."""
+        return self.rows
+
+    def check_complete(self, folder: Path):
+        """Raises where a block has no scores."""
+        missing = [name for name in self.blocks(folder) if not (folder / f"{name}.parquet").is_file()]
+        if missing:
+            raise ValueError(f"{missing[0]} of {folder} is missing: run the same command again.")
+
+    def number(self, position: int) -> int:
+        """The number in the source of a row."""
+        return self.report.kept[position]
+
+    def _first(self, block: str) -> int:
+        return int(block.rpartition("-")[2]) * self.shard_size
+
+
+class Batches(torch.utils.data.Dataset):
+    """Decoded and prepared batches, by `Span`.
+
+    Args:
+        source: whose `fetch` gives the rows.
+        preprocess: makes tensors of pictures and captions.
+        dtype: of the scorer: pictures travel to it in that type.
+    """
+
+    def __init__(self, source: Any, preprocess: PairPreprocessor, dtype: torch.dtype):
+        self.source, self.preprocess, self.dtype = source, preprocess, dtype
+
+    def __getitem__(self, span: Span) -> dict[str, Any]:
+        rows, reasons = self.source.fetch(span)
+        images, texts = [], []
+        for position, row in enumerate(rows):
+            if reasons[position] is None:
+                try:
+                    text = _caption(row)
+                    images.append(load_image(row["images"][0]))
+                    texts.append(text)
+                except ValueError as error:
+                    reasons[position] = str(error)
+        inputs = None
+        if images:
+            pictures, words, cut = self.preprocess(images, texts)
+            pictures = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in pictures.items()}
+            inputs = pictures, words, cut
+        return {"span": span, "reasons": reasons, "inputs": inputs}
+
+
+def _caption(row: dict[str, Any]) -> str:
+    if len(row["images"]) != 1:
+        raise ValueError(not_a_pair(len(row["images"])))
+    caption = caption_of(row["messages"])
+    if not caption:
+        raise ValueError("empty answer")
+    return caption
+
+
+def not_a_pair(pictures: int) -> str:
+    """Why a row without exactly one picture has no score."""
+    return (
+        f"{pictures} pictures; a pair to score has one picture and one text. Score stage-1 pairs alone; conversations "
+        "of stage 2 need no level."
+    )
+
+
+def refuse_other_rows(rows: Dataset, report: RowReport):
+    """Raises at the first row that does not have exactly one picture."""
+    seen = 0
+    for batch in rows.select_columns(["images"]).with_format("arrow").iter(batch_size=10_000):
+        lengths = pc.list_value_length(batch["images"]).to_numpy(zero_copy_only=False)
+        other = np.flatnonzero(lengths != 1)
+        if len(other):
+            position = int(other[0])
+            raise ValueError(
+                f"row {report.kept[seen + position]}: {not_a_pair(int(lengths[position]))} Or leave such rows out "
+                "with on_bad_row=skip."
+            )
+        seen += len(lengths)
+
+
+def data_digest(rows: Dataset) -> str:
+    """SHA-256 of texts and pictures: path, size and time of change of files, length and both ends of embedded bytes."""
+    texts, pictures = hashlib.sha256(), hashlib.sha256()
+    for batch in rows.select_columns(["images", "messages"]).with_format("arrow").iter(batch_size=1000):
+        for chunk in _chunks(batch["messages"]):
+            parts = chunk.flatten().field("content").flatten().field("text")
+            texts.update("".join(f"{part}\0" for part in pc.fill_null(parts, "\1").to_pylist()).encode())
+        for chunk in _chunks(batch["images"]):
+            values = chunk.flatten()
+            for path, content in zip(values.field("path").to_pylist(), values.field("bytes"), strict=True):
+                if content.is_valid:
+                    whole = content.as_buffer()
+                    pictures.update(whole.size.to_bytes(8, "little"))
+                    pictures.update(whole.slice(0, min(ENDS, whole.size)))
+                    pictures.update(whole.slice(max(0, whole.size - ENDS)))
+                else:
+                    pictures.update(file_identity(path))
+    return hashlib.sha256(texts.digest() + pictures.digest()).hexdigest()
+
+
+def file_identity(path: str | Path | None) -> bytes:
+    """Path, size and time of change of a file."""
+    try:
+        status = os.stat(path) if path else None
+    except OSError:
+        status = None
+    return repr((str(path), status and (status.st_size, status.st_mtime_ns))).encode()
+
+
+def _chunks(column: pa.ChunkedArray | pa.Array) -> list[pa.Array]:
+    return column.chunks if isinstance(column, pa.ChunkedArray) else [column]
