@@ -22,9 +22,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from aligngpt_shared.files import new_folder
 
 from .captions import KINDS, draw_caption
+from .optimizer import build_optimizer
 from .scenes import BACKGROUNDS, GRID, IMAGE_SIZE, PLACES, draw_scene, draw_scenes, render
 from .sprites import OBJECTS
-from .train_parts import build_optimizer
 
 
 MAX_TEXT_TOKENS = 40

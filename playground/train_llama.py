@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from aligngpt_shared.files import new_folder
 
 from .captions import NUMBERS
+from .optimizer import build_optimizer
 from .questions import QUESTION_TYPES, draw_questions
 from .scene_text import (
     ANSWER,
@@ -31,7 +32,6 @@ from .scene_text import (
 )
 from .scenes import BACKGROUNDS, draw_scenes
 from .sprites import CATEGORIES, OBJECTS, plural
-from .train_parts import build_optimizer
 
 
 MAX_TOKENS = 512
