@@ -4,9 +4,9 @@ Batches of mixed rows: stage 2 with grouped batches beside plain SFTTrainer with
     python benchmarks/batching.py                      # the playground's parts; needs the extra `playground`
     python benchmarks/batching.py --device cuda --rows 4096 --batch 32
 
-Training: the same rows (conversations of 1 to 21 turns about a drawn picture, some without one), the same starting
+Training: the same rows (conversations of 1 to 21 turns about a drawn image, some without one), the same starting
 weights, one epoch. Plain is what one does without this project: TRL's SFTTrainer, its collator, transformers' LLaVA.
-Answering: prompts of every length, with a picture or not, eight at a time beside one by one; the answers are the same.
+Answering: prompts of every length, with an image or not, eight at a time beside one by one; the answers are the same.
 What came out: `batching.md`.
 """
 
@@ -41,23 +41,23 @@ TEXT_SHARE = 0.1
 
 
 def draw_rows(number: int, seed: int, split: str = "train") -> list[dict[str, Any]]:
-    """Conversations of very different lengths, a tenth of them told in words in place of a picture."""
+    """Conversations of very different lengths, a tenth of them told in words in place of an image."""
     rng, rows = random.Random(f"{seed} {split}"), []
     for scene in draw_scenes(number, seed, split):
         turns, questions = rng.choice(TURNS), []
         while len(questions) < turns:
             questions += draw_questions(scene, min(6, turns - len(questions)), rng)
-        has_picture = rng.random() >= TEXT_SHARE
+        has_image = rng.random() >= TEXT_SHARE
         messages = []
         for number_of_turn, question in enumerate(questions):
             content: list[dict[str, Any]] = [{"type": "text", "text": question.question}]
-            if number_of_turn == 0 and has_picture:
+            if number_of_turn == 0 and has_image:
                 content.insert(0, {"type": "image", "text": None})
             elif number_of_turn == 0:
                 content[0]["text"] = f"{cell_words(scene, rng)} {question.question}"
             messages.append({"role": "user", "content": content})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": question.answer}]})
-        rows.append({"images": [render(scene, rng.random())] if has_picture else [], "messages": messages})
+        rows.append({"images": [render(scene, rng.random())] if has_image else [], "messages": messages})
     return rows
 
 
@@ -209,8 +209,8 @@ def measure_answers(models: Models, args: argparse.Namespace) -> dict[str, Any]:
     def ask(size: int) -> None:
         found = []
         for start in range(0, len(rows), size):
-            pictures = [row["images"] for row in rows[start : start + size]]
-            inputs = processor(images=pictures if any(pictures) else None, text=texts[start : start + size],
+            images = [row["images"] for row in rows[start : start + size]]
+            inputs = processor(images=images if any(images) else None, text=texts[start : start + size],
                                padding=True, return_tensors="pt").to(args.device)  # fmt: skip
             found += model.generate(**inputs, **search)[:, inputs["input_ids"].shape[1] :].tolist()
         answers[size] = found

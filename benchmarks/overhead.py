@@ -36,18 +36,18 @@ def forward_of(model: nn.Module, inputs: dict[str, torch.Tensor], **kwargs) -> C
 class Parts(nn.Module):
     """The modules of a model one behind the other, with nothing done between them."""
 
-    def __init__(self, model, rows: Rows, with_pictures: bool):
+    def __init__(self, model, rows: Rows, with_images: bool):
         super().__init__()
         self.inner, self.head, self.loss_function = model.model, model.lm_head, model.loss_function
         self.vocab_size = model.config.text_config.vocab_size
-        self.layer, self.with_pictures = model.config.vision_feature_layer, with_pictures
+        self.layer, self.with_images = model.config.vision_feature_layer, with_images
         with torch.no_grad():
             self.embeds = self.inner.get_input_embeddings()(rows.ours["input_ids"])
         self.rows = rows
 
     def forward(self, labels: torch.Tensor | None = None, logits_to_keep: int = 0):
         projected = None
-        if self.with_pictures:
+        if self.with_images:
             with torch.no_grad():
                 states = self.inner.vision_tower(self.rows.ours["pixel_values"], output_hidden_states=self.layer)
             projected = self.inner.multi_modal_projector(states.hidden_states[self.layer][:, 1:])
@@ -58,7 +58,7 @@ class Parts(nn.Module):
         if labels is None:
             return logits
         loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size)
-        # the picture's embeddings get a gradient each, as they do inside the model
+        # the image's embeddings get a gradient each, as they do inside the model
         return loss if projected is None else (loss, projected)
 
 
@@ -66,8 +66,8 @@ def prefill(model, llava, rows: Rows, args) -> dict[str, Contender]:
     return {
         "aligngpt": forward_of(model, rows.ours),
         "llava": forward_of(llava, rows.llava),
-        "parts": forward_of(Parts(model, rows, with_pictures=True), {}),
-        "language model": forward_of(Parts(model, rows, with_pictures=False), {}),
+        "parts": forward_of(Parts(model, rows, with_images=True), {}),
+        "language model": forward_of(Parts(model, rows, with_images=False), {}),
     }
 
 
@@ -116,7 +116,7 @@ def decode(model, llava, rows: Rows, args) -> dict[str, Contender]:
 
 
 def generate(model, llava, rows: Rows, args) -> dict[str, Contender]:
-    """The same with prompt and pictures, as users call it."""
+    """The same with prompt and images, as users call it."""
     settings = {"max_new_tokens": args.tokens, "min_new_tokens": args.tokens, "do_sample": False}
     return {
         "aligngpt": Contender(lambda: model.generate(**rows.ours, **settings)),
@@ -150,8 +150,8 @@ def training(stage: int) -> Callable[..., dict[str, Contender]]:
 
             return Contender(run)
 
-        parts = Parts(model, rows, with_pictures=True)
-        bare = Parts(model, rows, with_pictures=False)
+        parts = Parts(model, rows, with_images=True)
+        bare = Parts(model, rows, with_images=False)
         labels = rows.labels
         result = {
             "aligngpt": step(model, lambda: model(**rows.ours, labels=labels, **levels).loss, model),

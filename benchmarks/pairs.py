@@ -13,7 +13,7 @@ PAD, BOS, EOS, IMAGE, ALIGN, FIRST_TEXT = 0, 1, 2, 3, 4, 5
 
 _CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 _CLIP_L_336 = {**_CLIP_L, "image_size": 336, "patch_size": 14}
-# language model and vision tower by `--scale`; all but "tiny" have the paper's 576 positions a picture
+# language model and vision tower by `--scale`; all but "tiny" have the paper's 576 positions an image
 SCALES = {
     "tiny": (
         {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "layers": 2, "heads": 2},
@@ -138,16 +138,16 @@ class Rows:
 
 
 def make_rows(config: AlignGPTConfig, batch: int, text: int, answer: int, device, dtype=torch.float32) -> Rows:
-    """`batch` rows of BOS, `<align>`, a picture, `text` words of which the last `answer` are supervised."""
+    """`batch` rows of BOS, `<align>`, an image, `text` words of which the last `answer` are supervised."""
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(FIRST_TEXT, config.text_config.vocab_size, (batch, text + 1), generator=generator)
-    picture = torch.full((batch, config.image_seq_length), IMAGE)
+    image = torch.full((batch, config.image_seq_length), IMAGE)
     begin, align = torch.full((batch, 1), BOS), torch.full((batch, 1), ALIGN)
-    ours = torch.cat([begin, align, picture, words[:, 1:]], dim=1).to(device)
-    llava = torch.cat([begin, words[:, :1], picture, words[:, 1:]], dim=1).to(device)
+    ours = torch.cat([begin, align, image, words[:, 1:]], dim=1).to(device)
+    llava = torch.cat([begin, words[:, :1], image, words[:, 1:]], dim=1).to(device)
     labels = ours.clone()
     labels[:, : labels.shape[1] - answer] = -100
-    size = config.picture_size
+    size = config.input_image_size
     pixel_values = torch.randn(batch, 3, size, size, generator=generator).to(device, dtype)
     shared = {"attention_mask": torch.ones_like(ours), "pixel_values": pixel_values}
     levels = torch.randint(0, config.num_align_levels, (batch,), generator=generator).to(device)

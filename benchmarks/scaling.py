@@ -61,7 +61,7 @@ PUBLIC_HOURS = {("7B", "stage 1"): 3.5, ("7B", "stage 2"): 10.0, ("13B", "stage 
 SCORING_UTILISATION = 0.5
 # communication that runs beside computation
 OVERLAP = 0.8
-# JPEG of 500 pixels decoded, resized and cropped by Pillow on one core, pictures a second
+# JPEG of 500 pixels decoded, resized and cropped by Pillow on one core, images a second
 DECODE_RATE = 120.0
 JPEG_BYTES = 60e3
 
@@ -77,8 +77,8 @@ def _counted(function) -> int:
 
 
 @cache
-def picture_flops(size: str) -> dict[str, int]:
-    """FLOP of one picture: the frozen tower's forward, the projector's forward."""
+def image_flops(size: str) -> dict[str, int]:
+    """FLOP of one image: the frozen tower's forward, the projector's forward."""
     hidden_size = LANGUAGE_MODELS[size]["hidden_size"]
     with torch.device("meta"):
         tower = AutoModel.from_config(CLIPVisionConfig(**VISION))
@@ -118,15 +118,15 @@ def scoring_flops() -> int:
     with torch.no_grad():
         # by hand for the text: its pooling looks at token ids, which the meta device does not have
         layers = sum(p.numel() for name, p in text.named_parameters() if "embedding" not in name)
-    return picture_flops("7B")["tower"] + 2 * layers * ids.shape[1]
+    return image_flops("7B")["tower"] + 2 * layers * ids.shape[1]
 
 
 def row_flops(size: str, stage: str) -> float:
     """FLOP that one training row takes, with gradient checkpointing (one more forward of the language model)."""
     _, _, positions = STAGES[stage]
-    language, picture = language_flops(size, positions), picture_flops(size)
+    language, image = language_flops(size, positions), image_flops(size)
     backward = language["backward_frozen" if stage == "stage 1" else "backward_trained"]
-    return 2 * language["forward"] + backward + picture["tower"] + 3 * picture["projector"]
+    return 2 * language["forward"] + backward + image["tower"] + 3 * image["projector"]
 
 
 def parameters(size: str) -> tuple[int, int]:

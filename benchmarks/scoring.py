@@ -86,7 +86,7 @@ def in_own_process(function: Any, *args: Any) -> Any:
         return pool.submit(function, *args).result()
 
 
-def write_pictures(folder: Path, count: int, size: tuple[int, int]) -> list[str]:
+def write_images(folder: Path, count: int, size: tuple[int, int]) -> list[str]:
     """JPEG files of soft noise with some detail: about as many bytes as a photograph of that size."""
     random = np.random.default_rng(0)
     folder.mkdir()
@@ -96,19 +96,19 @@ def write_pictures(folder: Path, count: int, size: tuple[int, int]) -> list[str]
             size, Image.Resampling.BICUBIC
         )
         grain = random.normal(0, 6, (size[1], size[0], 3))
-        picture = Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
-        picture.save(folder / f"{i}.jpg", quality=88)
+        image = Image.fromarray(np.clip(np.asarray(coarse) + grain, 0, 255).astype(np.uint8))
+        image.save(folder / f"{i}.jpg", quality=88)
         names.append(f"{folder.name}/{i}.jpg")
     return names
 
 
-def write_pairs(path: Path, pictures: list[str], count: int):
-    """A JSONL file of pairs; pictures are used again where there are fewer of them."""
+def write_pairs(path: Path, images: list[str], count: int):
+    """A JSONL file of pairs; images are used again where there are fewer of them."""
     random = np.random.default_rng(1)
     with path.open("w", encoding="utf-8") as file:
         for i in range(count):
             caption = " ".join(random.choice(WORDS, int(random.integers(6, 16))))
-            record = {"id": str(i), "image": pictures[i % len(pictures)], "caption": f"{caption} {i}"}
+            record = {"id": str(i), "image": images[i % len(images)], "caption": f"{caption} {i}"}
             file.write(json.dumps(record) + "\n")
 
 
@@ -141,8 +141,8 @@ def measure_ratio(args: argparse.Namespace) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pictures = write_pictures(folder / "pictures", min(args.pairs, 1024), (640, 480))
-        write_pairs(folder / "pairs.jsonl", pictures, args.pairs)
+        images = write_images(folder / "images", min(args.pairs, 1024), (640, 480))
+        write_pairs(folder / "pairs.jsonl", images, args.pairs)
         scorer = args.scorer or save_scorer(folder / "scorer")
         settings = {
             "dataset": str(folder / "pairs.jsonl"),
@@ -152,7 +152,7 @@ def measure_ratio(args: argparse.Namespace) -> dict[str, Any]:
             "batch_size": args.batch_size,
             "num_workers": workers,
         }
-        kilobytes = sum(path.stat().st_size for path in (folder / "pictures").iterdir()) / len(pictures) / 1000
+        kilobytes = sum(path.stat().st_size for path in (folder / "images").iterdir()) / len(images) / 1000
         found = in_own_process(_time_ratio, settings, threads, args.repeats)
     bare, scored = (statistics.median(found[key]) for key in ("bare", "scoring"))
     ratios = [b / s for b, s in zip(found["bare"], found["scoring"], strict=True)]
@@ -162,7 +162,7 @@ def measure_ratio(args: argparse.Namespace) -> dict[str, Any]:
         "batch_size": args.batch_size,
         "threads": threads,
         "workers": workers,
-        "kilobytes_per_picture": kilobytes,
+        "kilobytes_per_image": kilobytes,
         "bare_pairs_per_second": args.pairs / bare,
         "scoring_pairs_per_second": args.pairs / scored,
         "ratio": statistics.median(ratios),
@@ -287,11 +287,11 @@ def measure_growth(args: argparse.Namespace) -> dict[str, Any]:
     result: dict[str, Any] = {"scorer": "the playground's CLIP"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pictures = write_pictures(folder / "pictures", 500, (96, 72))
+        images = write_images(folder / "images", 500, (96, 72))
         for streaming in (False, True):
             rows = []
             for size in sorted(args.sizes):
-                write_pairs(folder / "pairs.jsonl", pictures, size)
+                write_pairs(folder / "pairs.jsonl", images, size)
                 settings = {
                     "dataset": str(folder / "pairs.jsonl"),
                     "scorer": str(scorer),

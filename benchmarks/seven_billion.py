@@ -25,7 +25,7 @@ from torch import nn
 # dense bfloat16 TFLOP/s by a part of the device's name
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "A800": 312.0, "L40S": 362.0, "B200": 2250.0}
 WORKS = ("stage1", "stage2", "generate")
-# rows a GPU and step, words behind the picture: the paper's 8 and 16 rows need eight GPUs' memory, here 8 and 4
+# rows a GPU and step, words behind the image: the paper's 8 and 16 rows need eight GPUs' memory, here 8 and 4
 SHAPES = {"stage1": (8, 44), "stage2": (4, 274), "generate": (8, 64)}
 
 
@@ -37,11 +37,9 @@ def linear_weights(module: nn.Module) -> int:
 def forward_flops(model: nn.Module, rows: int, positions: int) -> dict[str, float]:
     """Operations of a forward pass: two for each weight and position, and attention (scores and values, not halved)."""
     inner, text, vision = model.model, model.config.text_config, model.config.vision_config
-    pictures = model.config.image_seq_length + 1
+    images = model.config.image_seq_length + 1
     attention = 4 * positions**2 * text.hidden_size * text.num_hidden_layers
-    tower = (
-        linear_weights(inner.vision_tower) * pictures + 2 * pictures**2 * vision.hidden_size * vision.num_hidden_layers
-    )
+    tower = linear_weights(inner.vision_tower) * images + 2 * images**2 * vision.hidden_size * vision.num_hidden_layers
     projector = linear_weights(inner.multi_modal_projector) * model.config.image_seq_length
     language = 2 * (linear_weights(inner.language_model) + linear_weights(model.lm_head)) * positions + attention
     return {"tower": 2.0 * tower * rows, "projector": 2.0 * projector * rows, "language": float(language * rows)}
@@ -137,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS))
     parser.add_argument("--turns", type=int, default=2, help="times that either contender is on, default: %(default)s")
     parser.add_argument("--batch", type=int, help="rows of a step; default: 8, 4 and 8")
-    parser.add_argument("--text", type=int, help="words behind the picture; default: 44, 274 and 64")
+    parser.add_argument("--text", type=int, help="words behind the image; default: 44, 274 and 64")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer, default: %(default)s")
     parser.add_argument(
         "--peak-tflops", type=float, help="of the device in bfloat16, where this script does not know it"

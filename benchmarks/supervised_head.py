@@ -4,7 +4,7 @@ Peak memory and time of the loss at stage 1's shape: all logits, TRL's head in c
     python benchmarks/supervised_head.py                        # about a minute on two CPU cores
     python benchmarks/supervised_head.py --device cuda --hidden 4096 --rows 8
 
-A picture of 576 positions and a caption of 24 tokens a row, of which the caption is supervised; a vocabulary of 32,064.
+An image of 576 positions and a caption of 24 tokens a row, of which the caption is supervised; a vocabulary of 32,064.
 The language model has one layer, so that the head is what is measured. Each way runs in a process of its own; the peak
 is what the process holds at most (a GPU: what tensors hold), less what it holds before the first step.
 """

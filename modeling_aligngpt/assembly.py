@@ -171,7 +171,7 @@ def assemble(
         language_model: folder or Hub id of a causal language model, tokenizer included.
         vision_tower: folder or Hub id of a vision tower or of a CLIP/SigLIP dual encoder.
         chat_template: a name of `CHAT_TEMPLATES`; `None` recognises the language model's own.
-        do_pad: pictures padded to a square with the mean colour (`True`: stage 2) or cropped (`False`: stage 1).
+        do_pad: images padded to a square with the mean colour (`True`: stage 2) or cropped (`False`: stage 1).
         dtype: of the weights; `None` is float32.
         seed: of projector, level table and gate, so that every process starts from the same ones.
         config_overrides: fields of [`AlignGPTConfig`].

@@ -158,7 +158,7 @@ def _relative(expected: torch.Tensor, given: torch.Tensor) -> float:
 
 def check_vision_tower(config: AlignGPTConfig, source: str | os.PathLike) -> None:
     """
-    Tries a vision tower: a picture must come out as `image_seq_length` tokens of the width that the projector takes.
+    Tries a vision tower: an image must come out as `image_seq_length` tokens of the width that the projector takes.
 
     Args:
         config: of the whole model.
@@ -179,11 +179,11 @@ def check_vision_tower(config: AlignGPTConfig, source: str | os.PathLike) -> Non
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             model = AlignGPTForConditionalGeneration(small).eval()
-            height, width = _pair(config.picture_size)
+            height, width = _pair(config.input_image_size)
             (features,) = model.get_image_features(torch.rand(1, 3, height, width)).pooler_output
         if len(features) != config.image_seq_length:
             raise BackboneError(
-                f"a picture becomes {len(features)} tokens, not image_seq_length={config.image_seq_length}: there is "
+                f"an image becomes {len(features)} tokens, not image_seq_length={config.image_seq_length}: there is "
                 "something else than one class token in front of its patches"
             )
 

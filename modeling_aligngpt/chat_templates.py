@@ -3,17 +3,17 @@ Chat templates of the language-model families that AlignGPT is built on, and how
 
 What all of them do:
 
-- `bos_token` (where the family writes one) comes first, `<align>` right behind it if the conversation has a picture.
-- Pictures of a user message come first in it, each followed by a newline, and its text is stripped, as in the authors'
-  preprocessing; a message without a picture keeps its text. Content is a string, which may hold `<image>`, or parts.
+- `bos_token` (where the family writes one) comes first, `<align>` right behind it if the conversation has an image.
+- Images of a user message come first in it, each followed by a newline, and its text is stripped, as in the authors'
+  preprocessing; a message without an image keeps its text. Content is a string, which may hold `<image>`, or parts.
 - A system message may come first. `vicuna_v1` and `llama_2` have the authors' default for it; `mistral` and `gemma`,
   which know no system turn, write it in front of the first user message; `plain` leaves it out with the user's text.
 - An answer that comes before the first user message is left out, as in the authors' preprocessing.
 - Every answer stands in `{% generation %}` together with the token that ends it (see [`stop_token`]).
-- Unknown roles, roles that do not alternate, empty answers, pictures outside user messages and unknown parts raise
+- Unknown roles, roles that do not alternate, empty answers, images outside user messages and unknown parts raise
   an error that names the message.
 
-`plain` is the stage-1 format: one picture and its caption, no user text, a newline at the end and no EOS.
+`plain` is the stage-1 format: one image and its caption, no user text, a newline at the end and no EOS.
 `mistral` is laid out as by Mistral's tokenizers V2 and V3. `image_token` and `align_token` may be given as variables.
 """
 
@@ -35,21 +35,21 @@ LLAMA_2_SYSTEM = (
 # transformers sets this character before control tokens that a user wrote when it sanitises them: no placeholders
 _USER_WRITTEN = "\U000f0000"
 
-# Reads `messages` into `chat`: system (a string or none), pictures (a count), turns (dicts of role and content).
+# Reads `messages` into `chat`: system (a string or none), images (a count), turns (dicts of role and content).
 _READ_MESSAGES = """
 {%- set image_token = image_token | default('<image>') -%}
 {%- set align_token = align_token | default('<align>') -%}
-{%- set chat = namespace(system=none, pictures=0, turns=[], next='user') -%}
+{%- set chat = namespace(system=none, images=0, turns=[], next='user') -%}
 {%- for message in messages -%}
   {%- set role = message['role'] -%}
   {%- set where = 'message ' ~ loop.index0 ~ ' (' ~ role ~ ')' -%}
-  {%- set raw = namespace(text='', pictures=0) -%}
+  {%- set raw = namespace(text='', images=0) -%}
   {%- if message['content'] is string -%}
     {%- set raw.text = message['content'] -%}
   {%- elif message['content'] is iterable -%}
     {%- for part in message['content'] -%}
       {%- if part['type'] in ['image', 'image_url'] -%}
-        {%- set raw.pictures = raw.pictures + 1 -%}
+        {%- set raw.images = raw.images + 1 -%}
       {%- elif part['type'] == 'text' -%}
         {%- set raw.text = raw.text ~ part['text'] -%}
       {%- else -%}
@@ -65,11 +65,11 @@ _READ_MESSAGES = """
       {%- set read.text = read.text ~ piece ~ image_token -%}
     {%- else -%}
       {%- set read.text = read.text ~ piece -%}
-      {%- set raw.pictures = raw.pictures + 1 -%}
+      {%- set raw.images = raw.images + 1 -%}
     {%- endif -%}
   {%- endfor -%}
-  {%- if raw.pictures and role != 'user' -%}
-    {{- raise_exception(where ~ ': it holds a picture; move it into a user message.') -}}
+  {%- if raw.images and role != 'user' -%}
+    {{- raise_exception(where ~ ': it holds an image; move it into a user message.') -}}
   {%- endif -%}
   {%- if role == 'system' -%}
     {%- if not loop.first -%}
@@ -89,10 +89,10 @@ _READ_MESSAGES = """
     {%- set chat.turns = chat.turns + [{'role': role, 'content': read.text}] -%}
     {%- set chat.next = 'user' -%}
   {%- else -%}
-    {%- if raw.pictures -%}
-      {%- set read.text = ((image_token ~ '\\n') * raw.pictures ~ read.text.strip()).strip() -%}
+    {%- if raw.images -%}
+      {%- set read.text = ((image_token ~ '\\n') * raw.images ~ read.text.strip()).strip() -%}
     {%- endif -%}
-    {%- set chat.pictures = chat.pictures + raw.pictures -%}
+    {%- set chat.images = chat.images + raw.images -%}
     {%- set chat.turns = chat.turns + [{'role': role, 'content': read.text}] -%}
     {%- set chat.next = 'assistant' -%}
   {%- endif -%}
@@ -100,7 +100,7 @@ _READ_MESSAGES = """
 {%- if not chat.turns -%}
   {{- raise_exception('The conversation has no user message: add one.') -}}
 {%- endif -%}
-{%- set align = align_token if chat.pictures else '' -%}
+{%- set align = align_token if chat.images else '' -%}
 """.replace("USER_WRITTEN", _USER_WRITTEN)
 
 _VICUNA_V1 = """
@@ -131,11 +131,11 @@ _LLAMA_2 = """
 """.replace("LLAMA_2_SYSTEM", LLAMA_2_SYSTEM)
 
 _PLAIN = """
-{%- if not chat.pictures or chat.turns | length > 2 -%}
-  {{- raise_exception('The plain template takes one user message with a picture and one caption: '
+{%- if not chat.images or chat.turns | length > 2 -%}
+  {{- raise_exception('The plain template takes one user message with an image and one caption: '
       ~ 'use another template for text and for conversations.') -}}
 {%- endif -%}
-{{- (bos_token or '') ~ align ~ image_token * chat.pictures -}}
+{{- (bos_token or '') ~ align ~ image_token * chat.images -}}
 {%- if chat.turns | length == 2 -%}
   {%- generation -%}{{- chat.turns[1]['content'] ~ '\\n' -}}{%- endgeneration -%}
 {%- endif -%}

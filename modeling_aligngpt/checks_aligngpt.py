@@ -27,27 +27,27 @@ def require(condition: torch.BoolTensor, message, hint: str) -> None:
         raise ValueError(message())
 
 
-def check_pictures(image_BT: torch.BoolTensor, num_pictures: int, seq_length: int) -> None:
+def check_images(image_BT: torch.BoolTensor, num_images: int, seq_length: int) -> None:
     """
-    Whether rows have room for exactly `num_pictures` pictures, each whole within one row.
+    Whether rows have room for exactly `num_images` images, each whole within one row.
 
     Args:
-        image_BT (`(B, T)`): where `<image>` stands. seq_length: positions a picture.
+        image_BT (`(B, T)`): where `<image>` stands. seq_length: positions an image.
 
     Raises:
         ValueError: naming what the rows hold.
     """
     positions_B = image_BT.sum(1)
-    fits = (positions_B % seq_length == 0).all() & (positions_B.sum() == num_pictures * seq_length)
+    fits = (positions_B % seq_length == 0).all() & (positions_B.sum() == num_images * seq_length)
 
     def message() -> str:
         return (
-            f"{num_pictures} picture(s) of {seq_length} <image> positions each do not fit the rows, which hold "
-            f"{positions_B.tolist()}: pass every picture of the batch in pixel_values, and prompts made by "
+            f"{num_images} image(s) of {seq_length} <image> positions each do not fit the rows, which hold "
+            f"{positions_B.tolist()}: pass every image of the batch in pixel_values, and prompts made by "
             "AlignGPTProcessor (or not cut by max_length)."
         )
 
-    require(fits, message, "the <image> positions of a row do not fit the pictures in pixel_values")
+    require(fits, message, "the <image> positions of a row do not fit the images in pixel_values")
 
 
 def check_levels(levels: torch.LongTensor, num_levels: int) -> None:
@@ -61,23 +61,23 @@ def _can_look(values: torch.Tensor) -> bool:
     return not is_torchdynamo_compiling() and values.device.type not in (*ASYNC_DEVICES, "meta")
 
 
-def warn_without_pictures(image_BT: torch.BoolTensor) -> None:
+def warn_without_images(image_BT: torch.BoolTensor) -> None:
     """
-    Says once that prompts hold `<image>` and no picture came, where looking costs nothing. No error: an assistant model
+    Says once that prompts hold `<image>` and no image came, where looking costs nothing. No error: an assistant model
     of assisted decoding is asked that way by transformers.
     """
     if _can_look(image_BT) and bool(image_BT.any()):
         logger.warning_once(
-            "A prompt holds <image> but no pixel_values came: the model sees no picture there. Pass all that "
-            "AlignGPTProcessor returns, or leave <image> out of prompts without a picture."
+            "A prompt holds <image> but no pixel_values came: the model sees no image there. Pass all that "
+            "AlignGPTProcessor returns, or leave <image> out of prompts without an image."
         )
 
 
 def warn_without_align(image_BT: torch.BoolTensor, align_BT: torch.BoolTensor) -> None:
-    """Says once that a row has a picture and no `<align>`, where looking costs nothing."""
+    """Says once that a row has an image and no `<align>`, where looking costs nothing."""
     if _can_look(image_BT) and bool((image_BT.any(1) & ~align_BT.any(1)).any()):
         logger.warning_once(
-            "A prompt has a picture but no <align>: it is answered without an alignment vector, which the model was "
+            "A prompt has an image but no <align>: it is answered without an alignment vector, which the model was "
             "not trained for. Prompts made by AlignGPTProcessor have one."
         )
 
@@ -118,10 +118,10 @@ def is_prefill(cache: Cache | None, length: int) -> bool:
 
 __all__ = [
     "check_levels",
-    "check_pictures",
+    "check_images",
     "is_prefill",
     "require",
     "warn_about_labels",
     "warn_without_align",
-    "warn_without_pictures",
+    "warn_without_images",
 ]

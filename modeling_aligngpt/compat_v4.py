@@ -6,7 +6,7 @@ import transformers
 IS_TRANSFORMERS_4 = int(transformers.__version__.split(".")[0]) < 5
 
 
-class PrefillOnlyPicturesMixin:
+class PrefillOnlyImagesMixin:
     """Keeps `pixel_values` to the prefill step of `generate`, as transformers 5 does by itself."""
 
     if IS_TRANSFORMERS_4:

@@ -29,15 +29,15 @@ class AlignGPTConfig(PretrainedConfig):
     Args:
         vision_config (`dict` or `PretrainedConfig`, *optional*): the vision tower's; default CLIP ViT-L/14-336.
         text_config (`dict` or `PretrainedConfig`, *optional*): the language model's; default Llama.
-        image_token_id (`int`): id of `<image>`, repeated `image_seq_length` times for each picture.
+        image_token_id (`int`): id of `<image>`, repeated `image_seq_length` times for each image.
         align_token_id (`int`): id of `<align>`, the place of the alignment vector, right behind BOS.
-        image_seq_length (`int`, *optional*): positions that a picture takes; follows from the tower when `None`.
+        image_seq_length (`int`, *optional*): positions that an image takes; follows from the tower when `None`.
         vision_feature_layer (`int`): which hidden state of the tower is projected (-2: the last layer but one).
         vision_feature_select_strategy (`str`, *optional*): `"default"` drops class token and registers, `"full"` keeps
             every token; `None` takes the first where the tower has such tokens (SigLIP has none).
-        vision_scales (`list[int]`, *optional*): the tower looks at the picture at these multiples of its own size, in
+        vision_scales (`list[int]`, *optional*): the tower looks at the image at these multiples of its own size, in
             tiles, and the features of all scales are joined on channels (S2, arXiv 2403.13043); `[1, 2, 3]` is the
-            paper's 336/672/1008 variant. A picture keeps its `image_seq_length`. `None`: the tower's size alone.
+            paper's 336/672/1008 variant. An image keeps its `image_seq_length`. `None`: the tower's size alone.
         projector_hidden_act (`str`): activation between the two layers of projector and gate.
         num_align_levels (`int`): N, the size of the level table (paper: 8). The last level is the global alignment.
         gate_hidden_size (`int`): width of the gate's hidden layer (authors' release: 256).
@@ -112,7 +112,7 @@ class AlignGPTConfig(PretrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def _tower_seq_length(self) -> int | None:
-        """Tokens that the tower yields for one picture after `vision_feature_select_strategy`; None if unknown."""
+        """Tokens that the tower yields for one image after `vision_feature_select_strategy`; None if unknown."""
         image_size = getattr(self.vision_config, "image_size", None)
         patch_size = getattr(self.vision_config, "patch_size", None)
         if not isinstance(image_size, int) or not isinstance(patch_size, int):
@@ -143,13 +143,13 @@ class AlignGPTConfig(PretrainedConfig):
 
     @property
     def projector_in_features(self) -> int:
-        """Channels of a picture's position before the projector."""
+        """Channels of an image's position before the projector."""
         return self.vision_config.hidden_size * len(self.vision_scales or (1,))
 
     @property
-    def picture_size(self) -> int | tuple[int, int] | None:
+    def input_image_size(self) -> int | tuple[int, int] | None:
         """
-        Height and width of the pictures that the model takes, the tower's times the largest of `vision_scales`; `None`
+        Height and width of the images that the model takes, the tower's times the largest of `vision_scales`; `None`
         if the tower's config does not say.
         """
         size, factor = getattr(self.vision_config, "image_size", None), (self.vision_scales or (1,))[-1]
@@ -176,7 +176,7 @@ class AlignGPTConfig(PretrainedConfig):
             raise ValueError('This tower has no class token to drop: set vision_feature_select_strategy="full".')
         if expected is not None and self.image_seq_length != expected:
             raise ValueError(
-                f"image_seq_length={self.image_seq_length}, but the vision tower yields {expected} tokens a picture "
+                f"image_seq_length={self.image_seq_length}, but the vision tower yields {expected} tokens an image "
                 f"(image_size {self.vision_config.image_size}, patch_size {self.vision_config.patch_size}): "
                 "leave image_seq_length out, or load the tower it belongs to."
             )
@@ -191,7 +191,7 @@ class AlignGPTConfig(PretrainedConfig):
         positions = self._tower_seq_length()
         if positions is None or math.isqrt(positions) ** 2 != positions:
             raise ValueError(
-                "vision_scales need a vision tower with square pictures and a square grid of positions, without a "
+                "vision_scales need a vision tower with square images and a square grid of positions, without a "
                 'class token among them (vision_feature_select_strategy="default" for CLIP).'
             )
 

@@ -1,8 +1,8 @@
 """
-When a batch without a picture runs a dummy picture through tower, projector, gate and level table.
+When a batch without an image runs a dummy image through tower, projector, gate and level table.
 
 Processes that train together meet in collective operations: FSDP2 and ZeRO-3 gather the weights of a module when it
-runs, DDP waits for a gradient of every parameter. Where one process has pictures and another has text alone, the second
+runs, DDP waits for a gradient of every parameter. Where one process has images and another has text alone, the second
 would stay away from them, and both would wait for ever. A process that trains alone needs no dummy and runs none.
 """
 
@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 
-def needs_dummy_picture(model: nn.Module) -> bool:
+def needs_dummy_image(model: nn.Module) -> bool:
     """
-    Whether `model` (an `AlignGPTModel`) has to run its picture side for a batch without a picture: several processes
+    Whether `model` (an `AlignGPTModel`) has to run its image side for a batch without an image: several processes
     train, or its weights are sharded (then evaluation gathers them, too).
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -23,24 +23,24 @@ def needs_dummy_picture(model: nn.Module) -> bool:
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    """Whether running the picture side gathers weights. What FSDP2 has gathered already is a plain tensor here."""
+    """Whether running the image side gathers weights. What FSDP2 has gathered already is a plain tensor here."""
     parts = (model.vision_tower, model.multi_modal_projector, model.align_gate, model.align_embeddings)
     parameters = (parameter for part in parts for parameter in part.parameters())
     # `ds_id` marks a parameter of ZeRO-3, `device_mesh` a DTensor
     return any(hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh") for parameter in parameters)
 
 
-def run_dummy_picture(
+def run_dummy_image(
     model: nn.Module,
     input_ids: torch.LongTensor | None,
     inputs_embeds: torch.FloatTensor,
     align_level: int | torch.LongTensor | None,
 ) -> torch.FloatTensor:
     """
-    Sends a black picture the way of a real one and returns `inputs_embeds` `(B, T, D)`, bit for bit, with a graph that
-    goes through all that the picture met and gives it gradients of zero.
+    Sends a black image the way of a real one and returns `inputs_embeds` `(B, T, D)`, bit for bit, with a graph that
+    goes through all that the image met and gives it gradients of zero.
     """
-    size = model.config.picture_size
+    size = model.config.input_image_size
     height, width = (size, size) if isinstance(size, int) else size
     features = model.get_image_features(inputs_embeds.new_zeros(1, 3, height, width)).pooler_output
     features_ISD = torch.stack(tuple(features)).to(inputs_embeds.device, inputs_embeds.dtype)
@@ -54,4 +54,4 @@ def run_dummy_picture(
     return inputs_embeds
 
 
-__all__ = ["needs_dummy_picture", "run_dummy_picture"]
+__all__ = ["needs_dummy_image", "run_dummy_image"]

@@ -7,15 +7,15 @@ from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
 from .cache_aligngpt import cache_in
-from .checks_aligngpt import check_levels, check_pictures, warn_without_align, warn_without_pictures
-from .compat_v4 import PrefillOnlyPicturesMixin
+from .checks_aligngpt import check_images, check_levels, warn_without_align, warn_without_images
+from .compat_v4 import PrefillOnlyImagesMixin
 
 
 # what the first pass of the `generate` that runs in this thread gave each level
 _align_weights: ContextVar[torch.Tensor | None] = ContextVar("align_weights", default=None)
 
 
-class AlignGPTGenerationMixin(PrefillOnlyPicturesMixin, GenerationMixin):
+class AlignGPTGenerationMixin(PrefillOnlyImagesMixin, GenerationMixin):
     """`GenerationMixin` for a model whose gate reads the prompt."""
 
     def generate(self, inputs=None, generation_config=None, **kwargs):
@@ -70,9 +70,9 @@ class AlignGPTGenerationMixin(PrefillOnlyPicturesMixin, GenerationMixin):
         input_ids = input_ids.cpu()
         image_BT = input_ids == self.config.image_token_id
         if pixel_values is None:
-            warn_without_pictures(image_BT)
+            warn_without_images(image_BT)
             return
-        check_pictures(image_BT, len(pixel_values), self.config.image_seq_length)
+        check_images(image_BT, len(pixel_values), self.config.image_seq_length)
         warn_without_align(image_BT, input_ids == self.config.align_token_id)
 
     def _prompt_mask(self, inputs, generation_config, kwargs) -> torch.Tensor | None:

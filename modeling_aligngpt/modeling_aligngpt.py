@@ -1,9 +1,9 @@
 """
 AlignGPT (arXiv 2405.14129): a vision-language model that mixes levels of image-text alignment.
 
-A picture enters as `image_seq_length` `<image>` placeholders, the alignment vector as one `<align>` placeholder behind
+An image enters as `image_seq_length` `<image>` placeholders, the alignment vector as one `<align>` placeholder behind
 BOS; their embeddings are replaced in [`AlignGPTModel.forward`]. Shape suffixes used below:
-    B rows, T positions, I pictures of the whole batch, S positions a picture, D hidden size of the language model,
+    B rows, T positions, I images of the whole batch, S positions an image, D hidden size of the language model,
     V hidden size of the tower, N alignment levels, G hidden size of the gate.
 """
 
@@ -21,16 +21,16 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .cache_aligngpt import CACHE_NAME, one_cache
 from .checks_aligngpt import (
+    check_images,
     check_levels,
-    check_pictures,
     is_prefill,
     warn_about_labels,
     warn_without_align,
-    warn_without_pictures,
+    warn_without_images,
 )
 from .compat_v4 import run_vision_tower
 from .configuration_aligngpt import AUTO_MAP, AlignGPTConfig
-from .dummy_aligngpt import needs_dummy_picture, run_dummy_picture
+from .dummy_aligngpt import needs_dummy_image, run_dummy_image
 from .generation_aligngpt import AlignGPTGenerationMixin
 from .multiscale_aligngpt import multiscale_features
 from .outputs_aligngpt import AlignGPTCausalLMOutputWithPast, AlignGPTModelOutputWithPast
@@ -144,11 +144,11 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPooling:
         """
-        Pictures through tower and projector.
+        Images through tower and projector.
 
         Args:
-            pixel_values (`torch.FloatTensor` of shape `(I, 3, height, width)`): preprocessed pictures, of the size
-                `config.picture_size`.
+            pixel_values (`torch.FloatTensor` of shape `(I, 3, height, width)`): preprocessed images, of the size
+                `config.input_image_size`.
             vision_feature_layer (`int`, *optional*), vision_feature_select_strategy (`str`, *optional*): override the
                 config's.
 
@@ -164,8 +164,8 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         trains = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
         outputs = []
 
-        def run_tower(pictures: torch.FloatTensor) -> torch.FloatTensor:
-            outputs.append(run_vision_tower(self.vision_tower, pictures, **kwargs))
+        def run_tower(images: torch.FloatTensor) -> torch.FloatTensor:
+            outputs.append(run_vision_tower(self.vision_tower, images, **kwargs))
             hidden_ISV = outputs[-1].hidden_states[layer]
             return hidden_ISV[:, self.config.num_prefix_tokens :] if strategy == "default" else hidden_ISV
 
@@ -197,7 +197,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         prompt_mask: torch.Tensor | None = None,
     ) -> tuple[torch.FloatTensor, torch.LongTensor]:
         """
-        Mean text embedding that the gate compares pictures with: the prompt without BOS, padding and placeholders
+        Mean text embedding that the gate compares images with: the prompt without BOS, padding and placeholders
         (paper, section 3.3).
 
         Args:
@@ -232,14 +232,14 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
     ) -> torch.FloatTensor:
         """
         The gate: each image token dotted with the mean prompt embedding, then Linear, GELU, Linear, softmax (paper,
-        section 3.3). A row with several pictures gets the mean of their weights.
+        section 3.3). A row with several images gets the mean of their weights.
 
         Args:
-            image_features (`(I, S, D)`): projected pictures. image_rows (`(I,)`): the row of each picture.
+            image_features (`(I, S, D)`): projected images. image_rows (`(I,)`): the row of each image.
             prompt_mean (`(B, D)`): from [`~AlignGPTModel.get_prompt_mean`].
 
         Returns:
-            Weights of the local levels, `(B, N - 1)`, zeros for rows without a picture.
+            Weights of the local levels, `(B, N - 1)`, zeros for rows without an image.
         """
         num_rows = prompt_mean.shape[0]
         dots_IS = torch.einsum("isd,id->is", image_features, prompt_mean[image_rows])
@@ -313,7 +313,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         table_ND = self.align_embeddings(torch.arange(self.config.num_align_levels, device=weights_BN.device))
         return (weights_BN @ table_ND).to(inputs_embeds.dtype), weights_BN
 
-    def _insert_pictures(
+    def _insert_images(
         self,
         input_ids: torch.LongTensor | None,
         inputs_embeds: torch.FloatTensor,
@@ -325,26 +325,26 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         """Replaces the embeddings at `<image>` and `<align>`; returns them with the rows' `align_weights`."""
         image_BT = self.get_placeholder_mask(self.config.image_token_id, input_ids, inputs_embeds)
         align_BT = self.get_placeholder_mask(self.config.align_token_id, input_ids, inputs_embeds)
-        num_pictures, seq_length = image_features.shape[:2]
+        num_images, seq_length = image_features.shape[:2]
         if seq_length != self.config.image_seq_length:
             raise ValueError(
-                f"A picture came as {seq_length} positions, image_seq_length is {self.config.image_seq_length}: the "
-                "gate needs whole pictures of the size the vision tower was made for (chunked prefill cannot be used)."
+                f"An image came as {seq_length} positions, image_seq_length is {self.config.image_seq_length}: the "
+                "gate needs whole images of the size the vision tower was made for (chunked prefill cannot be used)."
             )
-        check_pictures(image_BT, num_pictures, seq_length)
+        check_images(image_BT, num_images, seq_length)
         warn_without_align(image_BT, align_BT)
         images_per_row_B = image_BT.sum(1) // seq_length
         image_rows = torch.repeat_interleave(
-            torch.arange(len(image_BT), device=image_BT.device), images_per_row_B, output_size=num_pictures
+            torch.arange(len(image_BT), device=image_BT.device), images_per_row_B, output_size=num_images
         )
         vectors_BD, weights_BN = self.get_align_vectors(
             image_features, image_rows, inputs_embeds, input_ids, attention_mask, prompt_mask, align_level
         )
-        has_picture_B1 = (images_per_row_B > 0).unsqueeze(1)
-        inputs_embeds = torch.where((align_BT & has_picture_B1).unsqueeze(-1), vectors_BD.unsqueeze(1), inputs_embeds)
+        has_image_B1 = (images_per_row_B > 0).unsqueeze(1)
+        inputs_embeds = torch.where((align_BT & has_image_B1).unsqueeze(-1), vectors_BD.unsqueeze(1), inputs_embeds)
         # in place: `where` has made the one copy that is needed
         inputs_embeds.masked_scatter_(image_BT.unsqueeze(-1), image_features)
-        return inputs_embeds, weights_BN * has_picture_B1
+        return inputs_embeds, weights_BN * has_image_B1
 
     @can_return_tuple
     def forward(
@@ -364,7 +364,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         """
         Args:
             input_ids (`(B, T)`) or inputs_embeds (`(B, T, D)`): rows with their placeholders.
-            pixel_values (`(I, 3, height, width)`, *optional*): every picture of the batch, in reading order.
+            pixel_values (`(I, 3, height, width)`, *optional*): every image of the batch, in reading order.
             align_level (`int` or `(B,)`, *optional*): 0-based level of each row; `config.align_mode` decides without.
             prompt_mask (`(B, <= T)`, *optional*): 1 where the gate may read (`config.gate_context`; the processor makes
                 it); everything when `None`.
@@ -372,7 +372,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
             cache or past_key_values (`Cache`, *optional*): the language model's, under its new or its old name.
 
         Raises:
-            ValueError: pictures and placeholders disagree, or a level is out of range.
+            ValueError: images and placeholders disagree, or a level is out of range.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
@@ -390,15 +390,15 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         if image_outputs is not None:
             image_features = torch.stack(tuple(image_outputs.pooler_output))
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds, align_weights = self._insert_pictures(
+            inputs_embeds, align_weights = self._insert_images(
                 input_ids, inputs_embeds, image_features, attention_mask, prompt_mask, align_level
             )
         elif is_prefill(cache, inputs_embeds.shape[1]):
             align_weights = inputs_embeds.new_zeros(inputs_embeds.shape[0], self.config.num_align_levels)
             if input_ids is not None:
-                warn_without_pictures(input_ids == self.config.image_token_id)
-            if needs_dummy_picture(self):
-                inputs_embeds = run_dummy_picture(self, input_ids, inputs_embeds, align_level)
+                warn_without_images(input_ids == self.config.image_token_id)
+            if needs_dummy_image(self):
+                inputs_embeds = run_dummy_image(self, input_ids, inputs_embeds, align_level)
 
         outputs = self.language_model(
             attention_mask=attention_mask,
@@ -436,7 +436,7 @@ class AlignGPTForConditionalGeneration(AlignGPTGenerationMixin, AlignGPTPreTrain
         # accelerate looks for each of these to wrap it, and CLIP names parts of its text side
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = sorted(present.intersection(self._no_split_modules or ()))
-        # a placeholder in an answer would be taken for a picture that is not there
+        # a placeholder in an answer would be taken for an image that is not there
         if self.generation_config.suppress_tokens is None:
             self.generation_config.suppress_tokens = sorted((config.image_token_id, config.align_token_id))
 

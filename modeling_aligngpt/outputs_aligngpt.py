@@ -1,7 +1,7 @@
 """
 Outputs of AlignGPT: transformers' own, so that a field that a release renames (the cache, in 5.24) is renamed here too.
 
-B rows, T positions, I pictures of the whole batch, S positions a picture, D hidden size, N alignment levels.
+B rows, T positions, I images of the whole batch, S positions an image, D hidden size, N alignment levels.
 """
 
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ class AlignGPTModelOutputWithPast(BaseModelOutputWithPast):
     Outputs of [`AlignGPTModel`]: those of the language model, and
 
     Args:
-        image_hidden_states (`torch.FloatTensor` of shape `(I, S, D)`, *optional*): projected pictures.
+        image_hidden_states (`torch.FloatTensor` of shape `(I, S, D)`, *optional*): projected images.
         align_weights (`torch.FloatTensor` of shape `(B, N)`, *optional*): what each level contributes to the row's
             alignment vector: the gate's shares and 1 for the top level, or one-hot for a level given by hand; zeros
-            for a row without a picture. `None` behind a cache, where no vector is made.
+            for a row without an image. `None` behind a cache, where no vector is made.
     """
 
     image_hidden_states: torch.FloatTensor | None = None
@@ -33,7 +33,7 @@ class AlignGPTCausalLMOutputWithPast(CausalLMOutputWithPast):
     `(B, T, vocab_size)`, the cache, `hidden_states` and `attentions` layer by layer), and
 
     Args:
-        image_hidden_states (`torch.FloatTensor` of shape `(I, S, D)`, *optional*): projected pictures.
+        image_hidden_states (`torch.FloatTensor` of shape `(I, S, D)`, *optional*): projected images.
         align_weights (`torch.FloatTensor` of shape `(B, N)`, *optional*): see [`AlignGPTModelOutputWithPast`].
     """
 

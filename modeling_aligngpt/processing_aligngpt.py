@@ -1,5 +1,5 @@
 """
-Processor of AlignGPT: pictures and text in, `input_ids`, `attention_mask` and `pixel_values` out.
+Processor of AlignGPT: images and text in, `input_ids`, `attention_mask` and `pixel_values` out.
 
 Written for transformers 5; what 4.57 needs besides stands in the class `_ProcessorBase` below, and nowhere else.
 """
@@ -55,8 +55,8 @@ else:
             return_tensors = text_kwargs.pop("return_tensors", None)
             data, replacements = {}, []
             if images is not None:
-                pictures, replacements = self._process_images(images, **merged["images_kwargs"])
-                data.update(pictures)
+                images, replacements = self._process_images(images, **merged["images_kwargs"])
+                data.update(images)
             if text is not None:
                 rows, _ = self.get_text_with_replacements(text, replacements)
                 encoded = self.tokenizer(rows, **text_kwargs)
@@ -71,7 +71,7 @@ else:
         def apply_chat_template(self, conversation, *args, **kwargs):
             if kwargs.get("return_assistant_tokens_mask"):
                 raise ValueError(
-                    "transformers 4 misplaces assistant masks beside pictures: use transformers 5.18 or newer."
+                    "transformers 4 misplaces assistant masks beside images: use transformers 5.18 or newer."
                 )
             batched = isinstance(conversation[0], (list, tuple))
             chats = [
@@ -88,8 +88,8 @@ else:
 
         def _process_images(self, images, **kwargs):
             images = make_flat_list_of_images(images)
-            pictures = self.image_processor(images, **kwargs)
-            return pictures, [self.replace_image_token(pictures, index) for index in range(len(images))]
+            features = self.image_processor(images, **kwargs)
+            return features, [self.replace_image_token(features, index) for index in range(len(images))]
 
         def get_text_with_replacements(self, text, images_replacements=(), *_):
             replacements = iter(images_replacements)
@@ -108,16 +108,16 @@ class AlignGPTProcessor(_ProcessorBase):
     Puts an image processor and a tokenizer together.
 
     In the text, each `<image>` becomes `image_seq_length` copies of itself, and `<align>` is set right behind BOS
-    (first where the text has none) if the row has a picture and lacks it.
+    (first where the text has none) if the row has an image and lacks it.
 
     Args:
         image_processor: any of transformers'; [`LlavaImageProcessor`] as the authors do it (`do_pad=True` pads to a
             square with the mean colour, stage 2 and inference; `do_pad=False` crops, stage 1).
         tokenizer: of the language model, with both placeholders added as special tokens.
         chat_template (`str`, *optional*): a Jinja template, see `chat_templates.py`.
-        image_token (`str`): the placeholder of a picture.
+        image_token (`str`): the placeholder of an image.
         align_token (`str`): the placeholder of the alignment vector.
-        image_seq_length (`int`): positions that a picture takes, the model's `config.image_seq_length`.
+        image_seq_length (`int`): positions that an image takes, the model's `config.image_seq_length`.
         image_suffix (`str`): written between a placeholder or BOS and the text behind it. `" "` gives the authors' ids
             for Llama's sentencepiece tokenizers, which mark the start of a text that way; see [`infer_image_suffix`].
         gate_context (`str`): what the gate reads, the model's `config.gate_context`; `prompt_mask` says it.
@@ -159,17 +159,17 @@ class AlignGPTProcessor(_ProcessorBase):
     ) -> BatchFeature:
         """
         Args:
-            images: pictures (PIL, numpy, tensor, path, URL, base64): one, a list in reading order, or a list per row.
+            images: images (PIL, numpy, tensor, path, URL, base64): one, a list in reading order, or a list per row.
             text: one prompt or several. A prompt that brings its BOS along gets no second one.
             kwargs: of tokenizer and image processor, flat or as `text_kwargs` and `images_kwargs`.
 
         Returns:
-            `input_ids` and `attention_mask` `(batch, sequence)`; `pixel_values` `(pictures, 3, height, width)`, all
-            pictures of the batch in reading order, if there are any; with `gate_context="first_turn"` also
+            `input_ids` and `attention_mask` `(batch, sequence)`; `pixel_values` `(images, 3, height, width)`, all
+            images of the batch in reading order, if there are any; with `gate_context="first_turn"` also
             `prompt_mask` `(batch, sequence)`, 1 where the gate reads.
 
         Raises:
-            ValueError: pictures and placeholders differ, a picture cannot be read, or truncation cuts placeholders.
+            ValueError: images and placeholders differ, an image cannot be read, or truncation cuts placeholders.
         """
         for name in ("videos", "audio"):
             if kwargs.pop(name, None) is not None:
@@ -275,27 +275,27 @@ class AlignGPTProcessor(_ProcessorBase):
         return [row.removeprefix(bos) if adds_bos and isinstance(row, str) else row for row in rows]
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """Reads every picture, naming the one that cannot be read; no pictures at all become `None`."""
+        """Reads every image, naming the one that cannot be read; no images at all become `None`."""
         if images is not None:
-            images = self._read_pictures(images)
+            images = self._read_images(images)
         # what is read already is passed on as it is
         _, text, videos, audio = super().prepare_inputs_layout(text=text, videos=videos, audio=audio, **kwargs)
         return images, text, videos, audio
 
-    def _read_pictures(self, images):
-        """A list of pictures, or one list per row if the input was nested; `None` if there is none."""
+    def _read_images(self, images):
+        """A list of images, or one list per row if the input was nested; `None` if there is none."""
         if not isinstance(images, (list, tuple)):
-            return make_flat_list_of_images(self._read_picture(images, "image 0"))
+            return make_flat_list_of_images(self._read_image(images, "image 0"))
         if not any(isinstance(row, (list, tuple)) or row is None for row in images):
-            pictures = [self._read_picture(image, f"image {index}") for index, image in enumerate(images)]
-            return make_flat_list_of_images(pictures) if pictures else None
+            images = [self._read_image(image, f"image {index}") for index, image in enumerate(images)]
+            return make_flat_list_of_images(images) if images else None
         rows = []
         for index, row in enumerate(images):
             row = [] if row is None else row if isinstance(row, (list, tuple)) else [row]
-            rows.append([self._read_picture(image, f"row {index}, image {i}") for i, image in enumerate(row)])
+            rows.append([self._read_image(image, f"row {index}, image {i}") for i, image in enumerate(row)])
         return rows if any(rows) else None
 
-    def _read_picture(self, image, where: str):
+    def _read_image(self, image, where: str):
         # an array or tensor is taken as it is: its pixels, of whatever layout, are what the caller means
         if hasattr(image, "shape"):
             return image
@@ -304,7 +304,7 @@ class AlignGPTProcessor(_ProcessorBase):
             return self.read_image(image)
         except Exception as error:
             raise ValueError(
-                f"{where}{source}: the picture cannot be read ({type(error).__name__}: {str(error)[:200]}); "
+                f"{where}{source}: the image cannot be read ({type(error).__name__}: {str(error)[:200]}); "
                 "repair the file or leave the row out."
             ) from error
 
@@ -314,30 +314,30 @@ class AlignGPTProcessor(_ProcessorBase):
         return read_image(image, limits, allow_urls)
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        """Checks that every row has as many pictures as placeholders (in total where pictures are a flat list)."""
+        """Checks that every row has as many images as placeholders (in total where images are a flat list)."""
         if isinstance(text, list) and all(isinstance(row, str) for row in text):
-            self._check_picture_counts(images, [row.count(self.image_token) for row in text])
+            self._check_image_counts(images, [row.count(self.image_token) for row in text])
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
 
-    def _check_picture_counts(self, images, placeholders: list[int]):
-        rule = f"the number of {self.image_token} tokens in the prompts should be the same as the number of pictures"
-        remedy = f"write one {self.image_token} for each picture."
+    def _check_image_counts(self, images, placeholders: list[int]):
+        rule = f"the number of {self.image_token} tokens in the prompts should be the same as the number of images"
+        remedy = f"write one {self.image_token} for each image."
         nested = bool(images) and isinstance(images[0], (list, tuple))
         if nested and len(images) != len(placeholders):
-            raise ValueError(f"{len(images)} rows of pictures for {len(placeholders)} prompts: {rule}; {remedy}")
+            raise ValueError(f"{len(images)} rows of images for {len(placeholders)} prompts: {rule}; {remedy}")
         if nested or not images:
-            pictures = [len(row) for row in images] if images else [0] * len(placeholders)
-            for row, (wanted, given) in enumerate(zip(placeholders, pictures, strict=True)):
+            counts = [len(row) for row in images] if images else [0] * len(placeholders)
+            for row, (wanted, given) in enumerate(zip(placeholders, counts, strict=True)):
                 if wanted != given:
-                    raise ValueError(f"Row {row}: {rule}, but it has {wanted} and {given} pictures; {remedy}")
+                    raise ValueError(f"Row {row}: {rule}, but it has {wanted} and {given} images; {remedy}")
         elif sum(placeholders) != len(images):
             raise ValueError(
                 f"Rows 0 to {len(placeholders) - 1}: {rule}, but they have {sum(placeholders)} "
-                f"({', '.join(map(str, placeholders))}) and {len(images)} pictures; {remedy}"
+                f"({', '.join(map(str, placeholders))}) and {len(images)} images; {remedy}"
             )
 
     def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs) -> str:
-        """What a picture's placeholder becomes."""
+        """What an image's placeholder becomes."""
         return self.image_token * self.image_seq_length
 
     def get_text_with_replacements(self, text, images_replacements=(), videos_replacements=(), audio_replacements=()):
@@ -348,16 +348,16 @@ class AlignGPTProcessor(_ProcessorBase):
         which transformers moves the spans of assistant masks.
         """
         found = super().get_text_with_replacements(list(text), list(images_replacements), [], [])[1]
-        rows = [self._lay_out(row, pictures) for row, pictures in zip(text, found, strict=True)]
+        rows = [self._lay_out(row, images) for row, images in zip(text, found, strict=True)]
         return [row for row, _ in rows], [replaced for _, replaced in rows]
 
-    def _lay_out(self, row: str, pictures: list[dict]) -> tuple[str, list[dict]]:
-        edits = [(*picture["span"], picture["replacement"], "image") for picture in pictures]
+    def _lay_out(self, row: str, images: list[dict]) -> tuple[str, list[dict]]:
+        edits = [(*image["span"], image["replacement"], "image") for image in images]
         head = len(self._bos) if self._bos and row.startswith(self._bos) else 0
         starts = [end for _, end, _, _ in edits]
         if row.startswith(self.align_token, head):
             head += len(self.align_token)
-        elif pictures and self.align_token not in row:
+        elif images and self.align_token not in row:
             edits.append((head, head, self.align_token, "text"))
             starts.append(head)
         if head:
@@ -370,7 +370,7 @@ class AlignGPTProcessor(_ProcessorBase):
         return apply_edits(row, edits)
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
-        """Positions that pictures of these sizes take (for vLLM)."""
+        """Positions that images of these sizes take (for vLLM)."""
         if image_sizes is None:
             return MultiModalData()
         count = len(image_sizes)
@@ -396,13 +396,13 @@ class AlignGPTProcessor(_ProcessorBase):
             config ([`AlignGPTConfig`]): of the model.
 
         Raises:
-            ValueError: size of the pictures, positions of a picture or placeholder ids differ, or a token has no row in
+            ValueError: size of the images, positions of an image or placeholder ids differ, or a token has no row in
                 the embeddings.
         """
-        size, wanted_size = output_size(self.image_processor), pair_of(config.picture_size)
+        size, wanted_size = output_size(self.image_processor), pair_of(config.input_image_size)
         if size is not None and wanted_size is not None and size != wanted_size:
             raise ValueError(
-                f"The image processor gives pictures of {size[0]}x{size[1]}, the vision tower takes {wanted_size[0]}x"
+                f"The image processor gives images of {size[0]}x{size[1]}, the vision tower takes {wanted_size[0]}x"
                 f"{wanted_size[1]} (its image_size, times the largest of vision_scales): set size and crop_size of the "
                 "image processor to it."
             )
@@ -436,10 +436,10 @@ class AlignGPTProcessor(_ProcessorBase):
 
         Args:
             tokenizer: with both placeholders added.
-            config ([`AlignGPTConfig`]): picture size, positions of a picture and placeholder ids come from it.
-            vision_tower: checkpoint whose picture normalisation is taken; `None`: CLIP's.
+            config ([`AlignGPTConfig`]): image size, positions of an image and placeholder ids come from it.
+            vision_tower: checkpoint whose image normalisation is taken; `None`: CLIP's.
             chat_template: the Jinja template.
-            do_pad: pictures padded to a square with the mean colour (stage 2) or as the tower has it (stage 1).
+            do_pad: images padded to a square with the mean colour (stage 2) or as the tower has it (stage 1).
             kwargs: of [`AlignGPTProcessor`], over what follows from the config.
 
         Raises:
@@ -454,7 +454,7 @@ class AlignGPTProcessor(_ProcessorBase):
             "image_suffix": infer_image_suffix(tokenizer, image_token),
             "gate_context": config.gate_context,
         }
-        image_processor = image_processor_for(config.picture_size, vision_tower, do_pad)
+        image_processor = image_processor_for(config.input_image_size, vision_tower, do_pad)
         processor = cls(image_processor, tokenizer, **{**arguments, **kwargs})
         processor.validate_with(config)
         return processor

@@ -68,8 +68,8 @@ def pil_image_processor(image_processor):
     return form.from_dict(image_processor.to_dict())
 
 
-def image_processor_for(picture_size, vision_tower, do_pad: bool):
-    """[`LlavaImageProcessor`] in its PIL form, for pictures of `picture_size`, with the normalisation of a tower."""
+def image_processor_for(input_image_size, vision_tower, do_pad: bool):
+    """[`LlavaImageProcessor`] in its PIL form, for images of `input_image_size`, with the normalisation of a tower."""
     settings: dict[str, Any] = {}
     if vision_tower is not None:
         own = _image_settings(vision_tower)
@@ -77,7 +77,7 @@ def image_processor_for(picture_size, vision_tower, do_pad: bool):
         settings = {name: own[name] for name in names if own.get(name) is not None}
         if "size" in own and "shortest_edge" not in own["size"]:
             settings.setdefault("do_center_crop", False)  # SigLIP: resized to its square, whatever the shape
-    height, width = pair_of(picture_size)
+    height, width = pair_of(input_image_size)
     crops = settings.setdefault("do_center_crop", True)
     settings["size"] = {"shortest_edge": max(height, width)} if crops else {"height": height, "width": width}
     settings["crop_size"] = {"height": height, "width": width}
@@ -101,7 +101,7 @@ def pair_of(size) -> tuple[int, int] | None:
 
 
 def output_size(image_processor) -> tuple[int, int] | None:
-    """Height and width of the pictures that an image processor gives; `None` if they vary."""
+    """Height and width of the images that an image processor gives; `None` if they vary."""
     name = "crop_size" if getattr(image_processor, "do_center_crop", False) else "size"
     size = dict(getattr(image_processor, name, None) or {})
     return (size["height"], size["width"]) if size.get("height") and size.get("width") else None

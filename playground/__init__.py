@@ -1,4 +1,4 @@
-"""A small world of drawn pictures, on which the whole AlignGPT pipeline runs on a laptop.
+"""A small world of drawn images, on which the whole AlignGPT pipeline runs on a laptop.
 
 `make_pairs` and `make_conversations` draw data for stage 1 and stage 2; `python -m aligngpt_playground make` writes it
 as `datasets` folders, and `python -m aligngpt_playground train-parts` trains the tiny CLIP and Llama kept in `parts/`.

@@ -3,7 +3,7 @@
     python -m aligngpt_playground ablation --seeds 5 --output runs/ablation
 
 Each seed draws its own world (pairs, conversations), its own initial projector, gate and level table, and its own order
-of the rows; the held-out pictures are the same for all. Within a seed the variants share all of that, so that they can
+of the rows; the held-out images are the same for all. Within a seed the variants share all of that, so that they can
 be compared pair by pair. Variants whose stage 1 is the same share its model. A finished run is a JSON file: a stopped
 command goes on where it was.
 """
@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m aligngpt_playground ablation`."""
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"), help="folder to write (%(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="seeds, from 0 on (%(default)s)")
-    parser.add_argument("--pairs", type=int, default=3200, help="picture-caption pairs of stage 1 (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=3200, help="image-caption pairs of stage 1 (%(default)s)")
     parser.add_argument("--pretrain-steps", type=int, default=200, help="steps of stage 1, 32 rows each (%(default)s)")
     parser.add_argument("--conversations", type=int, default=1920, help="conversations of stage 2 (%(default)s)")
-    parser.add_argument("--heldout", type=int, default=320, help="held-out pictures of either kind (%(default)s)")
+    parser.add_argument("--heldout", type=int, default=320, help="held-out images of either kind (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="seeds worked on at once, a process each (%(default)s)")
     parser.add_argument("--variants", help="only these, with semicolons between their names (default: all)")
     parser.add_argument("--parts", type=Path, help="folder with clip/ and llama/ to use instead of the package's own")

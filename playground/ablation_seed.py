@@ -246,7 +246,7 @@ def _instruct(model_folder: Path, variant: Variant, seed: int, settings: Setting
     asked = [(row["images"][0], question) for row in heldout for question in questions_of(row)]
     questions = [question for _, question in asked]
     answers, weights = _Loaded(trainer.model, processor, without).answer(
-        [picture for picture, _ in asked], [question.question for question in questions]
+        [image for image, _ in asked], [question.question for question in questions]
     )
     table, overall = question_table(answers, questions, questions)
     gated = variant.align_mode in ("gate", "local", "random") and not without

@@ -1,4 +1,4 @@
-"""Captions that fit their picture to different degrees: what stage 1 of AlignGPT learns to tell apart."""
+"""Captions that fit their image to different degrees: what stage 1 of AlignGPT learns to tell apart."""
 
 import random
 
@@ -83,7 +83,7 @@ def draw_caption(scene: Scene, kind: str, rng: random.Random) -> str:
     """Draw a caption of a scene.
 
     Args:
-        scene: what the picture shows.
+        scene: what the image shows.
         kind: one of `KINDS`.
         rng: source of the choices.
 

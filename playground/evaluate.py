@@ -1,4 +1,4 @@
-"""How well a saved model describes held-out pictures (after stage 1) and answers questions on them (after stage 2)."""
+"""How well a saved model describes held-out images (after stage 1) and answers questions on them (after stage 2)."""
 
 import re
 from collections import Counter
@@ -28,7 +28,7 @@ class Accuracy:
 
     Args:
         name: a caption measure or question type.
-        number: pictures or questions.
+        number: images or questions.
         accuracy: share that is right.
         majority: share that the most frequent training answer gets right.
         majority_answer: that answer; None where it differs between the rows that are summed up.
@@ -155,11 +155,11 @@ def _most_common(values) -> Any:
 
 
 class SavedModel:
-    """A model folder, loaded as transformers loads it, that captions pictures and answers questions in batches.
+    """A model folder, loaded as transformers loads it, that captions images and answers questions in batches.
 
     Args:
         folder: what `aligngpt pretrain` or `aligngpt instruct` wrote.
-        batch_size: pictures at once.
+        batch_size: images at once.
 
     Raises:
         ValueError: the folder holds no model.
@@ -184,49 +184,49 @@ class SavedModel:
         """Number of alignment levels."""
         return self.model.config.num_align_levels
 
-    def caption(self, pictures: Sequence[Image.Image], align_level: int | Sequence[int] | None = None) -> list[str]:
-        """Caption pictures in stage 1's format.
+    def caption(self, images: Sequence[Image.Image], align_level: int | Sequence[int] | None = None) -> list[str]:
+        """Caption images in stage 1's format.
 
         Args:
-            pictures: what to describe.
-            align_level: 0-based level, or one for each picture; None for the model's default.
+            images: what to describe.
+            align_level: 0-based level, or one for each image; None for the model's default.
         """
         from modeling_aligngpt.chat_templates import CHAT_TEMPLATES
 
         prompt = [{"role": "user", "content": [{"type": "image"}]}]
-        texts = self._render([prompt], chat_template=CHAT_TEMPLATES["plain"]) * len(pictures)
-        levels = [align_level] * len(pictures) if align_level is None or isinstance(align_level, int) else align_level
-        return [text.split("\n")[0].strip() for text in self._generate(pictures, texts, levels)[0]]
+        texts = self._render([prompt], chat_template=CHAT_TEMPLATES["plain"]) * len(images)
+        levels = [align_level] * len(images) if align_level is None or isinstance(align_level, int) else align_level
+        return [text.split("\n")[0].strip() for text in self._generate(images, texts, levels)[0]]
 
-    def answer(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> tuple[list[str], list[list[float]]]:
-        """Answer one question about each picture.
+    def answer(self, images: Sequence[Image.Image], questions: Sequence[str]) -> tuple[list[str], list[list[float]]]:
+        """Answer one question about each image.
 
         Returns:
             The answers, and for each the gate's weights of levels 0..N-2.
         """
         content = [{"type": "image"}]
         chats = [[{"role": "user", "content": [*content, {"type": "text", "text": text}]}] for text in questions]
-        return self._generate(pictures, self._render(chats))
+        return self._generate(images, self._render(chats))
 
     def _render(self, chats: list, **options: Any) -> list[str]:
         return self.processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True, **options)
 
     def _generate(
-        self, pictures: Sequence[Image.Image], texts: list[str], levels: Sequence[int | None] | None = None
+        self, images: Sequence[Image.Image], texts: list[str], levels: Sequence[int | None] | None = None
     ) -> tuple[list[str], list[list[float]]]:
-        """Answers and the shares of levels 0..N-2 of prompts with one picture each."""
+        """Answers and the shares of levels 0..N-2 of prompts with one image each."""
         import torch
 
         levels = levels or [None] * len(texts)
-        if not len(pictures) == len(texts) == len(levels):
-            numbers = f"{len(pictures)} pictures, {len(texts)} prompts, {len(levels)} levels"
+        if not len(images) == len(texts) == len(levels):
+            numbers = f"{len(images)} images, {len(texts)} prompts, {len(levels)} levels"
             raise ValueError(f"{numbers}; there must be as many of each")
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))  # rows of a batch of like length
         answers, gates = [""] * len(texts), [[] for _ in texts]
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
             batch = self.processor(
-                images=[pictures[row] for row in rows],
+                images=[images[row] for row in rows],
                 text=[texts[row] for row in rows],
                 padding=True,
                 padding_side="left",
@@ -246,14 +246,14 @@ class SavedModel:
 # ---- a saved model on the folders that `python -m aligngpt_playground make` writes ----
 
 
-def evaluate_captions(model: str | Path, data: str | Path, pictures: str | Path, examples: int = 6) -> dict[str, Any]:
-    """Captions of the held-out pictures of a folder of pairs, at the lowest and at the highest level.
+def evaluate_captions(model: str | Path, data: str | Path, folder: str | Path, examples: int = 6) -> dict[str, Any]:
+    """Captions of the held-out images of a folder of pairs, at the lowest and at the highest level.
 
     Args:
         model: folder of a stage-1 model.
         data: folder of pairs.
-        pictures: folder that gets the example pictures.
-        examples: pictures that are captioned at every level.
+        folder: folder that gets the example images.
+        examples: images that are captioned at every level.
 
     Returns:
         `number`, `rows` (`Accuracy` fields at the highest level, the model's default), `by_level` and `examples`.
@@ -273,7 +273,7 @@ def evaluate_captions(model: str | Path, data: str | Path, pictures: str | Path,
     texts = saved.caption([image for image in shown for _ in levels], align_level=levels * len(shown))
     listed = [
         {
-            "picture": save_picture(image, pictures, f"caption-{index}"),
+            "image": save_image(image, folder, f"caption-{index}"),
             "shows": exact_caption(scenes[index]),
             "by_level": texts[index * len(levels) : (index + 1) * len(levels)],
         }
@@ -282,13 +282,13 @@ def evaluate_captions(model: str | Path, data: str | Path, pictures: str | Path,
     return {"number": len(images), "rows": by_level[-1]["rows"], "by_level": by_level, "examples": listed}
 
 
-def evaluate_questions(model: str | Path, data: str | Path, pictures: str | Path) -> dict[str, Any]:
+def evaluate_questions(model: str | Path, data: str | Path, folder: str | Path) -> dict[str, Any]:
     """Answers to the held-out questions of a folder of conversations, each asked alone, and what the gate did.
 
     Args:
         model: folder of a stage-2 model.
         data: folder of conversations.
-        pictures: folder that gets the example pictures.
+        folder: folder that gets the example images.
 
     Returns:
         `questions` (`Accuracy` fields by type and `overall`; `examples`: the first question of each type; `notes`) and
@@ -317,13 +317,13 @@ def evaluate_questions(model: str | Path, data: str | Path, pictures: str | Path
     for kind in (row.name for row in table):
         those = [index for index, question in enumerate(questions) if question.type == kind]
         means.append({"type": kind, "weights": _mean([weights[index] for index in those])})
-        # the first question of its type on a picture that no other type has shown yet
+        # the first question of its type on an image that no other type has shown yet
         at = next((index for index in those if id(asked[index][0]) not in shown), those[0])
         row, question = asked[at]
         shown.add(id(row))
         examples.append(
             {
-                "picture": save_picture(row["images"][0], pictures, f"question-{kind}"),
+                "image": save_image(row["images"][0], folder, f"question-{kind}"),
                 "shows": exact_caption(Scene.from_json(row["scene"])),
                 "type": kind,
                 "question": question.question,
@@ -352,10 +352,10 @@ def questions_of(row: dict[str, Any]) -> list[Question]:
     return [Question(*fields) for fields in zip(row["types"], texts[::2], texts[1::2], strict=True)]
 
 
-def save_picture(picture: Image.Image, folder: str | Path, name: str) -> str:
-    """Save a picture as PNG; returns `folder/name.png`."""
+def save_image(image: Image.Image, folder: str | Path, name: str) -> str:
+    """Save an image as PNG; returns `folder/name.png`."""
     path = Path(folder) / f"{name}.png"
-    picture.save(path)
+    image.save(path)
     return path.as_posix()
 
 

@@ -22,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from .evaluate import Accuracy, evaluate_captions, evaluate_questions, format_table, save_picture, score_answer
+from .evaluate import Accuracy, evaluate_captions, evaluate_questions, format_table, save_image, score_answer
 from .report import RESULTS_NAME, write_report
 from .sprites import ATTRIBUTION
 from .world import parts_path
@@ -37,8 +37,8 @@ PROGRAM = """\
 from transformers import pipeline
 
 ask = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
-for picture, question in questions:
-    content = [{"type": "image", "url": picture}, {"type": "text", "text": question}]
+for image, question in questions:
+    content = [{"type": "image", "url": image}, {"type": "text", "text": question}]
     message = {"role": "user", "content": content}
     print(ask(text=[message], max_new_tokens=32, return_full_text=False)[0]["generated_text"])
 """
@@ -58,9 +58,9 @@ class StepError(Exception):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m aligngpt_playground quickstart`."""
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder to write (%(default)s)")
-    parser.add_argument("--pairs", type=int, default=3600, help="picture-caption pairs of stage 1 (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=3600, help="image-caption pairs of stage 1 (%(default)s)")
     parser.add_argument("--conversations", type=int, default=3000, help="conversations of stage 2 (%(default)s)")
-    parser.add_argument("--heldout", type=int, default=256, help="held-out pictures of either kind (%(default)s)")
+    parser.add_argument("--heldout", type=int, default=256, help="held-out images of either kind (%(default)s)")
     parser.add_argument("--parts", type=Path, help="folder with clip/ and llama/ to use instead of the package's own")
     parser.add_argument("--max-steps", type=int, help="stop each stage after so many steps, for a trial")
     parser.add_argument("--seed", type=int, default=0, help="seed of the drawn world (%(default)s)")
@@ -194,11 +194,11 @@ def _run_steps(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     _draw_world(args, steps)
     steps.aligngpt("Score the pairs with CLIP, cut the scores into levels", "score", "--config", "recipes/score.yaml")
     steps.aligngpt("Stage 1: pre-training", "pretrain", "--config", "recipes/pretrain.yaml", *limit)
-    with steps.step("Caption held-out pictures with the stage-1 model, at several levels"):
-        results["captions"] = evaluate_captions("pretrain", "data/pairs", pictures="pictures")
+    with steps.step("Caption held-out images with the stage-1 model, at several levels"):
+        results["captions"] = evaluate_captions("pretrain", "data/pairs", folder="images")
     steps.aligngpt("Stage 2: instruction tuning", "instruct", "--config", "recipes/instruct.yaml", *limit)
-    with steps.step("Ask the stage-2 model about held-out pictures"):
-        results |= evaluate_questions("instruct", "data/conversations", pictures="pictures")
+    with steps.step("Ask the stage-2 model about held-out images"):
+        results |= evaluate_questions("instruct", "data/conversations", folder="images")
     with steps.step("Load the saved folder in a fresh process, as from the Hub"):
         results["loaded_back"] = _load_back("instruct", results["questions"]["examples"])
     with steps.step("Write the report"):
@@ -245,7 +245,7 @@ def _copy_parts(folder: Path, parts: Path | None) -> None:
             raise StepError(f"{source} holds no model; --parts takes a folder with clip/ and llama/")
         shutil.copytree(source, folder / "parts" / name)
     shutil.copytree(Path(__file__).parent / "recipes", folder / "recipes")
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
 
 
 def _draw_world(args: argparse.Namespace, steps: Steps) -> None:
@@ -260,7 +260,7 @@ def _draw_world(args: argparse.Namespace, steps: Steps) -> None:
     }
     options = [word for name, n in numbers.items() for word in (f"--{name.replace('_', '-')}", str(n))]
     command = shlex.join(["python", "-m", "aligngpt_playground", "make", "--output", "data", *options])
-    with steps.step("Draw pictures, captions and conversations", command):
+    with steps.step("Draw images, captions and conversations", command):
         try:
             written = write_world("data", **numbers)
         except (OSError, ValueError) as error:
@@ -271,7 +271,7 @@ def _draw_world(args: argparse.Namespace, steps: Steps) -> None:
 def _load_back(model_folder: str, examples: list[dict[str, Any]], number: int = 3) -> dict[str, Any]:
     """Ask again in a process that knows transformers alone."""
     asked = examples[:number]
-    words = json.dumps([model_folder, [[example["picture"], example["question"]] for example in asked]])
+    words = json.dumps([model_folder, [[example["image"], example["question"]] for example in asked]])
     program = _BEFORE + PROGRAM + _AFTER.format(ours=_OURS)
     print(f"$ python - <<END\n{PROGRAM}END", flush=True)
     with tempfile.TemporaryDirectory() as cache:
@@ -287,7 +287,7 @@ def _load_back(model_folder: str, examples: list[dict[str, Any]], number: int = 
         raise StepError(f"the fresh process has imported {', '.join(ours)}: it was to run on the saved folder alone")
     answers = []
     for example, answer in zip(asked, map(str.strip, given), strict=True):
-        kept = {name: example[name] for name in ("picture", "shows", "question", "expected")}
+        kept = {name: example[name] for name in ("image", "shows", "question", "expected")}
         answers.append({**kept, "answer": answer, "right": score_answer(answer, example["expected"])})
         print(f"    {example['question']} {answer}   (expected: {example['expected']})")
         if answer != (before := example["answer"]):
@@ -313,7 +313,7 @@ def _read_runs() -> dict[str, Any]:
         examples.append(
             row
             and {
-                "picture": save_picture(row["images"][0], "pictures", f"level-{level}"),
+                "image": save_image(row["images"][0], "images", f"level-{level}"),
                 "caption": row["messages"][-1]["content"][0]["text"],
                 "score": row["clip_score"],
             }
@@ -349,7 +349,7 @@ def describe(results: dict[str, Any]) -> str:
     parts = [
         format_table("Captions after stage 1", [Accuracy(**row) for row in captions["rows"]]),
         "\n".join([format_table("Questions after stage 2", rows), *(f"  {note}" for note in questions["notes"])]),
-        f"The same {captions['number']} pictures at level {lowest['level']}: "
+        f"The same {captions['number']} images at level {lowest['level']}: "
         + ", ".join(f"{row['name']} {row['accuracy']:.3f}" for row in lowest["rows"]),
     ]
     for example in captions["examples"][:3]:

@@ -21,13 +21,13 @@ def write_report(folder: str | Path) -> Path:
     """Write `report.html` beside the `results.json` of a folder.
 
     Args:
-        folder: the output of a quickstart; pictures are named in the results relative to it.
+        folder: the output of a quickstart; images are named in the results relative to it.
 
     Returns:
         The path of the report.
 
     Raises:
-        ValueError: results or a picture they name are missing.
+        ValueError: results or an image they name are missing.
     """
     folder = Path(folder)
     source = folder / RESULTS_NAME
@@ -38,14 +38,14 @@ def write_report(folder: str | Path) -> Path:
 
 
 def render_report(results: dict[str, Any], folder: str | Path) -> str:
-    """The report's HTML; `folder` is what picture paths start from. Every text of the results is escaped."""
+    """The report's HTML; `folder` is what image paths start from. Every text of the results is escaped."""
     import jinja2
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.globals.update(
-        picture=lambda path: embed_picture(Path(folder) / path),
+        image=lambda path: embed_image(Path(folder) / path),
         histogram=histogram,
         loss_curve=loss_curve,
         bars=gate_bars,
@@ -54,10 +54,10 @@ def render_report(results: dict[str, Any], folder: str | Path) -> str:
     return environment.get_template("report.html.jinja").render(results)
 
 
-def embed_picture(path: Path) -> str:
+def embed_image(path: Path) -> str:
     """A PNG file as a data URI."""
     if not path.is_file():
-        raise ValueError(f"the results name the picture {path.name}, which is missing from {path.parent}")
+        raise ValueError(f"the results name the image {path.name}, which is missing from {path.parent}")
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 

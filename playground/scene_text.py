@@ -1,7 +1,7 @@
-"""The text that the tiny Llama of `parts/llama` is pretrained on: scenes in words, never a picture.
+"""The text that the tiny Llama of `parts/llama` is pretrained on: scenes in words, never an image.
 
-A scene is told in sixteen slots, one for each patch of its picture in reading order, at the very positions where the
-picture's tokens will stand later. A slot holds the word of what covers the patch, and on top of it, as a sum of
+A scene is told in sixteen slots, one for each patch of its image in reading order, at the very positions where the
+image's tokens will stand later. A slot holds the word of what covers the patch, and on top of it, as a sum of
 embeddings, the words of its place ("top", "left"): without them a model this small needs very long to learn where a
 slot is. In front, where the alignment vector will stand, a word says how faithful the retelling is. So a projector has
 only to learn the way from a patch to words, and level embeddings have something to align with.

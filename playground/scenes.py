@@ -46,7 +46,7 @@ _BASE = {
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows.
+    """What an image shows.
 
     Args:
         background: a key of `BACKGROUNDS`.
@@ -184,7 +184,7 @@ def render(scene: Scene, seed: int = 0) -> Image.Image:
         seed: the same seed draws the same pixels.
 
     Returns:
-        An RGB picture of 64 x 64 pixels.
+        An RGB image of 64 x 64 pixels.
     """
     if scene.background not in BACKGROUNDS:
         raise ValueError(f"background is {scene.background!r}; it must be one of {tuple(BACKGROUNDS)}")

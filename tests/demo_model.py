@@ -18,7 +18,7 @@ from modeling_aligngpt.assembly import assemble
 
 
 CONTEXT = 160
-"""Positions of the model: 16 of a picture, some of a question, the rest is the answer's."""
+"""Positions of the model: 16 of an image, some of a question, the rest is the answer's."""
 
 
 WORDS = "snow guitar whale pizza robot rose castle bus"

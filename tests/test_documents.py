@@ -52,7 +52,7 @@ def test_wrong_lines_are_found():
         "aligngpt score --dataset x --output y",  # --scorer is required
         "aligngpt pretrain --config vicuna-7b/pretrian",
         "aligngpt pretrain --config vicuna-7b/pretrain --lerning_rate 1",
-        "aligngpt chat --model x --picture y",
+        "aligngpt chat --model x --image y",
         "aligngpt publish x --accelerate_config ddp",
         "aligngpt instruct --config vicuna-7b/instruct --accelerate_config multi_gpu",
         "alinggpt chat",
@@ -85,10 +85,10 @@ def workspace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("documents")
     save_demo_model(folder / "runs" / "quickstart" / "instruct")
     (folder / "images").mkdir()
-    (folder / "runs" / "quickstart" / "pictures").mkdir()
-    picture = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
-    for path in ("runs/quickstart/pictures/level-0.png", "picture.png", "images/a.png"):
-        picture.save(folder / path)
+    (folder / "runs" / "quickstart" / "images").mkdir()
+    image = Image.linear_gradient("L").resize((64, 48)).convert("RGB")
+    for path in ("runs/quickstart/images/level-0.png", "image.png", "images/a.png"):
+        image.save(folder / path)
     turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a ramp"}]
     rows = [{"id": str(number), "image": "a.png", "conversations": turns} for number in range(4)]
     rows.append({"id": "gone", "image": "gone.png", "conversations": turns})

@@ -1,4 +1,4 @@
-"""Pictures and conversations to batches, and what must not happen silently on the way: cut answers, broken pictures."""
+"""Images and conversations to batches, and what must not happen silently on the way: cut answers, broken images."""
 
 import bisect
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class AlignGPTDataCollator(DataCollatorMixin):
     and its newline, in stage 2 every assistant turn with its EOS. Padding is on the right.
 
     Args:
-        processor (`AlignGPTProcessor`): renders, tokenizes and prepares pictures.
+        processor (`AlignGPTProcessor`): renders, tokenizes and prepares images.
         stage (`str`): `"pretrain"` (rows need `align_level`) or `"instruct"`.
         max_length (`int`, *optional*): most tokens of a row, image tokens included; `None` for no limit.
         on_overlong (`str`): what a row longer than `max_length` does: `"error"` and `"drop"` raise here (the trainers
@@ -53,12 +53,12 @@ class AlignGPTDataCollator(DataCollatorMixin):
 
     Returns, when called with a list of rows:
         `input_ids`, `attention_mask`, `labels` (-100: not supervised), `prompt_mask` (bool, what the gate
-        reads), each of shape `(batch, length)`; `pixel_values` of shape `(pictures of the batch, 3, height, width)`
-        in reading order, absent without pictures; in stage 1 `align_level` of shape `(batch,)`.
+        reads), each of shape `(batch, length)`; `pixel_values` of shape `(images of the batch, 3, height, width)`
+        in reading order, absent without images; in stage 1 `align_level` of shape `(batch,)`.
 
     Raises:
-        ValueError: naming the row, for a missing or impossible level, an unreadable picture, placeholders that do not
-            match the pictures, an empty or missing answer, or a row that is too long.
+        ValueError: naming the row, for a missing or impossible level, an unreadable image, placeholders that do not
+            match the images, an empty or missing answer, or a row that is too long.
     """
 
     processor: ProcessorMixin
@@ -92,8 +92,8 @@ class AlignGPTDataCollator(DataCollatorMixin):
         levels = [self.check_level(row) for row in rows] if self.stage == "pretrain" else None
         if TOKENS_COLUMN not in rows[0]:
             rows = [{**row, **encoded} for row, encoded in zip(rows, self.encode(rows), strict=True)]
-        pictures = [self._load_pictures(row) for row in rows]
-        token_ids, supervised = zip(*map(self._expand, rows, map(len, pictures)), strict=True)
+        images = [self._load_images(row) for row in rows]
+        token_ids, supervised = zip(*map(self._expand, rows, map(len, images)), strict=True)
         width = max(map(len, token_ids))
         if self.pad_to_multiple_of is not None:
             width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
@@ -110,8 +110,8 @@ class AlignGPTDataCollator(DataCollatorMixin):
             batch["prompt_mask"] = labels == IGNORE_INDEX
         elif self.gate_context == "first_turn":
             batch["prompt_mask"] = (labels != IGNORE_INDEX).cumsum(1) == 0
-        if any(pictures):
-            flat = [picture for of_row in pictures for picture in of_row]
+        if any(images):
+            flat = [image for of_row in images for image in of_row]
             batch["pixel_values"] = self.processor.image_processor(flat, return_tensors="pt")["pixel_values"]
         if levels is not None:
             batch["align_level"] = torch.tensor(levels)
@@ -121,7 +121,7 @@ class AlignGPTDataCollator(DataCollatorMixin):
 
     def encode(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, np.ndarray]]:
         """
-        Tokens of rows without opening a picture: what `processor.apply_chat_template` gives, with each picture still
+        Tokens of rows without opening an image: what `processor.apply_chat_template` gives, with each image still
         one `<image>`, so that it can be kept beside the rows.
 
         Returns:
@@ -151,7 +151,7 @@ class AlignGPTDataCollator(DataCollatorMixin):
 
     def measure(self, encoded: dict[str, Sequence]) -> tuple[int, int]:
         """
-        Length of an encoded row with its pictures expanded, and the smallest `max_length` that keeps every image token
+        Length of an encoded row with its images expanded, and the smallest `max_length` that keeps every image token
         and the first supervised one.
         """
         ids, supervised = np.asarray(encoded[TOKENS_COLUMN]), np.asarray(encoded[SUPERVISED_COLUMN])
@@ -182,7 +182,7 @@ class AlignGPTDataCollator(DataCollatorMixin):
         if not messages:
             raise ValueError(f"{describe_row(row)} has no `messages`.")
         tokens = (self.processor.image_token, self.processor.align_token)
-        checked, pictures, answers = [], 0, 0
+        checked, images, answers = [], 0, 0
         for turn, message in enumerate(messages):
             role, content = message.get("role"), message.get("content")
             parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or []
@@ -191,17 +191,17 @@ class AlignGPTDataCollator(DataCollatorMixin):
                 if any(token in part.get("text", "") for token in tokens):
                     raise ValueError(
                         f"{describe_row(row)}, message {turn}: the text contains {tokens[0]} or {tokens[1]}, which are "
-                        'placeholders: write a picture as {"type": "image"}, and take the word out of the text.'
+                        'placeholders: write an image as {"type": "image"}, and take the word out of the text.'
                     )
-            pictures += sum(part.get("type") == "image" for part in parts)
+            images += sum(part.get("type") == "image" for part in parts)
             answers += role == "assistant"
             checked.append({"role": role, "content": parts})
         checked = sanitized(checked, self.control_tokens, self.processor.image_token)
         if not answers:
             raise ValueError(f"{describe_row(row)} has no assistant message: nothing in it can be learned.")
-        if self.stage == "pretrain" and pictures != 1:
+        if self.stage == "pretrain" and images != 1:
             raise ValueError(
-                f"{describe_row(row)} has {pictures} pictures: stage 1 learns from pairs of one picture and its "
+                f"{describe_row(row)} has {images} images: stage 1 learns from pairs of one image and its "
                 "caption; leave the row out."
             )
         return checked
@@ -224,18 +224,18 @@ class AlignGPTDataCollator(DataCollatorMixin):
             raise
 
     @staticmethod
-    def _load_pictures(row: dict[str, Any]) -> list[PIL.Image.Image]:
-        """The row's pictures; the trainers leave them encoded up to here, so that an error can name the row."""
+    def _load_images(row: dict[str, Any]) -> list[PIL.Image.Image]:
+        """The row's images; the trainers leave them encoded up to here, so that an error can name the row."""
         name = row.get("id", row.get(ROW_INDEX_COLUMN))
-        return [load_image(picture, row=name) for picture in row.get("images") or []]
+        return [load_image(image, row=name) for image in row.get("images") or []]
 
-    def _expand(self, row: dict[str, Any], num_pictures: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (int64) and supervised positions (bool) with `image_seq_length` tokens a picture, within `max_length`."""
+    def _expand(self, row: dict[str, Any], num_images: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (int64) and supervised positions (bool) with `image_seq_length` tokens an image, within `max_length`."""
         ids = np.asarray(row[TOKENS_COLUMN], dtype=np.int64)
         is_image = ids == self.processor.image_token_id
-        if is_image.sum() != num_pictures:
+        if is_image.sum() != num_images:
             raise ValueError(
-                f"{describe_row(row)} has {num_pictures} picture(s) in `images` and {is_image.sum()} "
+                f"{describe_row(row)} has {num_images} image(s) in `images` and {is_image.sum()} "
                 '{"type": "image"} placeholder(s) in `messages`: they must be as many.'
             )
         length, needed = self.measure(row)

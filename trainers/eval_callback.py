@@ -76,7 +76,7 @@ def generate_answers(trainer: Any, rows: Any, number: int, max_new_tokens: int) 
 
     Returns:
         For each row `row` (its `id` or position), `prompt`, `reference`, `answer`, `match` (equal but for spaces at the
-        ends) and `align_weights` (list of N floats; `None` without a picture or without a gate).
+        ends) and `align_weights` (list of N floats; `None` without an image or without a gate).
     """
     chosen = _choose(rows, number)
     rank, world_size = trainer.args.process_index, trainer.args.world_size
@@ -112,15 +112,15 @@ def _answer(trainer: Any, model: torch.nn.Module, row: dict[str, Any], max_new_t
     end = next((p for p in range(begin, len(labels)) if labels[p] == IGNORE_INDEX), len(labels))
     config, tokenizer = trainer.model.config, trainer.processing_class.tokenizer
     prompt = {"input_ids": input_ids[None, :begin], "attention_mask": torch.ones(1, begin, dtype=torch.long)}
-    num_pictures = int((prompt["input_ids"] == config.image_token_id).sum()) // config.image_seq_length
-    if num_pictures:
-        prompt["pixel_values"] = batch["pixel_values"][:num_pictures]
+    num_images = int((prompt["input_ids"] == config.image_token_id).sum()) // config.image_seq_length
+    if num_images:
+        prompt["pixel_values"] = batch["pixel_values"][:num_images]
     prompt = trainer._prepare_inputs(prompt)
     with trainer.compute_loss_context_manager():
         generated = model.generate(
             **prompt, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=True
         )
-    gates = num_pictures and config.align_mode in GATED_MODES
+    gates = num_images and config.align_mode in GATED_MODES
     weights = generated.align_weights[0].float().tolist() if gates else None
     answer = tokenizer.decode(generated.sequences[0, begin:], skip_special_tokens=True).strip()
     reference = tokenizer.decode(input_ids[begin:end], skip_special_tokens=True).strip()

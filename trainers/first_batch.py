@@ -17,7 +17,7 @@ MARKS = ("[[", "]]")  # around the supervised tokens of an example
 
 
 def first_rows(rows: Dataset | IterableDataset, number: int) -> list[dict[str, Any]]:
-    """The first rows, pictures still encoded; a stream's counts stay as they were."""
+    """The first rows, images still encoded; a stream's counts stay as they were."""
     if isinstance(rows, Dataset):
         return [rows[index] for index in range(min(number, len(rows)))]
     found = list(islice(iter(rows), number))
@@ -37,17 +37,17 @@ def check_batch(batch: dict[str, torch.Tensor], names: list[str], collator: Alig
         collator: that made it.
 
     Raises:
-        ValueError: naming the row, where no token is supervised or image tokens and pictures do not match.
+        ValueError: naming the row, where no token is supervised or image tokens and images do not match.
     """
     supervised = (batch["labels"] != IGNORE_INDEX).any(1).tolist()
     if not all(supervised):
         raise ValueError(f"{names[supervised.index(False)]} has no supervised token: nothing in it can be learned.")
     tokens = int((batch["input_ids"] == collator.processor.image_token_id).sum())
-    pictures = len(batch["pixel_values"]) if "pixel_values" in batch else 0
-    if tokens != pictures * collator.processor.image_seq_length:
+    images = len(batch["pixel_values"]) if "pixel_values" in batch else 0
+    if tokens != images * collator.processor.image_seq_length:
         raise ValueError(
-            f"The first batch ({names[0]} and those after it) has {pictures} pictures and {tokens} image tokens, not "
-            f"{collator.processor.image_seq_length} a picture: the processor does not belong to the model."
+            f"The first batch ({names[0]} and those after it) has {images} images and {tokens} image tokens, not "
+            f"{collator.processor.image_seq_length} an image: the processor does not belong to the model."
         )
 
 
@@ -61,14 +61,14 @@ def batch_facts(batch: dict[str, torch.Tensor], image_token_id: int) -> dict[str
         "padding": mask.numel() - int(mask.sum()),
         "image_tokens": int((batch["input_ids"] == image_token_id).sum()),
         "supervised": int((batch["labels"] != IGNORE_INDEX).sum()),
-        "pictures": len(batch["pixel_values"]) if "pixel_values" in batch else 0,
+        "images": len(batch["pixel_values"]) if "pixel_values" in batch else 0,
     }
 
 
 def mark_supervised(
     input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor, collator: AlignGPTDataCollator
 ) -> str:
-    """A row's text as the model reads it: `[[...]]` around what is supervised, `<image>x576` for a picture's tokens."""
+    """A row's text as the model reads it: `[[...]]` around what is supervised, `<image>x576` for an image's tokens."""
     processor = collator.processor
     image = processor.image_token_id
     kept = attention_mask.bool()
@@ -79,8 +79,8 @@ def mark_supervised(
     ):
         tokens = [token for token, _ in group]
         if is_image:
-            per_picture = processor.image_seq_length
-            text += "".join(f"{processor.image_token}x{per_picture}" for _ in range(len(tokens) // per_picture))
+            per_image = processor.image_seq_length
+            text += "".join(f"{processor.image_token}x{per_image}" for _ in range(len(tokens) // per_image))
             continue
         # decoded with what stands before it, since tokenizers drop a space at the beginning
         read += tokens
@@ -100,7 +100,7 @@ def log_first_batch(trainer: "StageTrainer") -> None:
     The short check at step 0: prints what the first rows look like, reading them beside the training's own order.
 
     Raises:
-        ValueError: naming the row, where nothing is supervised or image tokens and pictures do not match.
+        ValueError: naming the row, where nothing is supervised or image tokens and images do not match.
     """
     collator = trainer.data_collator
     rows = first_rows(trainer.train_dataset, trainer.args.per_device_train_batch_size)
@@ -122,7 +122,7 @@ def log_first_batch(trainer: "StageTrainer") -> None:
         + (f", the longest of {longest} tokens" if longest else "")
         + f" (max_length {trainer.args.max_length})",
         f"  first {facts['rows']} rows: {facts['length']} tokens wide, {facts['padding'] / facts['positions']:.0%} "
-        f"padding, {facts['pictures']} pictures, {facts['supervised']} supervised tokens",
+        f"padding, {facts['images']} images, {facts['supervised']} supervised tokens",
         "  trains " + ", ".join(f"{name} {number:,}" for name, number in counts.items()),
         f"  {names[0]}: {text if len(text) <= 300 else f'{text[:300]} ...'}",
     ]

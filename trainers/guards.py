@@ -215,16 +215,16 @@ class FiniteGuard:
 
 
 def take_row(inputs: dict[str, Any], index: int, config: Any) -> dict[str, Any]:
-    """One row of a batch as a batch of its own, with its pictures."""
+    """One row of a batch as a batch of its own, with its images."""
     num_rows = inputs["input_ids"].shape[0]
     row = {}
     for key, value in inputs.items():
         of_rows = torch.is_tensor(value) and value.ndim and value.shape[0] == num_rows and key != "pixel_values"
         row[key] = value[index : index + 1] if of_rows else value
     if inputs.get("pixel_values") is not None:
-        pictures = (inputs["input_ids"] == config.image_token_id).sum(1) // config.image_seq_length
-        start = int(pictures[:index].sum())
-        row["pixel_values"] = inputs["pixel_values"][start : start + int(pictures[index])]
+        images = (inputs["input_ids"] == config.image_token_id).sum(1) // config.image_seq_length
+        start = int(images[:index].sum())
+        row["pixel_values"] = inputs["pixel_values"][start : start + int(images[index])]
         if not len(row["pixel_values"]):
             del row["pixel_values"]
     return row

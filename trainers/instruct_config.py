@@ -15,7 +15,7 @@ INSTRUCT_ALIGN_MODES = ("gate", "local", "global", "mean", "fixed", "random")
 class AlignGPTInstructConfig(StageConfig):
     """
     Settings of [`AlignGPTInstructTrainer`]: those of [`StageConfig`] and TRL's [`SFTConfig`], with the paper's values
-    for stage 2 as defaults (learning rate 2e-5; 16 rows on each of 8 GPUs; pictures padded to a square; batches of one
+    for stage 2 as defaults (learning rate 2e-5; 16 rows on each of 8 GPUs; images padded to a square; batches of one
     modality and similar length).
 
     Args:

@@ -44,13 +44,13 @@ class Batch:
     Attributes:
         rows: rows.
         length: tokens of each, padding and image tokens included.
-        pictures: pictures of all rows together.
+        images: images of all rows together.
         supervised: supervised tokens of all rows together; all, when `None`.
     """
 
     rows: int
     length: int
-    pictures: int = 0
+    images: int = 0
     supervised: int | None = None
 
 
@@ -66,7 +66,7 @@ class MemoryEstimate:
         sharing: what several devices need to add up gradients and to gather weights.
         activations: what the forward keeps for the backward; `None` where it could not be counted.
         head: of the language-model head and its loss.
-        pictures: of the vision tower and the projector.
+        images: of the vision tower and the projector.
     """
 
     weights: int
@@ -75,7 +75,7 @@ class MemoryEstimate:
     sharing: int
     activations: int | None
     head: int
-    pictures: int
+    images: int
 
     @property
     def total(self) -> int:
@@ -174,8 +174,8 @@ def estimate_memory(
     )
     supervised = batch.rows * batch.length if batch.supervised is None else batch.supervised
     head = 2 * 4 * min(supervised * text.vocab_size, HEAD_TILE) + 2 * compute * supervised * text.hidden_size
-    pictures = _picture_bytes(base, batch.pictures, compute)
-    return MemoryEstimate(weights, gradients, states, sharing, saved, head, pictures)
+    images = _image_bytes(base, batch.images, compute)
+    return MemoryEstimate(weights, gradients, states, sharing, saved, head, images)
 
 
 def activation_bytes(
@@ -306,10 +306,10 @@ def _largest_group(model: AlignGPTForConditionalGeneration) -> int:
     return max([*sizes, sum(unique.values())])
 
 
-def _picture_bytes(model: AlignGPTForConditionalGeneration, pictures: int, compute: int) -> int:
+def _image_bytes(model: AlignGPTForConditionalGeneration, images: int, compute: int) -> int:
     """One layer of the frozen tower at work, what it hands over, and what the projector keeps."""
     config, vision = model.config, model.config.vision_config
-    positions = pictures * config.image_seq_length
+    positions = images * config.image_seq_length
     layer = 4 * vision.hidden_size + 2 * vision.intermediate_size
     projector = config.projector_in_features + 3 * config.text_config.hidden_size
     return compute * positions * (layer + projector)

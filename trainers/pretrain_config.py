@@ -9,7 +9,7 @@ from .stage_config import IMAGE_ASPECT_RATIOS, StageConfig
 class AlignGPTPretrainConfig(StageConfig):
     """
     Settings of [`AlignGPTPretrainTrainer`]: those of [`StageConfig`] and TRL's [`SFTConfig`], with the paper's values
-    for stage 1 as defaults (learning rate 1e-3; 8 pictures x 4 accumulation steps on each of 8 GPUs; pictures resized
+    for stage 1 as defaults (learning rate 1e-3; 8 images x 4 accumulation steps on each of 8 GPUs; images resized
     and cropped).
     """
 

@@ -1,4 +1,4 @@
-"""A data set made ready for a stage: texts encoded and checked once, pictures left encoded, over-long rows handled."""
+"""A data set made ready for a stage: texts encoded and checked once, images left encoded, over-long rows handled."""
 
 from typing import TYPE_CHECKING
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-# Tokens of a row with its pictures expanded, and how many pictures it has: what grouped batches go by.
+# Tokens of a row with its images expanded, and how many images it has: what grouped batches go by.
 LENGTH_COLUMN, NUM_IMAGES_COLUMN = "length", "num_images"
-# The least `max_length` that leaves a row its pictures and the beginning of its answer.
+# The least `max_length` that leaves a row its images and the beginning of its answer.
 NEEDED_COLUMN = "needed"
-PICTURES = datasets.List(datasets.Image(decode=False))
+IMAGES = datasets.List(datasets.Image(decode=False))
 INDEX_FEATURES = datasets.Features({ROW_INDEX_COLUMN: datasets.Value("int64")})
 TEXT_FEATURES = datasets.Features(
     {
@@ -80,16 +80,16 @@ def prepare_rows(
         raise ValueError(f"The {name} data has no `messages` column but {', '.join(columns)}: use `load_rows`.")
     images = (rows.features or {}).get("images")
     if isinstance(images, (datasets.Image, datasets.Value)):
-        raise ValueError(f"The {name} data's `images` must hold lists of pictures, not {images}: use `load_rows`.")
-    # encoded pictures are opened in the collator, where an error can name the row
+        raise ValueError(f"The {name} data's `images` must hold lists of images, not {images}: use `load_rows`.")
+    # encoded images are opened in the collator, where an error can name the row
     if isinstance(getattr(images, "feature", None), datasets.Image):
-        rows = rows.cast_column("images", PICTURES) if streamed else _undecoded(rows)
+        rows = rows.cast_column("images", IMAGES) if streamed else _undecoded(rows)
     if streamed:
-        # every process reads rows of its own: a batch whose rows have several pictures cannot be cut for the others
+        # every process reads rows of its own: a batch whose rows have several images cannot be cut for the others
         args.accelerator_config.dispatch_batches = False
         return _prepare_stream(rows, collator, args, counts), {}
     selected = None if rows._indices is None else rows._indices.column(0).to_numpy()
-    # columns are put beside the whole table, which copies no picture, and the selection is made again
+    # columns are put beside the whole table, which copies no image, and the selection is made again
     whole = rows if selected is None else _whole(rows)
     if "images" not in columns:
         whole = whole.add_column("images", [[]] * len(whole))
@@ -122,8 +122,8 @@ def stream_totals(rows: Dataset | IterableDataset | None, name: str) -> dict[str
 
 
 def _undecoded(rows: Dataset) -> Dataset:
-    """The same table with pictures left encoded; `cast_column` would copy the pictures of lists."""
-    features = datasets.Features({**rows.features, "images": PICTURES})
+    """The same table with images left encoded; `cast_column` would copy the images of lists."""
+    features = datasets.Features({**rows.features, "images": IMAGES})
     table = update_metadata_with_features(rows.data.cast(features.arrow_schema), features)
     fingerprint = Hasher.hash([rows._fingerprint, "undecoded"])
     info = rows.info.copy()
@@ -179,8 +179,8 @@ def _prepare_stream(
                 counts.add("rows_left_out" if out else "rows_cut", reason=reason)
                 if out:
                     continue
-            pictures = row.get("images") or []
-            kept.append({**row, "images": pictures, **tokens, LENGTH_COLUMN: length, NUM_IMAGES_COLUMN: len(pictures)})
+            images = row.get("images") or []
+            kept.append({**row, "images": images, **tokens, LENGTH_COLUMN: length, NUM_IMAGES_COLUMN: len(images)})
         columns = dict.fromkeys([*batch, "images", *ENCODED_FEATURES])
         columns.pop(NEEDED_COLUMN)
         return {column: [row[column] for row in kept] for column in columns}

@@ -1,4 +1,4 @@
-"""Batches of similar rows: less padding, and every process with pictures, or without, at the same step."""
+"""Batches of similar rows: less padding, and every process with images, or without, at the same step."""
 
 from collections.abc import Iterator, Sequence
 
@@ -23,7 +23,7 @@ class GroupedSampler(Sampler[int]):
 
     The rows of a modality are shuffled, those that fill no block are set aside, pools of blocks are sorted by length
     and cut into blocks, and the blocks are shuffled, the one with the longest row first, so that a lack of memory
-    shows at once. The rows set aside come last, those with pictures first: one batch of a process at most is mixed.
+    shows at once. The rows set aside come last, those with images first: one batch of a process at most is mixed.
 
     `transformers` groups by length too (`train_sampling_strategy`), but with the global random state, without
     modalities, and for the batch of one process.
@@ -32,7 +32,7 @@ class GroupedSampler(Sampler[int]):
         lengths: tokens of each row, shape `(rows,)`.
         batch_size: rows of one process and step.
         world_size: number of processes.
-        has_images: whether each row has a picture, shape `(rows,)`; one group when `None`.
+        has_images: whether each row has an image, shape `(rows,)`; one group when `None`.
         seed: the order is that of `seed + epoch` alone, so that a run can be continued.
         drop_last: leave out the rows that fill no block.
     """

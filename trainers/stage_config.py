@@ -68,16 +68,16 @@ class StageConfig(SFTConfig):
     Settings of both stages on top of TRL's [`SFTConfig`]; the defaults are the paper's (section 4.1).
 
     Args:
-        image_aspect_ratio (`str`): `"square"` resizes and crops pictures, `"pad"` pads them to a square first. The
+        image_aspect_ratio (`str`): `"square"` resizes and crops images, `"pad"` pads them to a square first. The
             choice is saved with the processor.
         on_overlong (`str`): what happens to rows longer than `max_length`: `"error"`, `"drop"` (left out, counted) or
             `"truncate"` (the end of the answer is cut; rows that would lose the whole answer or image tokens are left
             out; both counted).
-        check_rows (`bool`): read all texts, not the pictures, before the first step, so that a bad row stops the run
+        check_rows (`bool`): read all texts, not the images, before the first step, so that a bad row stops the run
             at its start and not hours later. `"drop"` and `"truncate"` need it. A streamed data set is checked on the
             way instead.
         group_by (`str`): which rows share a batch: `"none"` (drawn at random), `"length"` (rows of similar length) or
-            `"modality_length"` (besides, rows with pictures apart from rows without). Needs `check_rows`, which
+            `"modality_length"` (besides, rows with images apart from rows without). Needs `check_rows`, which
             measures the rows.
         projector_learning_rate (`float`, *optional*): the projector's own peak learning rate.
         eval_generations (`int`): held-out rows answered by generation at each evaluation; answers go to

@@ -136,17 +136,17 @@ class AlignGPTLmms(lmms):
 
     def _answer(self, requests: Sequence[Instance]) -> list[dict[str, Any]]:
         """One batch: for each request what is kept of it."""
-        chats, pictures = [], []
+        chats, images = [], []
         for request in requests:
             _, doc_to_messages, _, doc_id, task, split = request.args
             messages, found = read_messages(doc_to_messages(self.task_dict[task][split][doc_id]))
             chats.append(messages)
-            pictures += found
+            images += found
         texts = self.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
         # the templates write BOS themselves
         inputs = self.processor(
             text=texts,
-            images=pictures or None,
+            images=images or None,
             padding=True,
             padding_side="left",
             add_special_tokens=False,
@@ -199,20 +199,20 @@ def generation_settings(given: dict[str, Any]) -> tuple[dict[str, Any], list[str
 
 
 def read_messages(messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list]:
-    """lmms-eval's messages as chat templates take them, and their pictures in reading order."""
-    chat, pictures = [], []
+    """lmms-eval's messages as chat templates take them, and their images in reading order."""
+    chat, images = [], []
     for message in messages:
         parts = []
         for part in message["content"]:
             if part["type"] == "image":
-                pictures.append(part["url"])
+                images.append(part["url"])
                 parts.append({"type": "image"})
             elif part["type"] == "text":
                 parts.append({"type": "text", "text": part["text"]})
             else:
-                raise ValueError(f"The task's prompt holds {part['type']!r}: AlignGPT reads pictures and text.")
+                raise ValueError(f"The task's prompt holds {part['type']!r}: AlignGPT reads images and text.")
         chat.append({"role": message["role"], "content": parts})
-    return chat, pictures
+    return chat, images
 
 
 def request_key(request: Instance) -> str:

@@ -94,7 +94,7 @@ def run_task(lm: Any, task: Any, limit: int | None, seed: int) -> dict[str, Any]
     Answers of one task by lmms-eval.
 
     Returns:
-        `samples` (each `doc` without pictures, `answer`, `doc_id`) in the data set's order, and `dataset`, `split` and
+        `samples` (each `doc` without images, `answer`, `doc_id`) in the data set's order, and `dataset`, `split` and
         `task_version`; None in all processes but the first.
     """
     from lmms_eval.evaluator import simple_evaluate
@@ -112,7 +112,7 @@ def run_task(lm: Any, task: Any, limit: int | None, seed: int) -> dict[str, Any]
         random_seed=seed,
         numpy_random_seed=seed,
         torch_random_seed=seed,
-        # so that pictures are not opened once more to log samples
+        # so that images are not opened once more to log samples
         cli_args=argparse.Namespace(process_with_media=False),
     )
     if found is None:

@@ -1,4 +1,4 @@
-"""Answers of a benchmark -> its figures. A sample has `doc` (the row without pictures) and `answer`."""
+"""Answers of a benchmark -> its figures. A sample has `doc` (the row without images) and `answer`."""
 
 import math
 from collections.abc import Callable, Sequence

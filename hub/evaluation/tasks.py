@@ -233,7 +233,7 @@ def task_config(benchmark: Benchmark, data: str | os.PathLike | None = None) -> 
     source = dataset_source(config["dataset_path"], config.get("dataset_name"), data)
     if benchmark.task == "gqa":
         images = dataset_source(config["dataset_path"], "testdev_balanced_images", data)
-        config |= {"process_docs": None, "doc_to_visual": GQAPictures(images, config["test_split"])}
+        config |= {"process_docs": None, "doc_to_visual": GQAImages(images, config["test_split"])}
     return {**config, **source}
 
 
@@ -254,8 +254,8 @@ def dataset_source(path: str, name: str | None, data: str | os.PathLike | None) 
     }
 
 
-class GQAPictures:
-    """The picture of a GQA question, found by its id: lmms-eval's own way copies the pictures for every question."""
+class GQAImages:
+    """The image of a GQA question, found by its id: lmms-eval's own way copies the images for every question."""
 
     def __init__(self, source: dict[str, Any], split: str):
         self.source, self.split = source, split

@@ -1,7 +1,7 @@
 """
 `aligngpt levels`: what the alignment levels do in a model, as HTML and JSON.
 
-Rows with questions tell how the gate mixes the levels, by type of question; rows with pictures are captioned at every
+Rows with questions tell how the gate mixes the levels, by type of question; rows with images are captioned at every
 level, and each measure of the captions is tested for a trend over the levels.
 """
 
@@ -27,10 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser):
         action="append",
         default=[],
         metavar="[NAME=]SOURCE",
-        help="rows with questions or pictures: a file in any of training's layouts, a folder or Hub id of rows with "
+        help="rows with questions or images: a file in any of training's layouts, a folder or Hub id of rows with "
         "messages and images, or image; may be repeated",
     )
-    parser.add_argument("--image-folder", help="what relative picture paths of a file start from (default: its folder)")
+    parser.add_argument("--image-folder", help="what relative image paths of a file start from (default: its folder)")
     # the reader of training's files, from the command line, which knows both packages
     parser.set_defaults(load_rows=None)
     parser.add_argument("--split", help="split of the data (default: heldout, test, validation or train)")
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser):
         metavar="FILE",
         help="answers that `aligngpt evaluate` kept (answers-TASK.jsonl): their gate weights, by benchmark",
     )
-    parser.add_argument("--captions", action="store_true", help="caption the pictures of rows with questions too")
+    parser.add_argument("--captions", action="store_true", help="caption the images of rows with questions too")
     parser.add_argument("--scorer", help="CLIP or SigLIP model for CLIP score and self-retrieval: folder or Hub id")
     parser.add_argument(
         "--correct", metavar="MODULE:FUNCTION", help="`(caption, row) -> {name: bool}`: what is right in a caption"
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--prompt", default="Describe the image concisely.", help="asked for captions after stage 2")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest caption (default: %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each data set")
-    parser.add_argument("--examples", type=int, default=4, help="pictures shown with all captions (default: 4)")
+    parser.add_argument("--examples", type=int, default=4, help="images shown with all captions (default: 4)")
     parser.add_argument("--output", type=Path, default=Path("runs/levels"), help="folder to write (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace) -> int:
     """`aligngpt levels`."""
     if not args.data and not args.answers:
-        raise ValueError("--data is missing: give rows with questions or pictures, or --answers of an evaluation.")
+        raise ValueError("--data is missing: give rows with questions or images, or --answers of an evaluation.")
     if args.data and args.model is None:
         raise ValueError("--model is missing: give an AlignGPT, folder or Hub id.")
     for name in ("limit", "batch_size", "max_new_tokens"):
@@ -71,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
 
     with lock(lock_of(args.output)):
         results = probe(args, correct)
-        pictures = results.pop("pictures")
-        write_report(args.output / REPORT_NAME, results, pictures)
+        images = results.pop("images")
+        write_report(args.output / REPORT_NAME, results, images)
         write_json(args.output / RESULTS_NAME, results)
     print(describe(results))
     print(f"Report: {args.output / REPORT_NAME}   figures: {args.output / RESULTS_NAME}")
@@ -90,20 +90,20 @@ def _function(name: str | None) -> Callable | None:
 
 
 def probe(args: argparse.Namespace, correct: Callable | None) -> dict[str, Any]:
-    """Everything that the report shows: `gate` and `captions` (each None without data for it), and the `pictures`."""
+    """Everything that the report shows: `gate` and `captions` (each None without data for it), and the `images`."""
     from . import statistics
     from .probe import LevelProbe, read_answers
 
     weights: list[list[float]] = []
     groups: list[str] = []
-    numbers: list[int] = []  # of pictures; what comes from answers counts as one
+    numbers: list[int] = []  # of images; what comes from answers counts as one
     for path in args.answers:
         found, names = read_answers(path)
         weights += found
         groups += names
         numbers += [0] * len(names)
     results: dict[str, Any] = dict.fromkeys(("model", "align_mode", "num_align_levels", "gate", "captions"))
-    pictures: list = []
+    images: list = []
     if args.data:
         loaded = LevelProbe(args.model, args.revision, args.dtype, args.device, args.batch_size)
         results |= {
@@ -119,20 +119,20 @@ def probe(args: argparse.Namespace, correct: Callable | None) -> dict[str, Any]:
             groups += [group for *_, group in questions]
             numbers += [number for number, *_ in questions]
         if rows:
-            results["captions"], pictures = _probe_captions(args, loaded, rows, correct)
+            results["captions"], images = _probe_captions(args, loaded, rows, correct)
     if weights:
         if len({len(row) for row in weights}) > 1:
             raise ValueError("The gate weights are of models with different numbers of levels: report them apart.")
         results["gate"] = statistics.by_group(weights, groups, numbers, args.seed)
         results["num_align_levels"] = results["num_align_levels"] or len(weights[0]) + 1
     if not weights and results["captions"] is None:
-        raise ValueError("The data holds neither a question about a picture nor a picture.")
-    return {**results, "seed": args.seed, "pictures": pictures}
+        raise ValueError("The data holds neither a question about an image nor an image.")
+    return {**results, "seed": args.seed, "images": images}
 
 
 def _read_data(args: argparse.Namespace, captions_only: bool) -> tuple[list[dict], list[tuple]]:
-    """Rows to caption, and questions: (number of the picture, question, pictures, group)."""
-    from .probe import load_split, picture_of, questions_of
+    """Rows to caption, and questions: (number of the image, question, images, group)."""
+    from .probe import image_of, load_split, questions_of
 
     rows: list[dict] = []
     questions: list[tuple] = []
@@ -147,19 +147,19 @@ def _read_data(args: argparse.Namespace, captions_only: bool) -> tuple[list[dict
             number += 1
             asked = [] if captions_only or not row.get("messages") else list(questions_of(row, name))
             questions += [(number, *question) for question in asked]
-            if picture_of(row) is not None and (args.captions or not asked):
+            if image_of(row) is not None and (args.captions or not asked):
                 rows.append(row)
     return rows, questions
 
 
 def _probe_captions(args: argparse.Namespace, loaded, rows: list[dict], correct: Callable | None) -> tuple[dict, list]:
     from . import statistics
-    from .probe import DualEncoder, caption_measures, picture_of
+    from .probe import DualEncoder, caption_measures, image_of
 
-    pictures = [read_image(picture_of(row)) for row in rows]
-    captions = loaded.captions(pictures, args.prompt, args.max_new_tokens)
+    images = [read_image(image_of(row)) for row in rows]
+    captions = loaded.captions(images, args.prompt, args.max_new_tokens)
     encoder = DualEncoder(args.scorer, args.device) if args.scorer else None
-    measures = caption_measures(captions, pictures, rows, encoder, correct)
+    measures = caption_measures(captions, images, rows, encoder, correct)
     trends = [{"name": name, **statistics.trend(values, args.seed)} for name, values in measures.items()]
     return {
         "number": len(rows),
@@ -167,7 +167,7 @@ def _probe_captions(args: argparse.Namespace, loaded, rows: list[dict], correct:
         "scorer": args.scorer and Path(args.scorer).name,
         "measures": trends,
         "examples": [{"by_level": texts} for texts in captions[: args.examples]],
-    }, pictures[: args.examples]
+    }, images[: args.examples]
 
 
 def _named(text: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What a model does at each alignment level: captions of pictures, gate weights of questions, and their scores."""
+"""What a model does at each alignment level: captions of images, gate weights of questions, and their scores."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -49,16 +49,16 @@ class LevelProbe:
 
     @property
     def is_pretrained_only(self) -> bool:
-        """Whether the model has been through stage 1 alone, whose prompt is the picture."""
+        """Whether the model has been through stage 1 alone, whose prompt is the image."""
         return self.model.config.training_stage == "pretrain"
 
-    def captions(self, pictures: Sequence, prompt: str, max_new_tokens: int) -> list[list[str]]:
+    def captions(self, images: Sequence, prompt: str, max_new_tokens: int) -> list[list[str]]:
         """
-        Greedy captions at every level, `[pictures][levels]`: of stage 1's format after stage 1, else the answer to
+        Greedy captions at every level, `[images][levels]`: of stage 1's format after stage 1, else the answer to
         `prompt`.
         """
         levels = range(self.num_align_levels)
-        rows = [(picture, level) for picture in pictures for level in levels]
+        rows = [(image, level) for image in images for level in levels]
         plain = self.is_pretrained_only
         content = [{"type": "image"}] + ([] if plain else [{"type": "text", "text": prompt}])
         text = self.processor.apply_chat_template(
@@ -69,7 +69,7 @@ class LevelProbe:
         )
         written: list[str] = []
         for batch in _batches(rows, self.batch_size, "captions"):
-            inputs = self._inputs([text] * len(batch), [[picture] for picture, _ in batch])
+            inputs = self._inputs([text] * len(batch), [[image] for image, _ in batch])
             with torch.inference_mode():
                 ids = self.model.generate(
                     **inputs,
@@ -84,7 +84,7 @@ class LevelProbe:
         return [written[start : start + width] for start in range(0, len(written), width)]
 
     def gate_weights(self, questions: Sequence[tuple[str, Sequence]]) -> list[list[float]]:
-        """Gate weights of (question, pictures), `[questions][N - 1]`."""
+        """Gate weights of (question, images), `[questions][N - 1]`."""
         weights: list[list[float]] = []
         for batch in _batches(questions, self.batch_size, "questions"):
             chats = [
@@ -97,10 +97,10 @@ class LevelProbe:
                 weights += self.model(**inputs, logits_to_keep=1).align_weights[:, :-1].float().tolist()
         return weights
 
-    def _inputs(self, texts: list[str], pictures: list[list]):
+    def _inputs(self, texts: list[str], images: list[list]):
         inputs = self.processor(
             text=texts,
-            images=pictures,
+            images=images,
             padding=True,
             padding_side="left",
             add_special_tokens=False,  # the templates write BOS themselves
@@ -112,7 +112,7 @@ class LevelProbe:
 
 class DualEncoder:
     """
-    A CLIP- or SigLIP-like model that puts pictures and texts into one space.
+    A CLIP- or SigLIP-like model that puts images and texts into one space.
 
     Args:
         scorer: folder or Hub id.
@@ -138,14 +138,14 @@ class DualEncoder:
         self.padding = "max_length" if self.model.config.model_type.startswith("siglip") else True
         self.batch_size = batch_size
 
-    def pictures(self, pictures: Sequence) -> np.ndarray:
-        """[pictures, width] of unit length."""
+    def images(self, images: Sequence) -> np.ndarray:
+        """[images, width] of unit length."""
 
         def encode(batch):
-            inputs = self.image_processor(images=[read_image(picture) for picture in batch], return_tensors="pt")
+            inputs = self.image_processor(images=[read_image(image) for image in batch], return_tensors="pt")
             return self.model.get_image_features(**inputs.to(self.device))
 
-        return self._encode(pictures, encode, "pictures")
+        return self._encode(images, encode, "images")
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """[texts, width] of unit length."""
@@ -173,34 +173,34 @@ class DualEncoder:
 
 def caption_measures(
     captions: list[list[str]],
-    pictures: Sequence,
+    images: Sequence,
     rows: Sequence[dict[str, Any]],
     encoder: DualEncoder | None,
     correct: Callable[[str, dict[str, Any]], dict[str, bool]] | None,
 ) -> dict[str, np.ndarray]:
     """
-    Measures of captions, each [pictures, levels]: `words`; with an encoder `CLIP score` (cosine) and `self-retrieval`
-    (1 where the caption finds its own picture first among all, as in NoC, arXiv 2212.13563); with `correct` what that
+    Measures of captions, each [images, levels]: `words`; with an encoder `CLIP score` (cosine) and `self-retrieval`
+    (1 where the caption finds its own image first among all, as in NoC, arXiv 2212.13563); with `correct` what that
     says.
     """
     levels = len(captions[0])
     measures: dict[str, np.ndarray] = {
-        "words": np.array([[len(text.split()) for text in of_picture] for of_picture in captions], dtype=float)
+        "words": np.array([[len(text.split()) for text in of_image] for of_image in captions], dtype=float)
     }
     if encoder is not None:
-        shown = encoder.pictures(pictures)
-        written = encoder.texts([text for of_picture in captions for text in of_picture])
-        similarity = written.reshape(len(captions), levels, -1) @ shown.T  # [pictures, levels, pictures]
+        shown = encoder.images(images)
+        written = encoder.texts([text for of_image in captions for text in of_image])
+        similarity = written.reshape(len(captions), levels, -1) @ shown.T  # [images, levels, images]
         own = np.arange(len(captions))
         measures["CLIP score"] = similarity[own, :, own]
         others = similarity.copy()
         others[own, :, own] = -np.inf
-        # of equal ones the own picture comes last: a caption that fits all finds none
+        # of equal ones the own image comes last: a caption that fits all finds none
         measures["self-retrieval"] = (measures["CLIP score"] > others.max(-1)).astype(float)
     if correct is not None:
-        judged = [[correct(text, row) for text in of_picture] for of_picture, row in zip(captions, rows, strict=True)]
+        judged = [[correct(text, row) for text in of_image] for of_image, row in zip(captions, rows, strict=True)]
         for name in judged[0][0]:
-            measures[name] = np.array([[float(each[name]) for each in of_picture] for of_picture in judged])
+            measures[name] = np.array([[float(each[name]) for each in of_image] for of_image in judged])
     return measures
 
 
@@ -233,8 +233,8 @@ def load_split(source: str, split: str | None = None):
 
 
 def questions_of(row: dict[str, Any], name: str) -> Iterable[tuple[str, Sequence, str]]:
-    """(question, pictures, group) of a conversation: each user turn alone, with the row's pictures."""
-    pictures = row.get("images") or []
+    """(question, images, group) of a conversation: each user turn alone, with the row's images."""
+    images = row.get("images") or []
     asked = [message for message in row["messages"] if message["role"] == "user"]
     kinds = row.get("types") or []
     own = next((str(row[column]) for column in GROUP_COLUMNS if row.get(column) is not None), name)
@@ -242,12 +242,12 @@ def questions_of(row: dict[str, Any], name: str) -> Iterable[tuple[str, Sequence
         content = message["content"]
         parts = [{"text": content}] if isinstance(content, str) else content
         text = "".join(part.get("text") or "" for part in parts)
-        if text and pictures:
-            yield text, pictures, str(kinds[turn]) if turn < len(kinds) else own
+        if text and images:
+            yield text, images, str(kinds[turn]) if turn < len(kinds) else own
 
 
-def picture_of(row: dict[str, Any]):
-    """The picture of a row with `image` or one of `images`; None when there is none."""
+def image_of(row: dict[str, Any]):
+    """The image of a row with `image` or one of `images`; None when there is none."""
     return row["image"] if row.get("image") is not None else next(iter(row.get("images") or []), None)
 
 

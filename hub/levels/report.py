@@ -13,8 +13,8 @@ _WIDTH, _HEIGHT = 360, 190  # as narrow as a phone, so that text is never shrunk
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 12, 32
 
 
-def write_report(path: Path, results: dict[str, Any], pictures: Sequence = ()):
-    """Writes the page; `pictures` belong to the examples of the captions."""
+def write_report(path: Path, results: dict[str, Any], images: Sequence = ()):
+    """Writes the page; `images` belong to the examples of the captions."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -22,13 +22,13 @@ def write_report(path: Path, results: dict[str, Any], pictures: Sequence = ()):
     )
     environment.globals.update(trend_chart=trend_chart, gate_chart=gate_chart)
     environment.filters.update(fixed=lambda value, n=3: f"{value:.{n}f}", percent=lambda value: f"{value:.1%}")
-    html = environment.get_template("levels.html.jinja").render(**results, shown=[embed(each) for each in pictures])
+    html = environment.get_template("levels.html.jinja").render(**results, shown=[embed(each) for each in images])
     write_file(path, html)
 
 
-def embed(picture) -> str:
+def embed(image) -> str:
     """A small PNG as a data URI."""
-    small = picture.copy()
+    small = image.copy()
     small.thumbnail((192, 192))
     buffer = io.BytesIO()
     small.save(buffer, "PNG")

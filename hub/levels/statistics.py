@@ -13,11 +13,11 @@ def trend(values: Sequence[Sequence[float]] | np.ndarray, seed: int = 0) -> dict
     """
     Whether a measure rises or falls with the level.
 
-    Each picture is measured at every level, so pictures are compared with themselves: the levels are shuffled within
-    each picture, and the p-value is the share of shuffles whose slope is as steep as the one observed (both ways).
+    Each image is measured at every level, so images are compared with themselves: the levels are shuffled within
+    each image, and the p-value is the share of shuffles whose slope is as steep as the one observed (both ways).
 
     Args:
-        values: [pictures, levels].
+        values: [images, levels].
         seed: of the shuffles.
 
     Returns:
@@ -25,12 +25,12 @@ def trend(values: Sequence[Sequence[float]] | np.ndarray, seed: int = 0) -> dict
         all means are equal); `slope` (change from one level to the next) and `p`.
 
     Raises:
-        ValueError: fewer than two pictures or levels.
+        ValueError: fewer than two images or levels.
     """
     table = np.asarray(values, dtype=np.float64)
     if table.ndim != 2 or min(table.shape) < 2:
-        raise ValueError(f"A trend needs at least two pictures and two levels; got the shape {table.shape}.")
-    pictures, levels = table.shape
+        raise ValueError(f"A trend needs at least two images and two levels; got the shape {table.shape}.")
+    images, levels = table.shape
     weights = np.arange(levels) - (levels - 1) / 2
     weights /= (weights**2).sum()
     rng = np.random.default_rng(seed)
@@ -41,7 +41,7 @@ def trend(values: Sequence[Sequence[float]] | np.ndarray, seed: int = 0) -> dict
     means = table.mean(0)
     return {
         "mean": means.tolist(),
-        "error": (table.std(0, ddof=1) / np.sqrt(pictures)).tolist(),
+        "error": (table.std(0, ddof=1) / np.sqrt(images)).tolist(),
         "spearman": spearman(np.arange(levels), means),
         "kendall": kendall(np.arange(levels), means),
         "slope": float(observed),
@@ -72,7 +72,7 @@ def kendall(first: Sequence[float] | np.ndarray, second: Sequence[float] | np.nd
 
 
 def by_group(
-    weights: Sequence[Sequence[float]], groups: Sequence[str], pictures: Sequence[int] | None = None, seed: int = 0
+    weights: Sequence[Sequence[float]], groups: Sequence[str], images: Sequence[int] | None = None, seed: int = 0
 ) -> dict[str, Any]:
     """
     Mean gate weights of groups of questions, and whether the gate tells the groups apart.
@@ -80,7 +80,7 @@ def by_group(
     Args:
         weights: [questions, levels] gate weights.
         groups: of each question.
-        pictures: number of the picture of each question: questions about one picture are alike, so groups are permuted
+        images: number of the image of each question: questions about one image are alike, so groups are permuted
             among them alone. None: among all.
         seed: of the permutations.
 
@@ -100,7 +100,7 @@ def by_group(
     if len(order) > 1 and total > 0:
         share = float(_between(table, codes, len(order)) / total)
         rng = np.random.default_rng(seed)
-        blocks = np.zeros(len(codes), int) if pictures is None else np.asarray(pictures)
+        blocks = np.zeros(len(codes), int) if images is None else np.asarray(images)
         drawn = [_between(table, _permuted(codes, blocks, rng), len(order)) / total for _ in range(PERMUTATIONS)]
         p = float((1 + (np.asarray(drawn) >= share - 1e-12).sum()) / (1 + PERMUTATIONS))
     return {"all": _describe("all", table), "groups": described, "share": share, "p": p}

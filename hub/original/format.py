@@ -54,7 +54,7 @@ TOWER_PREFIX = "vision_tower.vision_tower.vision_model."
 # Constants that older transformers releases stored as buffers; they follow from the config.
 _BUFFER = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 
-# Fields of their config that describe the picture side; all others belong to the language model.
+# Fields of their config that describe the image side; all others belong to the language model.
 _MULTIMODAL_FIELDS = frozenset(
     {
         "freeze_mm_mlp_adapter",

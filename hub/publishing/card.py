@@ -1,4 +1,4 @@
-"""The model card, written from the run's own records: README.md, its pictures, and results for the Hub."""
+"""The model card, written from the run's own records: README.md, its images, and results for the Hub."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -145,7 +145,7 @@ def _values(
         "base_link": hub_link(base),
         "base_revision": records.adapter.get("revision"),
         "has_config": bool(config),
-        "content": 'content = [{"type": "image", "image": "picture.jpg"}' + question + "]",
+        "content": 'content = [{"type": "image", "image": "image.jpg"}' + question + "]",
         "mode_comment": comments.get(mode, ""),
         "num_align_levels": levels,
         "parts": _parts(records, base_models, mode, levels),
@@ -162,13 +162,13 @@ def _values(
 
 def _intro(stage: str | None, records: Records) -> str:
     method = (
-        f"AlignGPT ({PAPER}) is a vision-language model that learns how well each picture and its text belong "
+        f"AlignGPT ({PAPER}) is a vision-language model that learns how well each image and its text belong "
         "together, and mixes those levels of alignment to fit the question."
     )
     whats = {
         "pretrain": "This is a model after stage 1: projector and alignment levels are trained, the language model is "
-        "as it was. It captions pictures; it is the start for stage 2.",
-        "instruct": "This is a finished model: it answers questions about pictures.",
+        "as it was. It captions images; it is the start for stage 2.",
+        "instruct": "This is a finished model: it answers questions about images.",
     }
     size = f" It has {_count(records.parameters)} parameters." if records.parameters and not records.adapter else ""
     return f"{method}\n{whats.get(stage, '')}{size}".rstrip()
@@ -185,7 +185,7 @@ def _parts(records: Records, base_models: Sequence[str], mode: str, levels: int)
         if part := config.get(key):
             parts.append((f"{name}, kind", _describe_part(part)))
     if config.get("image_seq_length"):
-        parts.append(("positions of a picture", str(config["image_seq_length"])))
+        parts.append(("positions of an image", str(config["image_seq_length"])))
     parts.append(("alignment levels", f"{levels} (0 to {levels - 1})"))
     parts.append(("alignment vector", f"`{mode}`: {MODES.get(mode, 'see config.json')}"))
     if config.get("gate_context") == "sequence":
@@ -232,7 +232,7 @@ def levels_text(alignment: Mapping[str, Any], with_rows: bool = True) -> str:
     scorer = hub_link(alignment.get("scorer"), alignment.get("revision"))
     total = sum(alignment.get("counts") or [])
     text = (
-        f"Each of {total:,} pairs of stage 1 has a score, the cosine similarity of picture and caption under {scorer}; "
+        f"Each of {total:,} pairs of stage 1 has a score, the cosine similarity of image and caption under {scorer}; "
         f"the scores were cut into {alignment.get('num_align_levels', len(alignment.get('counts') or []))} levels "
         f"(`{alignment.get('method')}`)."
     )
@@ -261,7 +261,7 @@ def describe_rows(rows: Mapping[str, Any]) -> str:
 _TRAINING_KEYS = (
     ("train_rows", "rows"), ("train_rows_left_out", "rows left out"), ("train_rows_cut", "rows cut at the length"),
     ("epochs", "epochs"), ("steps", "steps"), ("batch_size", "batch size"), ("learning_rate", "learning rate"),
-    ("max_length", "longest row (positions)"), ("image_aspect_ratio", "pictures"), ("seed", "seed"),
+    ("max_length", "longest row (positions)"), ("image_aspect_ratio", "images"), ("seed", "seed"),
     ("trained_parameters", "trained parameters"), ("parameters", "parameters"), ("loss_first", "loss, first logged"),
     ("loss_last", "loss, last logged"), ("train_seconds", "seconds"), ("hardware", "hardware"),
     ("peak_memory", "peak memory"),
@@ -312,10 +312,10 @@ def _limits(records: Records, stage: str | None) -> list[str]:
         "harmful answers beyond what its parts bring along.",
     ]
     if stage == "pretrain":
-        limits.append("It was not trained to follow instructions: what stands beside the picture is not answered.")
+        limits.append("It was not trained to follow instructions: what stands beside the image is not answered.")
     size = (records.config.get("vision_config") or {}).get("image_size")
     if size:
-        limits.append(f"It sees pictures at {size} x {size} px: small print and far details are lost.")
+        limits.append(f"It sees images at {size} x {size} px: small print and far details are lost.")
     rows = [stage["train_rows"] for stage in records.stages if stage.get("train_rows")]
     if rows and max(rows) < 50_000:
         limits.append(
@@ -326,7 +326,7 @@ def _limits(records: Records, stage: str | None) -> list[str]:
     if not records.stages:
         limits.append("Its training left no records in this repository.")
     limits.append(
-        "Training and beam search over several pictures in one prompt need transformers 5; 4.57 loads and answers."
+        "Training and beam search over several images in one prompt need transformers 5; 4.57 loads and answers."
     )
     return limits
 

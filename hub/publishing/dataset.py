@@ -1,7 +1,7 @@
 """
 `aligngpt publish-data`: a scored data set to the Hub in one commit, with its card.
 
-The rows travel as parquet with their pictures inside, written and sent file by file, so that no second copy of the
+The rows travel as parquet with their images inside, written and sent file by file, so that no second copy of the
 whole is needed here.
 """
 
@@ -38,9 +38,9 @@ ROWS_AT_ONCE = 1000
 MOST_FINDINGS = 50
 STALE = ("data/*.parquet", "*.parquet", "histogram.png")
 COLUMNS = {
-    "images": "the picture, as a list of one",
-    "messages": "the conversation: a user's turn with the picture, an assistant's with the text",
-    "clip_score": "cosine similarity of picture and text, -1 to 1",
+    "images": "the image, as a list of one",
+    "messages": "the conversation: a user's turn with the image, an assistant's with the text",
+    "clip_score": "cosine similarity of image and text, -1 to 1",
     "align_level": "the level, 0 (loosely aligned) upwards",
     "id": "name of the row in its source",
 }
@@ -138,7 +138,7 @@ def _read_alignment(folder: Path) -> dict[str, Any]:
 
 
 def _load_splits(folder: Path) -> dict[str, Dataset]:
-    """The data set's splits, pictures given by path as pictures; one without a name is "train"."""
+    """The data set's splits, images given by path as images; one without a name is "train"."""
     try:
         loaded = load_from_disk(str(folder))
     except (FileNotFoundError, ValueError) as error:
@@ -149,14 +149,14 @@ def _load_splits(folder: Path) -> dict[str, Dataset]:
         if missing:
             raise ValueError(f"{folder}, split {name}: the columns {', '.join(sorted(missing))} are missing.")
         if rows.features["images"] != List(Image()) and rows.features["images"] != List(Image(decode=False)):
-            # pictures left in their files by `embed_images: false`
+            # images left in their files by `embed_images: false`
             rows = rows.cast_column("images", List(Image()))
         splits[name] = rows.with_format(None)
     return splits
 
 
 def _check_rows(split: str, rows: Dataset) -> list[str]:
-    """Secrets and paths in all rows' texts, apart from where pictures lie, which does not travel."""
+    """Secrets and paths in all rows' texts, apart from where images lie, which does not travel."""
     texts = [name for name, kind in rows.features.items() if getattr(kind, "dtype", None) == "string"]
     findings: list[str] = []
     columns = rows.select_columns([*texts, "messages"])
@@ -171,21 +171,19 @@ def _check_rows(split: str, rows: Dataset) -> list[str]:
 
 
 def _check_images(split: str, rows: Dataset) -> list[str]:
-    """Rows whose picture is no picture: by its header, without decoding it. No address is asked for."""
+    """Rows whose image is no image: by its header, without decoding it. No address is asked for."""
     others = [name for name, kind in rows.features.items() if name != "images" and _holds_files(kind)]
     if others:
         return [f"split {split}: the columns {', '.join(others)} hold files; only `images` may. Take them out."]
     stored = rows.select_columns(["images"]).cast_column("images", List(Image(decode=False)))
     findings = []
-    for number, row in enumerate(tqdm(stored, desc=f"{split}: pictures looked at")):
+    for number, row in enumerate(tqdm(stored, desc=f"{split}: images looked at")):
         for value in row["images"]:
             try:
                 image_size(value)
             except Exception as error:
                 named = value.get("path") or f"{len(value['bytes'] or b'')} bytes"
-                findings.append(
-                    f"split {split}, row {number}: {str(named)[:100]} is no picture ({error}). Leave it out."
-                )
+                findings.append(f"split {split}, row {number}: {str(named)[:100]} is no image ({error}). Leave it out.")
         if len(findings) >= MOST_FINDINGS:
             break
     return findings
@@ -217,7 +215,7 @@ def _num_shards(rows: Dataset, shard_bytes: int) -> int:
 
 
 def _write_shards(splits: dict[str, Dataset], stage: Path, shard_bytes: int) -> Iterator[tuple[str, Path]]:
-    """Parquet files with the pictures inside; each is removed when the next is asked for."""
+    """Parquet files with the images inside; each is removed when the next is asked for."""
     plan = [(name, rows, _num_shards(rows, shard_bytes)) for name, rows in splits.items()]
     with tqdm(total=sum(len(rows) for _, rows, _ in plan), desc="rows sent", unit="row") as bar:
         for name, rows, count in plan:
@@ -231,7 +229,7 @@ def _write_shards(splits: dict[str, Dataset], stage: Path, shard_bytes: int) -> 
 
 
 def _write_parquet(rows: Dataset, path: Path) -> None:
-    """Rows with their pictures inside, without bars of their own. What does not decode as a picture is not read in."""
+    """Rows with their images inside, without bars of their own. What does not decode as an image is not read in."""
     beside, shown = Path(f"{path}.arrow"), not are_progress_bars_disabled()
     stored = rows.cast_column("images", List(Image(decode=False)))
     disable_progress_bars()
@@ -249,7 +247,7 @@ def _embed(batch: dict[str, list]) -> dict[str, list]:
 
 
 def _embedded(value: dict[str, Any]) -> dict[str, Any]:
-    """A picture's encoded bytes and the last part of its name, once it has been decoded whole."""
+    """An image's encoded bytes and the last part of its name, once it has been decoded whole."""
     read_image(value)
     data, path = value.get("bytes"), value.get("path")
     if data is None:

@@ -1,4 +1,4 @@
-"""The cards' pictures: loss curves and score histograms. The same records give the same bytes."""
+"""The cards' images: loss curves and score histograms. The same records give the same bytes."""
 
 from collections.abc import Sequence
 from pathlib import Path

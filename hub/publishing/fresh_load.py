@@ -102,7 +102,7 @@ def _load_model(folder: str, meta: bool, config_folder: str):
 
 
 def _answer(model, processor) -> list[str]:
-    """One token about a picture."""
+    """One token about an image."""
     import torch
     from PIL import Image
 
@@ -134,7 +134,7 @@ def _check(folder: str, base_model: str | None) -> tuple[list[str], str]:
     done = f"config, processor, code and {size / 1e6:,.1f} MB of weights loaded"
     if large:
         return [], f"{done} by name and shape alone, being large"
-    return _answer(model, processor), f"{done}, a picture answered"
+    return _answer(model, processor), f"{done}, an image answered"
 
 
 def main() -> None:

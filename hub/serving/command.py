@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--port", type=port, default=DEFAULT_PORT, help=f"port (default: {DEFAULT_PORT}; 0: any)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda:0, ...")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--fetch-urls", action="store_true", help="also load pictures from web addresses")
+    parser.add_argument("--fetch-urls", action="store_true", help="also load images from web addresses")
 
 
 def run(args: argparse.Namespace):
@@ -58,7 +58,7 @@ def build_app(
         model: folder or Hub id.
         revision: of a Hub id.
         device, dtype: as `transformers serve` takes them.
-        fetch_urls: whether pictures may be web addresses; data URLs always may, files never.
+        fetch_urls: whether images may be web addresses; data URLs always may, files never.
     """
     # they import the server's parts, which a machine without the extra does not have
     from fastapi import HTTPException

@@ -1,16 +1,16 @@
-"""Pictures of the alignment: bars of what each level contributes, and a heat map of patches over the picture."""
+"""Images of the alignment: bars of what each level contributes, and a heat map of patches over the image."""
 
 import base64
 import io
 from html import escape
 
 from answers import Alignment
-from pictures import Box
+from images import Box
 from PIL import Image
 
 
 MAP_SIDE = 640
-"""Longest side, in pixels, of the picture under the heat map."""
+"""Longest side, in pixels, of the image under the heat map."""
 LARGEST_TABLE = 12
 """Grids up to this many rows are also given as a table of numbers."""
 
@@ -18,7 +18,7 @@ LARGEST_TABLE = 12
 _COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 
 NO_QUESTION = '<p class="hint">Ask a question: here stands what each alignment level contributes to its answer.</p>'
-NO_MAP = '<p class="hint">Ask a question: here stands how each part of the picture meets it.</p>'
+NO_MAP = '<p class="hint">Ask a question: here stands how each part of the image meets it.</p>'
 
 
 def bars_html(lanes: list[tuple[str, Alignment]]) -> str:
@@ -70,18 +70,18 @@ def _note(alignment: Alignment, gates: bool) -> str:
     return f'<p class="hint">{text}</p>'
 
 
-def map_html(picture: Image.Image, dots: list[list[float]], box: Box) -> str:
+def map_html(image: Image.Image, dots: list[list[float]], box: Box) -> str:
     """
-    The picture with each patch coloured by its dot product with the prompt, as inline SVG.
+    The image with each patch coloured by its dot product with the prompt, as inline SVG.
 
     Args:
-        picture: as it was uploaded, upright.
+        image: as it was uploaded, upright.
         dots: rows of patches.
-        box: where the patches lie on the picture; what is outside the picture is not drawn.
+        box: where the patches lie on the image; what is outside the image is not drawn.
     """
     if not dots:
         return '<p class="hint">This model\'s vision tower has no grid of patches to draw.</p>'
-    width, height = picture.size
+    width, height = image.size
     patches = _visible(dots, box, width, height)
     low, high = (pick(value for value, _ in patches.values()) for pick in (min, max))
     cells = "".join(
@@ -92,7 +92,7 @@ def map_html(picture: Image.Image, dots: list[list[float]], box: Box) -> str:
     description = _description(dots, patches)
     return (
         f'<figure class="map"><svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(description)}">'
-        f'<image href="{_data_url(picture)}" width="{width}" height="{height}" preserveAspectRatio="none"/>'
+        f'<image href="{_data_url(image)}" width="{width}" height="{height}" preserveAspectRatio="none"/>'
         f'<g class="patches">{cells}</g></svg>'
         f'<figcaption><span>{low:.2f}</span><span class="scale" aria-hidden="true"></span><span>{high:.2f}</span>'
         f'<span class="what">dot product of each patch with the prompt</span></figcaption>{_numbers(dots)}</figure>'
@@ -103,7 +103,7 @@ Patches = dict[tuple[int, int], tuple[float, tuple[float, float, float, float]]]
 
 
 def _visible(dots: list[list[float]], box: Box, width: int, height: int) -> Patches:
-    """Row and column of each patch that shows some of the picture -> its value, and where (x, y, width, height)."""
+    """Row and column of each patch that shows some of the image -> its value, and where (x, y, width, height)."""
     across, down = box.width / len(dots[0]), box.height / len(dots)
     patches = {}
     for row, values in enumerate(dots):
@@ -131,7 +131,7 @@ def _description(dots: list[list[float]], patches: Patches) -> str:
         return f"row {place[0] + 1}, column {place[1] + 1} ({patches[place][0]:.2f})"
 
     return (
-        f"Heat map of {len(dots)} by {len(dots[0])} patches over the picture. "
+        f"Heat map of {len(dots)} by {len(dots[0])} patches over the image. "
         f"The prompt is met most in {say(most)} and least in {say(least)}."
     )
 
@@ -143,9 +143,9 @@ def _numbers(dots: list[list[float]]) -> str:
     return f'<details><summary>The values as a table</summary><table class="values">{rows}</table></details>'
 
 
-def _data_url(picture: Image.Image) -> str:
+def _data_url(image: Image.Image) -> str:
     # without its colours, so that those of the map can be read
-    small = picture.convert("L")
+    small = image.convert("L")
     small.thumbnail((MAP_SIDE, MAP_SIDE))
     stream = io.BytesIO()
     small.save(stream, format="JPEG", quality=85)

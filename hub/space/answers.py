@@ -40,7 +40,7 @@ class QuestionError(ValueError):
 @dataclass(frozen=True)
 class Alignment:
     """
-    What the model made of a question about a picture, before it answered.
+    What the model made of a question about an image, before it answered.
 
     Args:
         gate: the gate's weights of levels 0 to N-2.
@@ -117,10 +117,10 @@ def on_gpu(function):
 
 @on_gpu
 def stream_answer(
-    picture: Image.Image, turns: list[dict[str, str]], align_level: int | None, max_new_tokens: int = MAX_NEW_TOKENS
+    image: Image.Image, turns: list[dict[str, str]], align_level: int | None, max_new_tokens: int = MAX_NEW_TOKENS
 ) -> Iterator[Alignment | Piece]:
     """
-    Answers the last of `turns` (`role`, `content`; the first is about the picture).
+    Answers the last of `turns` (`role`, `content`; the first is about the image).
 
     Args:
         align_level: 0-based level to steer to; `None`: what the model does by itself.
@@ -132,7 +132,7 @@ def stream_answer(
         QuestionError: the conversation does not fit the model.
     """
     model = loaded()
-    inputs, room = _inputs(model, picture, turns)
+    inputs, room = _inputs(model, image, turns)
     yield _alignment(model, inputs, align_level)
     limit = max(1, min(int(max_new_tokens), MAX_NEW_TOKENS, room))
     streamer = TextIteratorStreamer(
@@ -202,7 +202,7 @@ class _Generation(Thread):
         return "length" if made >= self.limit else "time" if seconds >= MAX_SECONDS else "end"
 
 
-def _inputs(loaded: Loaded, picture: Image.Image, turns: list[dict[str, str]]) -> tuple[dict[str, torch.Tensor], int]:
+def _inputs(loaded: Loaded, image: Image.Image, turns: list[dict[str, str]]) -> tuple[dict[str, torch.Tensor], int]:
     """What the model takes, and how many more tokens fit."""
     question = turns[-1]["content"].strip()
     if not question:
@@ -215,7 +215,7 @@ def _inputs(loaded: Loaded, picture: Image.Image, turns: list[dict[str, str]]) -
         if token in question:
             raise QuestionError(f"The question holds {token}, which the model keeps for itself: leave it out.")
     messages = [{"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
-    messages[0]["content"].insert(0, {"type": "image", "image": picture})
+    messages[0]["content"].insert(0, {"type": "image", "image": image})
     inputs = loaded.processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     ).to(loaded.model.device)
@@ -242,7 +242,7 @@ def _alignment(loaded: Loaded, inputs: dict[str, torch.Tensor], align_level: int
 
 
 def _grid(dots_S: list[float], config) -> list[list[float]]:
-    """Values of the patches in rows; without a class token, which has no place on the picture."""
+    """Values of the patches in rows; without a class token, which has no place on the image."""
     size, patch = getattr(config.vision_config, "image_size", None), getattr(config.vision_config, "patch_size", None)
     if size is None or patch is None:
         return []

@@ -1,4 +1,4 @@
-"""AlignGPT in a browser: ask about a picture, and see what its answer is made of. `python app.py`."""
+"""AlignGPT in a browser: ask about an image, and see what its answer is made of. `python app.py`."""
 
 import os
 
@@ -8,8 +8,8 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import answers
 import gradio as gr
+from images import MAX_FILE_BYTES
 from page import HERE, QUEUE, build_page
-from pictures import MAX_FILE_BYTES
 from starlette.middleware import Middleware
 
 

@@ -1,4 +1,4 @@
-"""The page: a picture, a chat (or two, to compare levels) and the alignment beside it. No state outside the session."""
+"""The page: an image, a chat (or two, to compare levels) and the alignment beside it. No state outside the session."""
 
 import time
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ import answers
 import gradio as gr
 from alignment import NO_MAP, NO_QUESTION, bars_html, map_html
 from answers import MAX_NEW_TOKENS, MAX_SECONDS, Alignment, QuestionError
-from pictures import MAX_FILE_BYTES, PictureError, read_picture, seen_box
+from images import MAX_FILE_BYTES, ImageError, read_image, seen_box
 
 
 HERE = Path(__file__).parent
@@ -45,7 +45,7 @@ def build_page(loaded: answers.Loaded) -> gr.Blocks:
         gr.HTML(_header(loaded), elem_id="header")
         with gr.Row(elem_id="columns", equal_height=False):
             with gr.Column(scale=3, min_width=300):
-                parts = _picture_column(choices)
+                parts = _image_column(choices)
             with gr.Column(scale=4, min_width=300):
                 parts |= _chat_column()
             with gr.Column(scale=3, min_width=300, elem_id="alignment"):
@@ -54,19 +54,19 @@ def build_page(loaded: answers.Loaded) -> gr.Blocks:
     return page
 
 
-def _picture_column(choices: list[tuple[str, int]]) -> dict[str, Any]:
-    picture = gr.Image(
-        label=f"Picture (up to {MAX_FILE_BYTES // 2**20} MB)",
+def _image_column(choices: list[tuple[str, int]]) -> dict[str, Any]:
+    image = gr.Image(
+        label=f"Image (up to {MAX_FILE_BYTES // 2**20} MB)",
         sources=["upload", "clipboard"],
         type="filepath",
         format="png",
         height=300,
-        elem_id="picture",
-        alt_text="The picture that is asked about",
+        elem_id="image",
+        alt_text="The image that is asked about",
         buttons=["fullscreen"],
     )
     # our own code opens the file: its errors say what is wrong with it
-    picture.preprocess = partial(_uploaded_path, Path(picture.GRADIO_CACHE))
+    image.preprocess = partial(_uploaded_path, Path(image.GRADIO_CACHE))
     notice = gr.HTML(_status(""), elem_id="notice", padding=False)
     with gr.Row(elem_id="examples"):
         examples = [
@@ -78,7 +78,7 @@ def _picture_column(choices: list[tuple[str, int]]) -> dict[str, Any]:
         compare = gr.Checkbox(label="Compare with a second level", elem_id="compare")
         second = gr.Radio(choices, value=0, label="Second level", elem_id="second", visible=False)
     return {
-        "picture": picture,
+        "image": image,
         "notice": notice,
         "examples": examples,
         "level": level,
@@ -93,7 +93,7 @@ def _chat_column() -> dict[str, Any]:
         other = _chatbot("Chat at the second level", "other", visible=False)
     with gr.Row(elem_id="asking"):
         question = gr.Textbox(
-            label="Question about the picture",
+            label="Question about the image",
             placeholder="what is in the picture?",
             lines=1,
             max_lines=4,
@@ -114,14 +114,14 @@ def _chat_column() -> dict[str, Any]:
 def _alignment_column() -> dict[str, Any]:
     gr.HTML("<h2>Levels in this answer</h2>", padding=False)
     bars = gr.HTML(NO_QUESTION, elem_id="bars", padding=False)
-    gr.HTML("<h2>Where the picture meets the prompt</h2>", padding=False)
+    gr.HTML("<h2>Where the image meets the prompt</h2>", padding=False)
     heat = gr.HTML(NO_MAP, elem_id="heat", padding=False)
     return {"bars": bars, "heat": heat}
 
 
 def _connect(on: SimpleNamespace):
     """What happens when; only `/ask` is open to programs."""
-    given = [on.picture, on.question, on.chat, on.other, on.level, on.second, on.compare]
+    given = [on.image, on.question, on.chat, on.other, on.level, on.second, on.compare]
     beside = [on.chat, on.other, on.bars, on.heat, on.status]
     # one answer at a time, whoever asks
     model_only = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
@@ -133,30 +133,30 @@ def _connect(on: SimpleNamespace):
     ]
     on.stop.click(lambda: _status("Stopped."), None, on.status, cancels=running, **at_once)
     on.clear.click(start_over, None, beside, cancels=running, **at_once)
-    on.picture.change(check_picture, on.picture, [on.picture, on.notice, *beside], cancels=running, **at_once)
+    on.image.change(check_image, on.image, [on.image, on.notice, *beside], cancels=running, **at_once)
     on.compare.change(show_second, [on.compare, on.chat], [on.second, on.other], **at_once)
     levels = [on.level, on.second, on.compare]
     gr.on([part.change for part in levels], name_chats, levels, [on.chat, on.other], **at_once)
     for button, (_, file, text) in zip(on.examples, EXAMPLES, strict=True):
-        button.click(_example(file, text), None, [on.picture, on.question], **at_once)
-    _add_api(on.picture, on.question, on.level, model_only)
+        button.click(_example(file, text), None, [on.image, on.question], **at_once)
+    _add_api(on.image, on.question, on.level, model_only)
 
 
 def _uploaded_path(cache: Path, payload) -> str | None:
     """The file of an upload, wherever in the payload a caller claims it to be."""
     if payload is None or payload.path is None:
         return None
-    # gradio checks only what is declared as a file: another path could name any picture of this machine
+    # gradio checks only what is declared as a file: another path could name any image of this machine
     if not Path(payload.path).resolve().is_relative_to(cache.resolve()):
-        raise gr.Error("The picture was not uploaded here: upload it first.", print_exception=False)
+        raise gr.Error("The image was not uploaded here: upload it first.", print_exception=False)
     return payload.path
 
 
-def _add_api(picture, question, level, model_only: dict[str, Any]):
-    """`/ask` for programs: the same picture, question and level, the answer piece by piece, then the alignment."""
+def _add_api(image, question, level, model_only: dict[str, Any]):
+    """`/ask` for programs: the same image, question and level, the answer piece by piece, then the alignment."""
     with gr.Column(visible=False):
         answer, numbers, button = gr.Textbox(label="Answer"), gr.JSON(label="Alignment"), gr.Button()
-    button.click(ask_once, [picture, question, level], [answer, numbers], api_name="ask", **model_only)
+    button.click(ask_once, [image, question, level], [answer, numbers], api_name="ask", **model_only)
 
 
 def _chatbot(label: str, name: str, visible: bool = True) -> gr.Chatbot:
@@ -169,7 +169,7 @@ def _chatbot(label: str, name: str, visible: bool = True) -> gr.Chatbot:
         layout="bubble",
         buttons=["copy"],
         feedback_options=None,
-        placeholder="Choose a picture, then ask about it.",
+        placeholder="Choose an image, then ask about it.",
         # answers are shown as text and Markdown, never as markup of their own
         sanitize_html=True,
     )
@@ -181,7 +181,7 @@ def _by_itself(align_mode: str) -> str:
 
 def _header(loaded: answers.Loaded) -> str:
     return (
-        "<h1>AlignGPT</h1><p>Ask about a picture, and see which levels of image-text alignment the answer is made of. "
+        "<h1>AlignGPT</h1><p>Ask about an image, and see which levels of image-text alignment the answer is made of. "
         f"Model: <code>{escape(loaded.name)}</code>, levels 0 (loosest) to {loaded.config.num_align_levels - 1} "
         '(closest). <a href="https://arxiv.org/abs/2405.14129">Paper</a></p>'
     )
@@ -197,8 +197,8 @@ def _status(text: str, kind: str = "said") -> str:
 
 def _example(file: str, text: str):
     def choose():
-        # a picture and not a path: no file of this folder is served
-        return read_picture(HERE / "examples" / file), text
+        # an image and not a path: no file of this folder is served
+        return read_image(HERE / "examples" / file), text
 
     return choose
 
@@ -207,16 +207,16 @@ def start_over():
     return [], [], NO_QUESTION, NO_MAP, _status("")
 
 
-def check_picture(path: str | None):
-    """A new picture starts a new conversation; one that cannot be used is taken out, with the reason."""
+def check_image(path: str | None):
+    """A new image starts a new conversation; one that cannot be used is taken out, with the reason."""
     if path is None:
-        # after a refusal the picture changes once more, to none: the reason stays
+        # after a refusal the image changes once more, to none: the reason stays
         return gr.skip(), gr.skip(), *start_over()
     try:
-        picture = read_picture(path)
-    except PictureError as error:
+        image = read_image(path)
+    except ImageError as error:
         return None, _status(str(error), "error"), *start_over()
-    return gr.skip(), _status(f"The picture is ready ({picture.width} x {picture.height} pixels)."), *start_over()
+    return gr.skip(), _status(f"The image is ready ({image.width} x {image.height} pixels)."), *start_over()
 
 
 def show_second(compare: bool, chat: Messages):
@@ -229,30 +229,30 @@ def name_chats(level, second, compare: bool):
     return gr.update(label=_title(level) if compare else "Chat"), gr.update(label=_title(second))
 
 
-def retry(picture, question, chat: Messages, other: Messages, level, second, compare) -> Iterator[tuple]:
+def retry(image, question, chat: Messages, other: Messages, level, second, compare) -> Iterator[tuple]:
     """The last question once more, at the levels chosen now."""
     question = next((turn["content"] for turn in reversed(_turns(chat)) if turn["role"] == "user"), None)
     if question is None:
         yield (*(gr.skip() for _ in range(5)), _status("There is no question to repeat yet.", "error"))
         return
     chat, other = _before(chat, question), _before(other, question)
-    for shown in chat_on(picture, question, chat, other, level, second, compare):
+    for shown in chat_on(image, question, chat, other, level, second, compare):
         # a question that is being written stays
         yield (gr.skip(), *shown[1:])
 
 
-def chat_on(picture, question: str, chat: Messages, other: Messages, level, second, compare) -> Iterator[tuple]:
+def chat_on(image, question: str, chat: Messages, other: Messages, level, second, compare) -> Iterator[tuple]:
     """Streams the answer, or both, into the chats; whatever goes wrong is said, and the question kept."""
     chat, other = _settled(chat), _settled(other)
     lanes = [(level, chat)] + ([(second, other)] if compare else [])
     before = (chat, other)
     started = time.monotonic()
     try:
-        image = read_picture(picture)
+        image = read_image(image)
         endings = []
         alignments: list[tuple[str, Alignment]] = []
         chats = [[*lane, _message("user", question)] for _, lane in lanes]
-        yield _shown("", chats, _status("Reading the picture ..."))
+        yield _shown("", chats, _status("Reading the image ..."))
         for index, (lane_level, _) in enumerate(lanes):
             for item in answers.stream_answer(image, _turns(chats[index]), _level(lane_level)):
                 if isinstance(item, Alignment):
@@ -268,7 +268,7 @@ def chat_on(picture, question: str, chat: Messages, other: Messages, level, seco
                     endings.append(_ENDINGS[item.ending])
         seconds = time.monotonic() - started
         yield _shown("", chats, _status(f"Answered in {seconds:.1f} seconds.{''.join(dict.fromkeys(endings))}"))
-    except (PictureError, QuestionError) as error:
+    except (ImageError, QuestionError) as error:
         yield (question, *before, gr.skip(), gr.skip(), _status(str(error), "error"))
     # for instance no memory left: what happened, and everything as it was before
     except Exception as error:
@@ -276,10 +276,10 @@ def chat_on(picture, question: str, chat: Messages, other: Messages, level, seco
         raise gr.Error(_what(error), title="No answer") from error
 
 
-def ask_once(picture, question: str, level: int | None) -> Iterator[tuple[str, dict | None]]:
-    """One question about a picture, for programs: the answer so far; with the last piece also the alignment."""
+def ask_once(image, question: str, level: int | None) -> Iterator[tuple[str, dict | None]]:
+    """One question about an image, for programs: the answer so far; with the last piece also the alignment."""
     try:
-        image = read_picture(picture)
+        image = read_image(image)
         alignment = None
         for item in answers.stream_answer(image, [{"role": "user", "content": question or ""}], _level(level)):
             if isinstance(item, Alignment):
@@ -289,7 +289,7 @@ def ask_once(picture, question: str, level: int | None) -> Iterator[tuple[str, d
             else:
                 assert alignment is not None
                 yield item.text, {**vars(alignment), "ending": item.ending}
-    except (PictureError, QuestionError) as error:
+    except (ImageError, QuestionError) as error:
         raise gr.Error(str(error), title="No answer", print_exception=False) from error
 
 

@@ -54,7 +54,7 @@ with transformers alone and no network: loaded by every Auto class there is, its
 recorded ones (tolerance 1e-4), greedy ids, logits of mixed batches and of a level by hand, three beams and the
 pipeline's texts with those of the newest release here, and what transformers warns of as deprecated (but for what it
 does itself: 4.57's name `AutoModelForVision2Seq`, an argument that the pipeline of 5.18 and 5.19 passes on). Beams have
-one picture a prompt: with several, 4.57 is wrong by itself.
+one image a prompt: with several, 4.57 is wrong by itself.
 
 {table}
 {problems}

@@ -21,7 +21,7 @@ WORDS = ("A", "B", "C", "D", "Yes", "No", "two", "cat")
 TEXT, NUMBER = Value("string"), Value("int64")
 
 
-def picture(seed: int) -> PILImage.Image:
+def draw_image(seed: int) -> PILImage.Image:
     return PILImage.fromarray(np.random.default_rng(seed).integers(0, 255, (20, 30, 3), dtype=np.uint8))
 
 
@@ -40,7 +40,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_one_word_model(folder, seed: int = 0):
     """
-    Writes an AlignGPT whose answer is one of `WORDS`, which one depends on prompt, picture and level, and then EOS.
+    Writes an AlignGPT whose answer is one of `WORDS`, which one depends on prompt, image and level, and then EOS.
 
     The first dimension says "an answer stands here": embeddings of the words have it, no layer writes it, and the row
     of EOS in the head reads it.
@@ -93,13 +93,13 @@ def make_one_word_model(folder, seed: int = 0):
     return folder / "model"
 
 
-def answer_alone(model, processor, question: str, pictures: list) -> str:
-    """The model's answer by transformers alone: a chat of pictures, then the question."""
-    content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": question}]
+def answer_alone(model, processor, question: str, images: list) -> str:
+    """The model's answer by transformers alone: a chat of images, then the question."""
+    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": question}]
     prompt = processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
-    inputs = processor(images=pictures or None, text=[prompt], return_tensors="pt", add_special_tokens=False)
+    inputs = processor(images=images or None, text=[prompt], return_tensors="pt", add_special_tokens=False)
     ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     return processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
@@ -120,7 +120,7 @@ def make_rows(ask) -> dict[str, dict]:
     Rows of every benchmark.
 
     Args:
-        ask: `(question, pictures) -> answer` of the model alone; truths are made of it, so that it is known which of
+        ask: `(question, images) -> answer` of the model alone; truths are made of it, so that it is known which of
             them lmms-eval should find right.
 
     Returns:
@@ -139,7 +139,7 @@ def _open_questions(ask) -> dict[str, dict]:
     vqa, gqa, gqa_images, vizwiz, text = [], [], [], [], []
     questions: dict[str, list[str]] = {"vqav2_val": [], "gqa": [], "vizwiz_vqa_val": [], "textvqa_val": []}
     for i in range(4):
-        shown, asked = picture(i), f"What is number {i}?"
+        shown, asked = draw_image(i), f"What is number {i}?"
         given = ask(asked + PHRASE, [shown])
         # of ten people 10, 3, 1 and 0 agree
         agreeing = (10, 3, 1, 0)[i]
@@ -231,7 +231,7 @@ def _yes_no(ask) -> dict[str, dict]:
     pope, mme, pope_asked, mme_asked = [], [], [], []
     rates: dict[str, list[int]] = {}
     for i in range(9):
-        shown, split = picture(100 + i), ("random", "popular", "adversarial")[i % 3]
+        shown, split = draw_image(100 + i), ("random", "popular", "adversarial")[i % 3]
         asked = f"Is there a thing {i} in the image?"
         pope_asked.append(asked + PHRASE)
         given = ask(asked + PHRASE, [shown]).lower()
@@ -254,7 +254,7 @@ def _yes_no(ask) -> dict[str, dict]:
     f1 = [2 * hit / (2 * hit + false + missed) if hit else 0.0 for hit, false, missed in rates.values()]
     points: dict[str, list[list[bool]]] = {}
     for i in range(8):
-        category, shown = ("existence", "code_reasoning")[i // 4], picture(200 + i // 2)
+        category, shown = ("existence", "code_reasoning")[i // 4], draw_image(200 + i // 2)
         asked = f"Is this {i}? Please answer yes or no."
         prompt = f"Is this {i}?{PHRASE}"
         mme_asked.append(prompt)
@@ -287,7 +287,7 @@ def _choices(ask) -> dict[str, dict]:
     lettered = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", choices, strict=True))
     hits = {"scienceqa_img": [], "seedbench": []}
     for i in range(4):
-        shown, hint = picture(300 + i), "" if i % 2 else "Look closely."
+        shown, hint = draw_image(300 + i), "" if i % 2 else "Look closely."
         prompt = (f"Context: {hint}\n" if hint else "") + f"Which is {i}?\n{lettered}\n{LETTER}"
         asked["scienceqa_img"].append(prompt)
         given = ask(prompt, [shown])
@@ -298,7 +298,7 @@ def _choices(ask) -> dict[str, dict]:
         )
     for i in range(4):
         # the last is a video of two frames, which the paper's figure leaves out
-        shown = [picture(400 + i), picture(450)][: 1 + i // 3]
+        shown = [draw_image(400 + i), draw_image(450)][: 1 + i // 3]
         prompt = f"Which is it, {i}?\n{lettered}\n{LETTER}"
         asked["seedbench"].append(prompt)
         given = ask(prompt, shown)
@@ -336,7 +336,7 @@ def _mmbench(ask, name: str, how: str, hint: str) -> dict:
         choices = ["红", "蓝", "two"][: 2 + i % 2]
         for turn in range(len(choices)):
             turned = choices[turn:] + choices[:turn]
-            shown, given_hint = picture(500 + i), hint if i == 1 else "nan"
+            shown, given_hint = draw_image(500 + i), hint if i == 1 else "nan"
             lines = [given_hint] * (i == 1) + [f"Colour {i}?"]
             lines += [f"{letter}. {choice}" for letter, choice in zip("ABC", turned, strict=False)]
             prompt = "\n".join([*lines, how])
@@ -369,13 +369,13 @@ def _mmbench(ask, name: str, how: str, hint: str) -> dict:
 def _judged(ask) -> dict[str, dict]:
     wild, vet, wild_asked, vet_asked = [], [], [], []
     for i in range(3):
-        shown, asked = picture(600 + i), f"Describe {i}."
+        shown, asked = draw_image(600 + i), f"Describe {i}."
         wild_asked.append(asked)
         wild.append(
             {
                 "question_id": i,
                 "question": asked,
-                "caption": f"A picture of {i}.",
+                "caption": f"An image of {i}.",
                 "gpt_answer": "It is noise.",
                 "image_id": f"{i:03}",
                 "category": ("conv", "detail", "complex")[i],

@@ -233,7 +233,7 @@ def test_mixed_dtypes_lose_nothing_and_are_reported(checkpoint, tmp_path, caplog
     assert "mixes dtypes" in caplog.text
 
 
-def test_pictures_as_the_config_says(checkpoint, tmp_path):
+def test_images_as_the_config_says(checkpoint, tmp_path):
     reconfigure(checkpoint, image_aspect_ratio="square", mm_vision_select_layer=-1)
     ours = convert_checkpoint(checkpoint, tmp_path / "ours", chat_template="llama_2", gate_context="sequence")
     processor = AlignGPTProcessor.from_pretrained(ours)
@@ -243,7 +243,7 @@ def test_pictures_as_the_config_says(checkpoint, tmp_path):
     assert (config.vision_feature_layer, config.gate_context) == (-1, "sequence")
 
 
-def test_pictures_at_several_scales(checkpoint, tmp_path):
+def test_images_at_several_scales(checkpoint, tmp_path):
     weight = load_bin(checkpoint / WEIGHTS)["mm_projector.0.weight"]
     wide = torch.cat([weight, 0.5 * weight.flip(1)], dim=1)
     rewrite(checkpoint, lambda weights: weights.update({"mm_projector.0.weight": wide}))
@@ -516,9 +516,9 @@ def test_output_in_use(checkpoint, tmp_path):
     output = tmp_path / "used"
     output.mkdir()
     convert_checkpoint(checkpoint, output)  # empty: taken
-    with pytest.raises(ValueError, match="not empty"):
+    with pytest.raises(ValueError, match="exists: choose another folder"):
         convert_checkpoint(checkpoint, output)
-    with pytest.raises(ValueError, match="not empty"):
+    with pytest.raises(ValueError, match="exists: choose another folder"):
         export_original(output, output)
     assert load(output) is not None
 

@@ -74,6 +74,6 @@ def test_it_starts_from_any_folder_and_answers(somewhere):
     with serving(command, r"unning on local URL:\s+(http://\S+)", somewhere, **variables) as match:
         assert match.group(1).rstrip("/") == f"http://127.0.0.1:{port}"
         client = Client(match.group(1), verbose=False)
-        picture = handle_file(str(TEMPLATE / "examples" / "teddy-and-car.png"))
-        assert "pizza" in client.predict(picture, "what is in the picture?", 3, api_name="/ask")[0]
+        image = handle_file(str(TEMPLATE / "examples" / "teddy-and-car.png"))
+        assert "pizza" in client.predict(image, "what is in the picture?", 3, api_name="/ask")[0]
     assert folder.is_dir()

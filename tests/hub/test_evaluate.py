@@ -37,7 +37,7 @@ def processor(model_folder):
 
 @pytest.fixture(scope="module")
 def rows(model, processor):
-    return make_rows(lambda question, pictures: answer_alone(model, processor, question, pictures))
+    return make_rows(lambda question, images: answer_alone(model, processor, question, images))
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +88,9 @@ def test_the_model_is_asked_as_in_llava(task, run, rows):
     answers = read(run / "evaluation" / f"answers-{task}.jsonl")[1:]
     assert len(answers) == len(rows[task]["questions"])
     for row in answers:
-        pictures = 2 if task == "seedbench" and row["doc_id"] == 3 else 1
+        images = 2 if task == "seedbench" and row["doc_id"] == 3 else 1
         question = rows[task]["questions"][row["doc_id"]]
-        start = f"<s><align>{SYSTEM} USER: " + "<image>\n" * pictures
+        start = f"<s><align>{SYSTEM} USER: " + "<image>\n" * images
         assert row["prompt"] == f"{start}{question} ASSISTANT:"
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
-from evaluation_world.rows import make_one_word_model, picture
+from evaluation_world.rows import draw_image, make_one_word_model
 
 from aligngpt_hub.levels import statistics as level_statistics
 from aligngpt_hub.levels.probe import DualEncoder, caption_measures, read_answers
@@ -48,7 +48,7 @@ def test_a_trend_is_found_and_noise_is_not():
     # p-values of pure noise are spread evenly
     values = [level_statistics.trend(rng.normal(size=(12, 4)), seed=i)["p"] for i in range(60)]
     assert 0.35 < np.mean(values) < 0.65 and 0 < sum(value < 0.2 for value in values) < 24
-    with pytest.raises(ValueError, match="at least two pictures and two levels"):
+    with pytest.raises(ValueError, match="at least two images and two levels"):
         level_statistics.trend([[1, 2, 3]])
 
 
@@ -70,38 +70,38 @@ def test_groups_are_told_apart_only_where_they_differ():
     assert level_statistics.by_group(weights, ["all"] * 90)["p"] is None
 
 
-def test_pictures_are_compared_with_themselves():
-    """A small difference between questions about one picture counts, however different the pictures are."""
+def test_images_are_compared_with_themselves():
+    """A small difference between questions about one image counts, however different the images are."""
     rng = np.random.default_rng(3)
     base = rng.normal(size=(20, 1, 3)) * 5
     weights = (base + np.array([0, 0.1])[:, None] + rng.normal(size=(20, 2, 3)) * 0.05).reshape(40, 3)
-    names, pictures = ["a", "b"] * 20, np.repeat(np.arange(20), 2)
+    names, images = ["a", "b"] * 20, np.repeat(np.arange(20), 2)
     assert level_statistics.by_group(weights, names)["p"] > 0.5
-    assert level_statistics.by_group(weights, names, pictures)["p"] < 0.001
+    assert level_statistics.by_group(weights, names, images)["p"] < 0.001
 
 
 # ---- captions ----
 
 
 class FixedEncoder:
-    """Puts pictures and texts on the axes that they name."""
+    """Puts images and texts on the axes that they name."""
 
     def __init__(self, axes):
         self.axes = axes
 
-    def pictures(self, pictures):
-        return np.eye(4)[[self.axes[each] for each in pictures]]
+    def images(self, images):
+        return np.eye(4)[[self.axes[each] for each in images]]
 
     def texts(self, texts):
         return np.eye(4)[[self.axes[each] for each in texts]]
 
 
-def test_self_retrieval_asks_for_the_own_picture_first():
+def test_self_retrieval_asks_for_the_own_image_first():
     encoder = FixedEncoder({"one": 0, "two": 1, "three": 2, "nothing": 3})
     captions = [["nothing", "one"], ["one", "two"], ["three", "three"]]
     found = caption_measures(captions, ["one", "two", "three"], [{}] * 3, encoder, None)
     assert found["CLIP score"].tolist() == [[0, 1], [0, 1], [1, 1]]
-    # "nothing" is as near to all pictures: it finds none
+    # "nothing" is as near to all images: it finds none
     assert found["self-retrieval"].tolist() == [[0, 1], [0, 1], [1, 1]]
     assert found["words"].tolist() == [[1, 1]] * 3
 
@@ -113,7 +113,7 @@ def world(tmp_path_factory):
     make_one_word_model(folder, seed=33)
     (folder / "clip").rename(folder / "tower")
     _write_clip(folder / "clip")
-    pairs = [{"image": picture(i), "caption": "a cat", "wanted": "two"} for i in range(6)]
+    pairs = [{"image": draw_image(i), "caption": "a cat", "wanted": "two"} for i in range(6)]
     Dataset.from_list(pairs, Features({"image": Image(), "caption": TEXT, "wanted": TEXT})).save_to_disk(
         folder / "pairs"
     )
@@ -126,7 +126,7 @@ def world(tmp_path_factory):
                 {"role": "user", "content": content},
                 {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]},
             ]
-        rows.append({"images": [picture(i)], "messages": turns, "types": ["what", "count"]})
+        rows.append({"images": [draw_image(i)], "messages": turns, "types": ["what", "count"]})
     features = Features(
         {
             "images": List(Image()),
@@ -163,7 +163,7 @@ def is_wanted(caption: str, row: dict) -> dict[str, bool]:
 
 @pytest.fixture(scope="module")
 def report(world):
-    """Output of a run on questions and pictures."""
+    """Output of a run on questions and images."""
     words = ["--data", str(world / "conversations"), "--data", str(world / "pairs"), "--batch-size", "5"]
     words += ["--scorer", str(world / "clip"), "--correct", f"{__name__}:is_wanted", "--max-new-tokens", "6"]
     output = world / "report"
@@ -181,7 +181,7 @@ def test_gate_weights_are_the_models(world, report):
         for name, question in (("what", "what is it?"), ("count", f"how many are there, {i}?")):
             chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
             text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            inputs = processor(text=[text], images=[picture(i)], return_tensors="pt", add_special_tokens=False)
+            inputs = processor(text=[text], images=[draw_image(i)], return_tensors="pt", add_special_tokens=False)
             expected[name].append(model(**inputs).align_weights[0, :-1].tolist())
     gate = json.loads((report / "levels.json").read_text())["gate"]
     assert [group["name"] for group in gate["groups"]] == ["what", "count"] and gate["all"]["number"] == 10
@@ -199,25 +199,25 @@ def test_captions_are_the_models_at_every_level(world, report):
     text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     written = []
     for i in range(6):
-        inputs = processor(text=[text], images=[picture(i)], return_tensors="pt", add_special_tokens=False)
-        of_picture = []
+        inputs = processor(text=[text], images=[draw_image(i)], return_tensors="pt", add_special_tokens=False)
+        of_image = []
         for level in range(8):
             ids = model.generate(**inputs, max_new_tokens=6, do_sample=False, align_level=level)
-            of_picture.append(
+            of_image.append(
                 processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
             )
-        written.append(of_picture)
+        written.append(of_image)
     assert [example["by_level"] for example in captions["examples"]] == written[:4]
     measures = {measure["name"]: measure for measure in captions["measures"]}
     assert list(measures) == ["words", "CLIP score", "self-retrieval", "wanted word"]
-    wanted = [[caption == "two" for caption in of_picture] for of_picture in written]
+    wanted = [[caption == "two" for caption in of_image] for of_image in written]
     assert measures["wanted word"]["mean"] == pytest.approx(np.mean(wanted, axis=0).tolist())
     encoder = DualEncoder(str(world / "clip"))
-    scores = encoder.pictures([picture(2)]) @ encoder.texts(written[2]).T
+    scores = encoder.images([draw_image(2)]) @ encoder.texts(written[2]).T
     from transformers import CLIPModel
 
     clip = CLIPModel.from_pretrained(world / "clip").eval()
-    inputs = dict(encoder.image_processor(images=[picture(2)], return_tensors="pt"))
+    inputs = dict(encoder.image_processor(images=[draw_image(2)], return_tensors="pt"))
     inputs |= encoder.tokenizer(written[2], padding=True, return_tensors="pt")
     inputs.pop("token_type_ids", None)
     expected = clip(**inputs).logits_per_image / clip.logit_scale.exp()
@@ -225,7 +225,7 @@ def test_captions_are_the_models_at_every_level(world, report):
 
 
 def test_after_stage_1_captions_are_in_its_format(world, tmp_path, monkeypatch):
-    """The picture alone is the prompt, and a caption ends at the line break."""
+    """The image alone is the prompt, and a caption ends at the line break."""
     from aligngpt_hub.levels.probe import LevelProbe
 
     probe = LevelProbe(str(world / "model"))
@@ -233,14 +233,14 @@ def test_after_stage_1_captions_are_in_its_format(world, tmp_path, monkeypatch):
     asked = []
     real = probe.model.generate
     monkeypatch.setattr(probe.model, "generate", lambda **given: asked.append(given["input_ids"]) or real(**given))
-    found = probe.captions([picture(0)], "never asked", 6)
+    found = probe.captions([draw_image(0)], "never asked", 6)
     plain = probe.processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}]}],
         chat_template=CHAT_TEMPLATES["plain"],
         tokenize=False,
         add_generation_prompt=True,
     )
-    expected = probe.processor(text=[plain], images=[picture(0)], add_special_tokens=False, return_tensors="pt")
+    expected = probe.processor(text=[plain], images=[draw_image(0)], add_special_tokens=False, return_tensors="pt")
     assert asked[0][0].tolist() == expected["input_ids"][0].tolist()
     assert len(found) == 1 and len(found[0]) == 8
 
@@ -271,7 +271,7 @@ def test_texts_of_models_cannot_break_the_page(tmp_path):
         "examples": [{"by_level": ["<script>alert(1)</script>", "", "x"]}],
     }
     results = {"model": "<i>", "align_mode": "level", "num_align_levels": 3, "gate": None, "captions": captions}
-    write_report(tmp_path / "page.html", results, [picture(0)])
+    write_report(tmp_path / "page.html", results, [draw_image(0)])
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<script" not in html and "&lt;script&gt;alert" in html and "<b>words" not in html
 

@@ -176,9 +176,9 @@ def test_pope():
 def test_mme():
     theirs, rng = lmms_task("mme/utils.py"), random.Random(8)
     rows = [
-        (rng.choice(YES_NO), truth, f"{category}/{picture}.png", category)
+        (rng.choice(YES_NO), truth, f"{category}/{image}.png", category)
         for category in (*PERCEPTION, *COGNITION)
-        for picture in range(9)
+        for image in range(9)
         for truth in rng.choice([("Yes", "No"), ("no.", "yes")])
     ]
     rng.shuffle(rows)
@@ -194,8 +194,8 @@ def test_mme():
     assert all(0 <= task["accuracy_plus"] <= task["accuracy"] <= 1 for task in ours["by_task"].values())
 
 
-def test_mme_wants_two_questions_about_each_picture():
-    with pytest.raises(ValueError, match=r"Picture 'x' of 'count' has 3 question"):
+def test_mme_wants_two_questions_about_each_image():
+    with pytest.raises(ValueError, match=r"Image 'x' of 'count' has 3 question"):
         metrics.mme_scores(["yes"] * 3, ["yes"] * 3, ["x"] * 3, ["count"] * 3)
 
 
@@ -401,7 +401,7 @@ def test_the_functions_need_nothing_but_python():
 def test_a_trainer_uses_them(tmp_path):
     """As the held-out metric of answers by generation, in a real evaluation of a trainer."""
     from datasets import Dataset, Features, Image, List, Value
-    from evaluation_world.rows import make_one_word_model, picture
+    from evaluation_world.rows import draw_image, make_one_word_model
 
     from aligngpt_trainers import AlignGPTInstructConfig, AlignGPTInstructTrainer
 
@@ -410,7 +410,7 @@ def test_a_trainer_uses_them(tmp_path):
     rows = Dataset.from_list(
         [
             {
-                "images": [picture(i)],
+                "images": [draw_image(i)],
                 "messages": [
                     {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": f"{i}?"}]},
                     {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]},

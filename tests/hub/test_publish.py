@@ -54,7 +54,7 @@ SUMMARY = {
             "mean_scores": [0.17, 0.31],
             "scorer": "openai/clip-vit-large-patch14-336",
             "revision": "ce19dc912ca5cd21c8a653c79e251e808ccabcd1",
-            "rows": {"read": 558130, "scored": 558128, "unreadable_pictures": 2, "captions_cut": 11},
+            "rows": {"read": 558130, "scored": 558128, "unreadable_images": 2, "captions_cut": 11},
         },
     },
 }
@@ -105,7 +105,7 @@ def here(saved):
 
 
 def answer(model, processor) -> list[int]:
-    inputs = processor(images=fresh_process.picture(0), text=f"<image>\n{QUESTION}", return_tensors="pt")
+    inputs = processor(images=fresh_process.image(0), text=f"<image>\n{QUESTION}", return_tensors="pt")
     return model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
 
 
@@ -114,7 +114,7 @@ def answer(model, processor) -> list[int]:
 
 def test_one_commit_with_everything(hub, published, saved):
     said, commit = published
-    assert commit in said and f"{hub.url}/{REPO}/commit/" in said and "a picture answered" in said
+    assert commit in said and f"{hub.url}/{REPO}/commit/" in said and "an image answered" in said
     commits = hub.commits("models", REPO)
     assert [c.title for c in commits] == ["AlignGPT after stage 2 (5,197 steps)", "initial commit"]
     files = hub.files("models", REPO)
@@ -149,7 +149,7 @@ def test_the_card(hub, published):
         "| learning rate | - | 2e-05 |",
         "![The training loss by step, stage by stage](loss_curve.png)",
         "at `ce19dc912ca5`",
-        "Of 558,130 rows read, 2 were left out (2 unreadable pictures).",
+        "Of 558,130 rows read, 2 were left out (2 unreadable images).",
         'revision="v1"',
         "AutoModelForVision2Seq",
         "| language model | [lmsys/vicuna-7b-v1.5](https://huggingface.co/lmsys/vicuna-7b-v1.5) | `llama2` |",
@@ -163,15 +163,15 @@ def test_the_card(hub, published):
 
 
 def test_the_cards_blocks_run_as_they_stand(hub, published):
-    """Pasted one behind the other by somebody who has transformers alone and a picture of their own."""
+    """Pasted one behind the other by somebody who has transformers alone and an image of their own."""
     card = hub.files("models", REPO)["README.md"].decode()
     for text in documents.mentioned(card):
         documents.check_mention(text)
     on_5, in_hand, on_4 = documents.blocks(card, "python")
     compile(on_4, "the card's block for 4.57", "exec")
-    picture = "from PIL import Image\nImage.new('RGB', (40, 30), (200, 30, 30)).save('picture.jpg')\n"
+    image = "from PIL import Image\nImage.new('RGB', (40, 30), (200, 30, 30)).save('image.jpg')\n"
     last = "\nimport json; print(json.dumps({'new': answer.shape[1] - inputs['input_ids'].shape[1]}))"
-    assert run_script(hub, picture + on_5 + in_hand + last)["new"] > 0
+    assert run_script(hub, image + on_5 + in_hand + last)["new"] > 0
 
 
 LOAD = """

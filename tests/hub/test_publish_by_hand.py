@@ -174,7 +174,7 @@ def test_an_adapter(hub, adapter):
     assert ("models", "user/adapter") not in hub.repos
     result = run_command(hub, *words, "--base-model", "user/base")
     assert result.returncode == 0, result.stderr
-    assert "a picture answered" in result.stdout, "tried on the base that is here"
+    assert "an image answered" in result.stdout, "tried on the base that is here"
     files = hub.files("models", "user/adapter")
     assert CODE | PROCESSOR_CODE | {"adapter_model.safetensors", "config.json", "chat_template.jinja"} <= files.keys()
     sent, commit = json.loads(files["adapter_config.json"]), hub.commits("models", "user/base")[0].sha

@@ -94,7 +94,7 @@ CASES = {
     "unknown kind": (lambda f: (f / "notes.docx").write_bytes(b"x"), ["notes.docx: not a kind of file", "--ignore"]),
     "stray code": (lambda f: (f / "train.py").write_text("x = 1\n"), ["train.py: code that the model does not use"]),
     "pickle by name": (lambda f: torch.save({}, f / "pytorch_model.bin"), ["pytorch_model.bin: may be a pickle"]),
-    "pickle as picture": (
+    "pickle as image": (
         lambda f: (f / "logo.png").write_bytes(pickle.dumps(Harmful())),
         ["logo.png: is a pickle by its content"],
     ),

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, Image, List, Value, load_from_disk
 from local_hub.client import run_command, run_python, run_script
 from local_hub.pairs import ALIGNMENT, features, rows, save
 from local_hub.server import HubServer
-from modeling.fresh_process import picture
+from modeling.fresh_process import draw_image
 
 from aligngpt_hub import publish_dataset
 
@@ -20,11 +20,11 @@ REPO = "user/pairs"
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory) -> Path:
-    """Embedded pictures, and a list of dropped rows that stays here."""
+    """Embedded images, and a list of dropped rows that stays here."""
     folder = save(
         tmp_path_factory.mktemp("scored") / "scored", Dataset.from_dict(rows(12), features=features(List(Image())))
     )
-    (folder / "dropped.jsonl").write_text('{"row": 3, "reason": "no such picture file /home/me/3.png"}\n')
+    (folder / "dropped.jsonl").write_text('{"row": 3, "reason": "no such image file /home/me/3.png"}\n')
     return folder
 
 
@@ -96,8 +96,8 @@ def test_the_card(published):
         "| 1 | 0.3000 | 0.5000 | 8 | 66.7% | 0.4000 |",
         "[openai/clip-vit-large-patch14-336](https://huggingface.co/openai/clip-vit-large-patch14-336)",
         "| revision | `ce19dc912ca5cd21c8a653c79e251e808ccabcd1` |",
-        "| unreadable pictures | 2 |",
-        "Of 15 rows read, 3 were left out (2 unreadable pictures, 1 below min score).",
+        "| unreadable images | 2 |",
+        "Of 15 rows read, 3 were left out (2 unreadable images, 1 below min score).",
         "![Histogram of the scores with the edges of the levels](histogram.png)",
         "Published under `cc-by-4.0`.",
     ):
@@ -118,12 +118,12 @@ print(json.dumps(said))
 """
 
 
-def test_many_files_pictures_in_files_and_a_broken_upload(hub, tmp_path):
-    """Two splits, each in several files; the pictures lie in a folder here; the first try breaks in the middle."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+def test_many_files_images_in_files_and_a_broken_upload(hub, tmp_path):
+    """Two splits, each in several files; the images lie in a folder here; the first try breaks in the middle."""
+    images = tmp_path / "pictures"
+    images.mkdir()
     paths = features(List(Value("string")))
-    splits = {"train": rows(8, pictures), "heldout": rows(3, pictures)}
+    splits = {"train": rows(8, images), "heldout": rows(3, images)}
     data = DatasetDict({name: Dataset.from_dict(columns, features=paths) for name, columns in splits.items()})
     folder = save(tmp_path / "scored", data)
     assert str(tmp_path) in json.dumps(load_from_disk(folder)["train"]["images"][:])
@@ -142,7 +142,7 @@ def test_many_files_pictures_in_files_and_a_broken_upload(hub, tmp_path):
     report = run_script(hub, LOAD, ["user/many", "main", "train"])
     assert report["splits"] == {"train": 8, "heldout": 3}
     assert [row["id"] for row in report["stream"]] == [f"pair-{number}" for number in range(8)]
-    assert report["rows"] == report["stream"] and report["rows"][3]["images"][0][0] == list(picture(3).size)
+    assert report["rows"] == report["stream"] and report["rows"][3]["images"][0][0] == list(draw_image(3).size)
 
 
 def without_columns(data: Dataset, folder: Path) -> None:
@@ -191,12 +191,12 @@ def write(alignment: dict | None):
         (without_columns, "columns align_level, clip_score, messages are missing"),
         (with_paths, "column file: holds the path /home/me/1.jpg"),
         (late_secret, "column id: holds a Hugging Face token"),
-        (with_images(private_key), "row 0: .*id_rsa is no picture .*not accepted.*Leave it out"),
+        (with_images(private_key), "row 0: .*id_rsa is no image .*not accepted.*Leave it out"),
         (
             with_images(lambda folder: "http://127.0.0.1:9/a.png"),
-            "row 0: http://127.0.0.1:9/a.png is no picture .*web address",
+            "row 0: http://127.0.0.1:9/a.png is no image .*web address",
         ),
-        (with_images(lambda folder: "gone.png"), "row 0: gone.png is no picture .*there is no file"),
+        (with_images(lambda folder: "gone.png"), "row 0: gone.png is no image .*there is no file"),
     ],
 )
 def test_refusals(scored, tmp_path, spoil, message):

@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset, Features, Image, Value, load_from_disk
 from local_hub.client import run_command
 from local_hub.server import HubServer
-from modeling.fresh_process import picture
+from modeling.fresh_process import draw_image
 
 from aligngpt_playground import parts_path
 
@@ -23,7 +23,7 @@ def hub(tmp_path_factory):
     data = Dataset.from_dict(
         {
             "id": [f"pair-{number}" for number in numbers],
-            "image": [picture(number) for number in numbers],
+            "image": [draw_image(number) for number in numbers],
             "caption": [f"a red kite over hill {number}" for number in numbers],
         },
         features=features,
@@ -60,7 +60,7 @@ def test_whole_and_as_a_stream_are_the_same(hub, whole, tmp_path):
     assert rows["align_level"][:] == streamed["align_level"][:] and len(set(rows["align_level"][:])) > 1
     # batches end elsewhere
     assert streamed["clip_score"][:] == pytest.approx(rows["clip_score"][:], abs=1e-5)
-    assert [images[0].size for images in streamed["images"]] == [picture(number).size for number in range(COUNT)]
+    assert [images[0].size for images in streamed["images"]] == [draw_image(number).size for number in range(COUNT)]
     record = json.loads((tmp_path / "scored" / "alignment.json").read_text())
     assert record["rows"]["read"] == record["rows"]["scored"] == COUNT and record["dataset"] == REPO
     # the stream is pinned to what main was

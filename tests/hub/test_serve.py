@@ -1,4 +1,4 @@
-"""`aligngpt serve`: the real OpenAI client, with pictures, levels and errors, against the pipeline's answers."""
+"""`aligngpt serve`: the real OpenAI client, with images, levels and errors, against the pipeline's answers."""
 
 import base64
 import io
@@ -19,7 +19,7 @@ from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcesso
 
 
 QUESTION = "what is in the picture?"
-PICTURE = TEMPLATE / "examples" / "whale-and-balloon.png"
+IMAGE = TEMPLATE / "examples" / "whale-and-balloon.png"
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +48,14 @@ def data_url(path: Path) -> str:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def messages(url: str = data_url(PICTURE), text: str = QUESTION) -> list[dict]:
+def messages(url: str = data_url(IMAGE), text: str = QUESTION) -> list[dict]:
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
     return [{"role": "user", "content": content}]
 
 
 def by_pipeline(pipe, turns=(), **steering) -> str:
-    picture = {"type": "image", "image": Image.open(PICTURE)}
-    chat = [{"role": "user", "content": [picture, {"type": "text", "text": QUESTION}]}, *turns]
+    image = {"type": "image", "image": Image.open(IMAGE)}
+    chat = [{"role": "user", "content": [image, {"type": "text", "text": QUESTION}]}, *turns]
     return pipe(text=chat, return_full_text=False, max_new_tokens=32, generate_kwargs={"do_sample": False, **steering})[
         0
     ]["generated_text"]
@@ -98,7 +98,7 @@ def test_several_turns_and_text_alone(client, pipe):
 
 
 def test_the_responses_interface_takes_levels_too(client):
-    content = [{"type": "input_image", "image_url": data_url(PICTURE)}, {"type": "input_text", "text": QUESTION}]
+    content = [{"type": "input_image", "image_url": data_url(IMAGE)}, {"type": "input_text", "text": QUESTION}]
     asked = {"model": "demo", "input": [{"role": "user", "content": content}], "max_output_tokens": 32, "stream": False}
     assert "robot" in client.responses.create(**asked, extra_body={"align_level": 4}).output_text
     with pytest.raises(openai.UnprocessableEntityError, match="align_level=9"):
@@ -123,13 +123,13 @@ def test_it_lists_what_it_serves(client):
         ({"extra_body": {"align_level": 8}}, openai.UnprocessableEntityError, "align_level=8 .* 0 to 7"),
         ({"extra_body": {"align_level": "3"}}, openai.UnprocessableEntityError, "align_level='3'"),
         ({"extra_body": {"levels": 3}}, openai.UnprocessableEntityError, "Unexpected fields.*levels"),
-        ({"messages": messages(str(PICTURE))}, openai.UnprocessableEntityError, "accepted as data URLs"),
-        ({"messages": messages(PICTURE.as_uri())}, openai.UnprocessableEntityError, "accepted as data URLs"),
+        ({"messages": messages(str(IMAGE))}, openai.UnprocessableEntityError, "accepted as data URLs"),
+        ({"messages": messages(IMAGE.as_uri())}, openai.UnprocessableEntityError, "accepted as data URLs"),
         ({"messages": messages("http://127.0.0.1:9/x.png")}, openai.UnprocessableEntityError, "accepted as data URLs"),
         ({"messages": messages("data:image/png;base64,aGVsbG8=")}, openai.BadRequestError, "cannot be read"),
         ({"messages": messages(text="what? " * 200)}, openai.BadRequestError, f"the model reads {CONTEXT}"),
     ],
-    ids=["model", "level", "kind", "field", "path", "file", "address", "picture", "length"],
+    ids=["model", "level", "kind", "field", "path", "file", "address", "image", "length"],
 )
 def test_bad_requests_are_told_what_is_wrong(client, wrong, kind, message, stream):
     with pytest.raises(kind, match=message):
@@ -232,7 +232,7 @@ MALFORMED = {
     ),
     "an assistant's image": (
         {"messages": [TURN, {"role": "assistant", "content": [
-            {"type": "image_url", "image_url": {"url": data_url(PICTURE)}}]}, TURN]}, 400, "holds text alone",
+            {"type": "image_url", "image_url": {"url": data_url(IMAGE)}}]}, TURN]}, 400, "holds text alone",
     ),
     "generation_config": ({"generation_config": '{"num_beams": 3000}'}, 422, "'generation_config'"),
     "chat_template_kwargs": ({"chat_template_kwargs": {"num_frames": 3}}, 422, "'chat_template_kwargs'"),

@@ -61,7 +61,7 @@ def client(app):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Pictures that are fine and that are not."""
+    """Images that are fine and that are not."""
     folder = tmp_path_factory.mktemp("files")
     whole = (TEMPLATE / "examples" / "teddy-and-car.png").read_bytes()
     (folder / "broken.png").write_bytes(whole[: len(whole) // 2])
@@ -89,12 +89,12 @@ def test_answers_come_in_pieces_and_with_their_alignment(client, files):
 
 
 def test_a_hundred_quick_requests_are_answered_or_told_to_wait(app, client, files):
-    picture = handle_file(str(files / "fine.jpg"))
-    expected = client.predict(picture, "what?", 5, api_name="/ask")[0]
+    image = handle_file(str(files / "fine.jpg"))
+    expected = client.predict(image, "what?", 5, api_name="/ask")[0]
 
     def ask(_):
         try:
-            return client.predict(picture, "what?", 5, api_name="/ask")[0]
+            return client.predict(image, "what?", 5, api_name="/ask")[0]
         except Exception as error:
             return error
 
@@ -105,7 +105,7 @@ def test_a_hundred_quick_requests_are_answered_or_told_to_wait(app, client, file
     assert set(answered) == {expected} and len(answered) >= 32
     assert refused and all("Queue is full" in reason for reason in refused), set(refused)
     # and the server is as it was
-    assert client.predict(picture, "what?", 5, api_name="/ask")[0] == expected
+    assert client.predict(image, "what?", 5, api_name="/ask")[0] == expected
 
 
 def test_refusals_say_what_is_wrong(client, files):
@@ -133,11 +133,11 @@ def test_no_other_file_is_readable(app, files):
     url, folder = app
     for path in ("/etc/passwd", folder / "app.py", folder / "settings.json", "app.py", files / "fine.jpg"):
         assert httpx.get(f"{url}/gradio_api/file={path}").status_code == 403
-    picture = str(folder / "examples" / "whale-and-balloon.png")
+    image = str(folder / "examples" / "whale-and-balloon.png")
     for payload in (
-        {"path": picture},
-        {"path": picture, "meta": {"_type": "gradio.FileData"}},
-        {"path": None, "url": picture},
+        {"path": image},
+        {"path": image, "meta": {"_type": "gradio.FileData"}},
+        {"path": None, "url": image},
         {"path": f"{url}/x.png", "url": f"{url}/x.png", "meta": {"_type": "gradio.FileData"}},
     ):
         asked = httpx.post(f"{url}/gradio_api/call/ask", json={"data": [payload, QUESTION, -1]}).json()
@@ -210,7 +210,7 @@ class Page:
         raise AssertionError(f"waited in vain; the page says {status}; {last}")
 
     def upload(self, path):
-        self.all("#picture input[type=file]")[0].send_keys(str(path))
+        self.all("#image input[type=file]")[0].send_keys(str(path))
 
     def write(self, text: str):
         self.until(lambda: self.all("#question textarea")[0].is_enabled())
@@ -260,7 +260,7 @@ def test_upload_ask_and_see_the_alignment(app, desktop, files):
     assert all(answer.startswith(text) for text in grown), grown
     (shares,) = page.shares()
     assert len(shares) == 8 and shares[7] == "100%" and "100%" not in shares[:7]
-    # 300 x 150 padded to a square: two of the four rows of patches are the picture's
+    # 300 x 150 padded to a square: two of the four rows of patches are the image's
     assert len(page.all("#heat rect")) == 8
     assert page.all("#heat svg")[0].get_attribute("aria-label").startswith("Heat map of 4 by 4 patches")
 
@@ -279,7 +279,7 @@ def test_upload_ask_and_see_the_alignment(app, desktop, files):
     page.until(lambda: not page.answers() and not page.all("#heat svg") and not page.all("table.levels"))
 
 
-# a picture that another program has put on the clipboard
+# an image that another program has put on the clipboard
 COPY = """
 const done = arguments[arguments.length - 1];
 const bytes = Uint8Array.from(atob(arguments[0]), letter => letter.charCodeAt(0));
@@ -289,14 +289,14 @@ navigator.clipboard.write([item]).then(() => done("copied"), error => done(Strin
 
 
 @needs_browser
-def test_a_pasted_picture(app, desktop):
+def test_a_pasted_image(app, desktop):
     page = Page(desktop, app[0])
     allowed = {"origin": app[0], "permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
     desktop.execute_cdp_cmd("Browser.grantPermissions", allowed)
     content = BytesIO()
     Image.new("RGB", (120, 90), "red").save(content, "PNG")
     assert desktop.execute_async_script(COPY, b64encode(content.getvalue()).decode()) == "copied"
-    page.all("#picture button[aria-label='Paste from clipboard']")[0].click()
+    page.all("#image button[aria-label='Paste from clipboard']")[0].click()
     page.says("ready (120 x 90 pixels)", "notice")
     page.write(QUESTION + Keys.ENTER)
     assert page.answered(1)
@@ -325,9 +325,9 @@ def test_errors_stand_where_they_belong_and_nothing_is_lost(app, desktop, files)
     page = Page(desktop, app[0])
     page.write(QUESTION)
     page.element("ask").click()
-    page.says("There is no picture yet")
+    page.says("There is no image yet")
     page.upload(files / "broken.png")
-    page.says("The picture is damaged and cannot be read: image file is truncated.", "notice")
+    page.says("The image is damaged and cannot be read: image file is truncated.", "notice")
     assert page.all("#notice [role=alert]")
     page.upload(files / "heavy.png")
     page.until(lambda: "exceed the maximum allowed size" in page.all(".toast-body")[-1].text)
@@ -340,8 +340,8 @@ def test_errors_stand_where_they_belong_and_nothing_is_lost(app, desktop, files)
     page.write("what is <image>?" + Keys.ENTER)
     page.says("holds <image>")
     assert len(page.answers()) == 1
-    # another picture, another conversation
-    page.all("#picture button[aria-label='Remove Image']")[0].click()
+    # another image, another conversation
+    page.all("#image button[aria-label='Remove Image']")[0].click()
     page.until(lambda: not page.answers())
 
 
@@ -361,7 +361,7 @@ def test_a_phones_width_by_keyboard_and_screen_reader(app):
         page.all("#question textarea")[0].send_keys(Keys.ENTER)
         page.answered(1)
         assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
-        for name in ("picture", "level", "chat", "question", "ask", "bars", "heat"):
+        for name in ("image", "level", "chat", "question", "ask", "bars", "heat"):
             box = page.element(name).rect
             assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["height"] > 20, (name, box)
         nodes = driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
@@ -375,7 +375,7 @@ def test_a_phones_width_by_keyboard_and_screen_reader(app):
         assert [role for role, name in named if not name and role != "image"] == []
         assert {name.split(" of ")[0] for role, name in named if role == "image"} >= {
             "Heat map",
-            "The picture that is asked about",
+            "The image that is asked about",
         }
         asked = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
         urls = {entry["params"]["request"]["url"] for entry in asked if entry["method"] == "Network.requestWillBeSent"}

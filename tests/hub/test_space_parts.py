@@ -1,4 +1,4 @@
-"""The Space's modules by themselves: pictures, the map's geometry, bars, and answers of a real small model."""
+"""The Space's modules by themselves: images, the map's geometry, bars, and answers of a real small model."""
 
 import importlib
 import re
@@ -20,7 +20,7 @@ from aligngpt_hub.demo.space import TEMPLATE
 from modeling_aligngpt import AlignGPTProcessor
 
 
-MODULES = ("answers", "alignment", "pictures", "page")
+MODULES = ("answers", "alignment", "images", "page")
 
 
 @pytest.fixture(scope="module")
@@ -50,28 +50,28 @@ def ask(text: str = "what is in the picture?") -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
-# ---- pictures ----
+# ---- images ----
 
 
 @pytest.fixture
 def reader(space, monkeypatch):
     """The processor's own door for images, which needs no model."""
-    monkeypatch.setattr(space["pictures"], "loaded", lambda: SimpleNamespace(processor=AlignGPTProcessor))
+    monkeypatch.setattr(space["images"], "loaded", lambda: SimpleNamespace(processor=AlignGPTProcessor))
 
 
-def test_pictures_are_read_upright_and_in_rgb(space, reader, tmp_path):
-    picture = Image.new("RGB", (40, 20), "red")
-    exif = picture.getexif()
+def test_images_are_read_upright_and_in_rgb(space, reader, tmp_path):
+    image = Image.new("RGB", (40, 20), "red")
+    exif = image.getexif()
     exif[274] = 6  # the camera was turned
-    picture.save(tmp_path / "turned.jpg", exif=exif)
-    assert space["pictures"].read_picture(tmp_path / "turned.jpg").size == (20, 40)
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert space["images"].read_image(tmp_path / "turned.jpg").size == (20, 40)
     Image.new("LA", (5, 6)).save(tmp_path / "grey.png")
-    assert space["pictures"].read_picture(tmp_path / "grey.png").mode == "RGB"
+    assert space["images"].read_image(tmp_path / "grey.png").mode == "RGB"
 
 
-def test_unusable_pictures_are_refused_with_what_is_wrong(space, reader, tmp_path):
-    pictures = space["pictures"]
-    (tmp_path / "text.png").write_text("no picture")
+def test_unusable_images_are_refused_with_what_is_wrong(space, reader, tmp_path):
+    images = space["images"]
+    (tmp_path / "text.png").write_text("no image")
     whole = (TEMPLATE / "examples" / "teddy-and-car.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     Image.new("1", (9000, 6000)).save(tmp_path / "wide.png")
@@ -84,11 +84,11 @@ def test_unusable_pictures_are_refused_with_what_is_wrong(space, reader, tmp_pat
         "bomb.png": "more than 100,000,000 pixels",
         "heavy.png": "11.0 MB, at most 10 MB",
     }.items():
-        with pytest.raises(pictures.PictureError, match=re.escape(message)) as caught:
-            pictures.read_picture(tmp_path / name)
+        with pytest.raises(images.ImageError, match=re.escape(message)) as caught:
+            images.read_image(tmp_path / name)
         assert str(tmp_path) not in str(caught.value)
-    with pytest.raises(pictures.PictureError, match="no picture yet"):
-        pictures.read_picture(None)
+    with pytest.raises(images.ImageError, match="no image yet"):
+        images.read_image(None)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (120, 48), (50, 130)])
@@ -106,15 +106,15 @@ def test_patches_lie_where_the_processor_took_them_from(space, size, settings):
     processor = LlavaImageProcessor(
         **{"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}} | settings
     )
-    box = space["pictures"].seen_box(size, processor)
+    box = space["images"].seen_box(size, processor)
     checked = 0
     for row, column in [(0, 0), (1, 2), (2, 1), (3, 3)]:
         x, y = box.left + (column + 0.5) * box.width / 4, box.top + (row + 0.5) * box.height / 4
         if not (4 < x < size[0] - 4 and 4 < y < size[1] - 4):
             continue
-        picture = Image.new("RGB", size, "black")
-        ImageDraw.Draw(picture).rectangle((x - 3, y - 3, x + 3, y + 3), fill="white")
-        pixels = np.asarray(processor(picture, do_normalize=False, return_tensors="np")["pixel_values"])[0].mean(0)
+        image = Image.new("RGB", size, "black")
+        ImageDraw.Draw(image).rectangle((x - 3, y - 3, x + 3, y + 3), fill="white")
+        pixels = np.asarray(processor(image, do_normalize=False, return_tensors="np")["pixel_values"])[0].mean(0)
         cells = pixels.reshape(4, 16, 4, 16).max((1, 3))
         assert np.unravel_index(cells.argmax(), cells.shape) == (row, column)
         checked += 1
@@ -124,12 +124,12 @@ def test_patches_lie_where_the_processor_took_them_from(space, size, settings):
 # ---- what is drawn ----
 
 
-def test_the_map_covers_the_picture_and_only_the_picture(space):
+def test_the_map_covers_the_image_and_only_the_image(space):
     # 120 x 60, padded to a square: the outer two of four rows of patches are padding
     html = space["alignment"].map_html(
         Image.new("RGB", (120, 60)),
         [[-9.0] * 4, [0.5, 1, 2, 3], [1, 1, 1, -1.25], [9.0] * 4],
-        space["pictures"].Box(0, -30, 120, 120),
+        space["images"].Box(0, -30, 120, 120),
     )
     svg = ElementTree.fromstring(re.search(r"<svg.*</svg>", html, re.DOTALL).group(0))
     rects = [element for element in svg.iter() if element.tag == "rect"]
@@ -269,8 +269,8 @@ def said(role: str, text: str) -> dict:
 def test_a_stopped_question_does_not_block_the_next(space, answers, left_behind):
     chat = [said("user", "what is it?"), said("assistant", "a whale")]
     chat += [said(role, text) for role, text in zip(("user", "assistant"), left_behind, strict=False)]
-    picture = str(TEMPLATE / "examples" / "whale-and-balloon.png")
-    *_, last = space["page"].chat_on(picture, "what is there?", chat, [], 3, 0, False)
+    image = str(TEMPLATE / "examples" / "whale-and-balloon.png")
+    *_, last = space["page"].chat_on(image, "what is there?", chat, [], 3, 0, False)
     assert [message["role"] for message in last[1]] == ["user", "assistant"] * 2
     assert last[1][2]["content"] == "what is there?" and last[1][3]["content"]
     assert "Answered in" in last[-1]
@@ -279,8 +279,8 @@ def test_a_stopped_question_does_not_block_the_next(space, answers, left_behind)
 def test_retry_repeats_the_last_question_in_both_chats(space, answers):
     first = [said("user", "what is it?"), said("assistant", "a whale")]
     chat = [*first, said("user", "what is in the picture?"), said("assistant", "this")]
-    picture = str(TEMPLATE / "examples" / "whale-and-balloon.png")
-    *_, last = space["page"].retry(picture, "half a quest", chat, first, 3, 4, True)
+    image = str(TEMPLATE / "examples" / "whale-and-balloon.png")
+    *_, last = space["page"].retry(image, "half a quest", chat, first, 3, 4, True)
     for lane in last[1:3]:
         assert [turn["content"] for turn in space["page"]._turns(lane)][:3] == [
             "what is it?",
@@ -289,7 +289,7 @@ def test_retry_repeats_the_last_question_in_both_chats(space, answers):
         ]
         assert len(lane) == 4
     assert last[1][3] != last[2][3]
-    ((*_, status),) = space["page"].retry(picture, "", [], [], 3, 4, False)
+    ((*_, status),) = space["page"].retry(image, "", [], [], 3, 4, False)
     assert "no question to repeat" in status and 'role="alert"' in status
 
 
@@ -298,10 +298,10 @@ def test_an_unforeseen_failure_is_shown_as_what_it_is(space, answers, monkeypatc
         raise RuntimeError("CUDA out of memory")
 
     monkeypatch.setattr(answers.loaded().model, "generate", fail)
-    picture = str(TEMPLATE / "examples" / "whale-and-balloon.png")
+    image = str(TEMPLATE / "examples" / "whale-and-balloon.png")
     shown = []
     with pytest.raises(Exception, match="RuntimeError: CUDA out of memory"):
-        for state in space["page"].chat_on(picture, "what?", [], [], -1, 0, False):
+        for state in space["page"].chat_on(image, "what?", [], [], -1, 0, False):
             shown.append(state)
     # the question is back in its box, and the chat as it was
     assert shown[-1][0] == "what?" and shown[-1][1] == [] and "out of memory" in shown[-1][-1]

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Features, List, Value
-from modeling.fresh_process import picture
+from modeling.fresh_process import draw_image
 
 
 MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
@@ -16,15 +16,15 @@ ALIGNMENT = {
     "mean_scores": [0.2, 0.4],
     "scorer": "openai/clip-vit-large-patch14-336",
     "revision": "ce19dc912ca5cd21c8a653c79e251e808ccabcd1",
-    "rows": {"read": 15, "scored": 12, "unreadable_pictures": 2, "below_min_score": 1, "captions_cut": 0},
+    "rows": {"read": 15, "scored": 12, "unreadable_images": 2, "below_min_score": 1, "captions_cut": 0},
 }
 
 
 def rows(count: int, folder: Path | None = None) -> dict[str, list]:
-    """Columns as scoring writes them; with a folder the pictures stay in files there."""
+    """Columns as scoring writes them; with a folder the images stay in files there."""
     columns: dict[str, list] = {"id": [f"pair-{n}" for n in range(count)], "images": [], "messages": []}
     for number in range(count):
-        image = picture(number)
+        image = draw_image(number)
         if folder is not None:
             image.save(folder / f"{number}.png")
         columns["images"].append([image] if folder is None else [str(folder / f"{number}.png")])

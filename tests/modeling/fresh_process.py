@@ -28,25 +28,25 @@ AUTO_CLASSES = ("AutoModel", "AutoModelForImageTextToText", "AutoModelForVision2
 SEARCH = {"max_new_tokens": 6, "do_sample": False}
 
 
-def picture(seed: int) -> Image.Image:
+def draw_image(seed: int) -> Image.Image:
     ramp = Image.linear_gradient("L").rotate(37 * seed).resize((40 + seed, 30))
     return Image.merge("RGB", [ramp, ramp.rotate(90), ramp.rotate(180)])
 
 
-def user(text: str, *pictures: Image.Image) -> dict:
-    content = [*({"type": "image", "image": image} for image in pictures), {"type": "text", "text": text}]
+def user(text: str, *images: Image.Image) -> dict:
+    content = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": text}]
     return {"role": "user", "content": content}
 
 
 def prompts() -> dict[str, tuple[list[str], list[Image.Image] | None]]:
-    """Texts and pictures by name; rows of a batch differ in length and number of pictures."""
+    """Texts and images by name; rows of a batch differ in length and number of images."""
     return {
-        "one": (["<image>\nWhat is it?"], [picture(0)]),
-        "two": (["<image><image>\nWhich is darker?"], [picture(0), picture(1)]),
+        "one": (["<image>\nWhat is it?"], [draw_image(0)]),
+        "two": (["<image><image>\nWhich is darker?"], [draw_image(0), draw_image(1)]),
         "text": (["Hello, who are you?"], None),
         "batch": (
-            ["<image>\nWhat is it?", "<image>and <image>: compare them at some length.", "No picture here."],
-            [picture(2), picture(3), picture(4)],
+            ["<image>\nWhat is it?", "<image>and <image>: compare them at some length.", "No image here."],
+            [draw_image(2), draw_image(3), draw_image(4)],
         ),
     }
 
@@ -64,7 +64,7 @@ def run_model(model, processor) -> dict:
         tensors[f"{name}.answer"] = output.sequences[:, inputs["input_ids"].shape[1] :]
         steered = model.generate(**inputs, **SEARCH, align_level=2, output_logits=True, return_dict_in_generate=True)
         tensors[f"{name}.steered"] = steered.logits[0].float()
-    messages = [user("What is it?", picture(0))]
+    messages = [user("What is it?", draw_image(0))]
     chat = processor.apply_chat_template(
         messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
     )
@@ -74,17 +74,17 @@ def run_model(model, processor) -> dict:
 
 
 def run_pipeline(folder: str) -> dict:
-    """What the pipeline says to chats, a batch, plain prompts, text alone and several pictures."""
+    """What the pipeline says to chats, a batch, plain prompts, text alone and several images."""
     pipe = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
     settings = {"max_new_tokens": 6, "do_sample": False}
-    chat, two = [user("What is it?", picture(0))], [user("Which is darker?", picture(0), picture(1))]
-    told = [user("What is it?", picture(0)), {"role": "assistant", "content": "A ramp."}, user("Of which colour?")]
+    chat, two = [user("What is it?", draw_image(0))], [user("Which is darker?", draw_image(0), draw_image(1))]
+    told = [user("What is it?", draw_image(0)), {"role": "assistant", "content": "A ramp."}, user("Of which colour?")]
     calls = {
         "chat": {"text": chat},
-        "two pictures": {"text": two},
+        "two images": {"text": two},
         "turns": {"text": told},
         "batch": {"text": [chat, two], "batch_size": 2},
-        "plain": {"images": picture(0), "text": "<image>\nWhat is it?"},
+        "plain": {"images": draw_image(0), "text": "<image>\nWhat is it?"},
         "text alone": {"text": [user("Hello, who are you?")]},
     }
     return {name: pipe(**call, return_full_text=False, generate_kwargs=settings) for name, call in calls.items()}

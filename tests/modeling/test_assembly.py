@@ -152,8 +152,8 @@ def test_generation_config(tmp_path, tower):
     assert ours.suppress_tokens == sorted({processor.image_token_id, processor.align_token_id, *padded})
     assert (ours.temperature, ours.do_sample, ours.pad_token_id) == (0.3, True, processor.tokenizer.pad_token_id)
     assert ours.eos_token_id == [7, end]
-    picture = Image.new("RGB", (10, 6), "red")
-    inputs = processor(images=picture, text="<image> what?", return_tensors="pt")
+    image = Image.new("RGB", (10, 6), "red")
+    inputs = processor(images=image, text="<image> what?", return_tensors="pt")
     torch.manual_seed(0)
     answer = model.generate(**inputs, max_new_tokens=40, min_new_tokens=40)[0, inputs["input_ids"].shape[1] :]
     assert len(answer) == 40 and int(answer.max()) < len(processor.tokenizer)
@@ -206,8 +206,8 @@ def test_saved_and_loaded_again(tmp_path, language_model, tower):
     loaded = AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "saved")
     again = AlignGPTProcessor.from_pretrained(tmp_path / "saved")
     assert loaded.generation_config.suppress_tokens == model.generation_config.suppress_tokens
-    picture = Image.linear_gradient("L").convert("RGB")
-    batches = [p(images=picture, text="<image>what is it?", return_tensors="pt") for p in (processor, again)]
+    image = Image.linear_gradient("L").convert("RGB")
+    batches = [p(images=image, text="<image>what is it?", return_tensors="pt") for p in (processor, again)]
     assert torch.equal(batches[0]["input_ids"], batches[1]["input_ids"])
     with torch.no_grad():
         assert torch.equal(model(**batches[0]).logits, loaded(**batches[1]).logits)
@@ -215,8 +215,8 @@ def test_saved_and_loaded_again(tmp_path, language_model, tower):
 
 def test_it_trains(language_model, tower):
     model, processor = assemble(language_model, tower)
-    picture = Image.linear_gradient("L").convert("RGB")
-    batch = processor(images=picture, text="<image>a grey ramp", return_tensors="pt")
+    image = Image.linear_gradient("L").convert("RGB")
+    batch = processor(images=image, text="<image>a grey ramp", return_tensors="pt")
     model.requires_grad_(False)
     for part in (model.model.multi_modal_projector, model.model.align_embeddings):
         part.requires_grad_()

@@ -176,18 +176,18 @@ def test_towers_that_fit(family):
 def test_registers_are_dropped_with_the_class_token():
     config = tower_config("dinov3_vit")
     model = AlignGPTForConditionalGeneration(config).eval()
-    pictures = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    images = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
     with torch.no_grad():
-        hidden = model.model.vision_tower(pictures, output_hidden_states=True).hidden_states[-2]
+        hidden = model.model.vision_tower(images, output_hidden_states=True).hidden_states[-2]
         expected = model.model.multi_modal_projector(hidden[:, 5:])
-        got = torch.stack(tuple(model.get_image_features(pictures).pooler_output))
+        got = torch.stack(tuple(model.get_image_features(images).pooler_output))
     torch.testing.assert_close(got, expected)
 
 
 def test_tokens_in_front_that_nobody_knows_are_found(monkeypatch):
     monkeypatch.setattr(AlignGPTConfig, "num_prefix_tokens", property(lambda config: 2))
     config = tower_config("clip_vision_model")
-    with pytest.raises(BackboneError, match="a picture becomes 3 tokens, not image_seq_length=4"):
+    with pytest.raises(BackboneError, match="an image becomes 3 tokens, not image_seq_length=4"):
         check_vision_tower(config, "some/tower")
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from modeling.tiny import CLIP, MIXED_ROWS, SIGLIP, make_batch, num_pictures, prompts, tiny_model
+from modeling.tiny import CLIP, MIXED_ROWS, SIGLIP, make_batch, num_images, prompts, tiny_model
 
 from modeling_aligngpt import AlignGPTForConditionalGeneration
 
@@ -45,7 +45,7 @@ def check(model, folder):
     assert answers.tolist() == uncached.tolist()
     start = 0
     for ids, answer in zip(MIXED_ROWS, answers, strict=True):
-        stop = start + num_pictures(ids)
+        stop = start + num_images(ids)
         single = {**prompts([ids]), **({"pixel_values": inputs["pixel_values"][start:stop]} if stop > start else {})}
         assert model.generate(**single, **search)[0, -4:].tolist() == answer.tolist()
         start = stop

@@ -181,7 +181,7 @@ def test_system_message(name, expected):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_pictures_come_first_in_their_message(name):
+def test_images_come_first_in_their_message(name):
     content = "<image>\n<image>\nWhat is it?"
     expected = render(name, [{"role": "user", "content": content}])
     assert expected.count("<image>\n<image>\nWhat is it?") == 1
@@ -198,7 +198,7 @@ def test_pictures_come_first_in_their_message(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_align_comes_right_behind_bos_when_any_message_has_a_picture(name):
+def test_align_comes_right_behind_bos_when_any_message_has_a_image(name):
     bos = {"chatml": None, "phi": None}.get(name, SPECIAL_TOKENS[name][0]) or ""
     talk = [user("Hi."), assistant("Yes."), user(None, "And this?")]
     assert render(name, talk).startswith(f"{bos}<align>")
@@ -242,7 +242,7 @@ def test_plain():
     assert supervised("plain", talk) == [" a cat\nasleep \n"]
     assert render("plain", talk[:1], add_generation_prompt=True) == "<s><align><image>"
     for bad in ([user("Hi")], [*talk, user("More?")]):
-        with pytest.raises(TemplateError, match="plain template takes one user message with a picture"):
+        with pytest.raises(TemplateError, match="plain template takes one user message with an image"):
             render("plain", bad)
 
 
@@ -255,8 +255,8 @@ def test_plain():
         ([user(None), {"role": "robot", "content": "b"}], r"message 1 \(robot\): unknown role"),
         ([user(None), assistant(" \n")], r"message 1 \(assistant\): the answer is empty"),
         ([user(None), {"role": "assistant", "content": []}], r"message 1 \(assistant\): the answer is empty"),
-        ([user(None), assistant("<image> a")], r"message 1 \(assistant\): it holds a picture"),
-        ([system("a <image>"), user(None)], r"message 0 \(system\): it holds a picture"),
+        ([user(None), assistant("<image> a")], r"message 1 \(assistant\): it holds an image"),
+        ([system("an <image>"), user(None)], r"message 0 \(system\): it holds an image"),
         ([user(None), system("a")], r"message 1 \(system\): a system message must be the first"),
         ([{"role": "user", "content": [{"type": "video"}]}], r"message 0 \(user\): a part is of type 'video'"),
         ([system("a")], "no user message"),

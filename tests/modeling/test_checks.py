@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from modeling.test_gradients import training_batch
-from modeling.tiny import BOS, MIXED_ROWS, PICTURE, draw_pictures, make_batch, prompts, row, tiny_model
+from modeling.tiny import BOS, IMAGE_TOKENS, MIXED_ROWS, draw_images, make_batch, prompts, row, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_aligngpt import checks_aligngpt
@@ -46,7 +46,7 @@ def test_forward_reads_nothing_on_the_host(mode, asynchronous):
     with HostReads(model.model.language_model) as reads:
         outputs = model.model(**{name: value for name, value in batch.items() if name != "labels"})
         model.model(input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], align_level=levels)
-        model.model(**make_batch([row(5, 6, pictures=0)]))
+        model.model(**make_batch([row(5, 6, images=0)]))
         model.model(input_ids=torch.tensor([[5], [6], [7]]), past_key_values=outputs.past_key_values)
     assert reads.seen == []
 
@@ -58,11 +58,11 @@ def test_the_counter_sees_a_read():
     assert "_local_scalar_dense" in reads.seen
 
 
-@pytest.mark.parametrize("rows", [[row(5, 6, pictures=2)], [row(5, 6)[:-3], row(7)]])
+@pytest.mark.parametrize("rows", [[row(5, 6, images=2)], [row(5, 6)[:-3], row(7)]])
 def test_a_device_refuses_by_itself(rows, asynchronous):
     batch = make_batch(rows)
-    batch["pixel_values"] = draw_pictures(3)
-    with pytest.raises(RuntimeError, match="do not fit the pictures"):
+    batch["pixel_values"] = draw_images(3)
+    with pytest.raises(RuntimeError, match="do not fit the images"):
         tiny_model()(**batch)
 
 
@@ -83,20 +83,20 @@ def said(caplog, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["model", "inner model", "generate"])
-def test_pictures_that_were_forgotten_are_said_once(how, said):
+def test_images_that_were_forgotten_are_said_once(how, said):
     model, batch = tiny_model(), prompts(MIXED_ROWS)
-    pictures = batch.pop("pixel_values")
+    images = batch.pop("pixel_values")
     calls = {"model": model, "inner model": model.model, "generate": partial(model.generate, max_new_tokens=2)}
-    calls[how](**batch, pixel_values=pictures)
-    calls[how](**prompts([row(5, 6, pictures=0)]))
+    calls[how](**batch, pixel_values=images)
+    calls[how](**prompts([row(5, 6, images=0)]))
     assert said.text == ""
-    unexpanded = torch.tensor([[BOS, PICTURE[0], 5, 6]])  # as a tokenizer alone gives it
+    unexpanded = torch.tensor([[BOS, IMAGE_TOKENS[0], 5, 6]])  # as a tokenizer alone gives it
     calls[how](input_ids=unexpanded)
     calls[how](**batch)
     assert said.text.count("<image> but no pixel_values came") == 1
 
 
-def test_cached_rows_need_no_pictures_again():
+def test_cached_rows_need_no_images_again():
     model, batch = tiny_model(), make_batch([row(5, 6, 7)])
     with torch.no_grad():
         whole = model(**make_batch([row(5, 6, 7, 8, 9)])).logits
@@ -105,14 +105,14 @@ def test_cached_rows_need_no_pictures_again():
     assert rest.shape[1] == 2 and whole.shape[1] == rest.shape[1] + batch["input_ids"].shape[1]
 
 
-def test_a_picture_without_an_alignment_vector_is_said_once(said):
+def test_a_image_without_an_alignment_vector_is_said_once(said):
     model = tiny_model()
-    bare = {"input_ids": torch.tensor([[BOS, *PICTURE, 5, 6]]), "pixel_values": draw_pictures(1)}
+    bare = {"input_ids": torch.tensor([[BOS, *IMAGE_TOKENS, 5, 6]]), "pixel_values": draw_images(1)}
     model(**make_batch(MIXED_ROWS))
     assert said.text == ""
     model(**bare)
     model(**bare)
-    assert said.text.count("a picture but no <align>") == 1
+    assert said.text.count("an image but no <align>") == 1
 
 
 def test_generate_checks_before_a_device_would():
@@ -120,5 +120,5 @@ def test_generate_checks_before_a_device_would():
     model.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
     with pytest.raises(ValueError, match=r"align_level=\[0, 8, 1\] is out of range"):
         model.generate(**batch, align_level=torch.tensor([0, 8, 1]), max_new_tokens=1)
-    with pytest.raises(ValueError, match=r"2 picture\(s\) of 4 <image> positions.*\[4, 8, 0\]"):
-        model.generate(**{**batch, "pixel_values": draw_pictures(2)}, max_new_tokens=1)
+    with pytest.raises(ValueError, match=r"2 image\(s\) of 4 <image> positions.*\[4, 8, 0\]"):
+        model.generate(**{**batch, "pixel_values": draw_images(2)}, max_new_tokens=1)

@@ -1,4 +1,4 @@
-"""`torch.compile(fullgraph=True)`: decoding with a static cache, whole prompts with pictures, and a training step."""
+"""`torch.compile(fullgraph=True)`: decoding with a static cache, whole prompts with images, and a training step."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def test_decoding_is_one_graph_for_all_steps(rows, level):
 
 
 @pytest.mark.parametrize(("mode", "scales"), [("gate", None), ("gate", [1, 2]), ("level", None)])
-def test_a_prompt_with_pictures_is_one_graph(mode, scales):
+def test_a_prompt_with_images_is_one_graph(mode, scales):
     model = tiny_model(align_mode=mode, vision_scales=scales)
     batch = make_batch(MIXED_ROWS)
     if scales:

@@ -41,7 +41,7 @@ def test_parts_as_configs():
         ({**SIGLIP, "image_size": 9}, "full", SEQ_LENGTH),
     ],
 )
-def test_positions_of_a_picture_follow_from_the_tower(vision, strategy, expected):
+def test_positions_of_a_image_follow_from_the_tower(vision, strategy, expected):
     config = tiny_config(vision_config=vision, vision_feature_select_strategy=strategy)
     assert config.image_seq_length == expected
     again = tiny_config(vision_config=vision, vision_feature_select_strategy=strategy, image_seq_length=expected)

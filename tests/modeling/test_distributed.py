@@ -1,4 +1,4 @@
-"""The dummy picture of a process without pictures; two real processes meet in the tests of the trainers."""
+"""The dummy image of a process without images; two real processes meet in the tests of the trainers."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from modeling_aligngpt import ALIGN_MODES
 
 
-TEXT_ROWS = [row(5, 6, 7, 8, pictures=0), row(9, 10, pictures=0)]
+TEXT_ROWS = [row(5, 6, 7, 8, images=0), row(9, 10, images=0)]
 
 
 @pytest.fixture
@@ -34,15 +34,15 @@ def tower_runs(model) -> list:
 
 @pytest.mark.parametrize("mode", ALIGN_MODES)
 @pytest.mark.parametrize("level", [None, 2, torch.tensor([1, 3])], ids=["own mode", "one level", "level a row"])
-def test_text_batches_run_what_picture_batches_run_and_change_nothing(mode, level, two_processes, request):
+def test_text_batches_run_what_image_batches_run_and_change_nothing(mode, level, two_processes, request):
     model, batch = tiny_model(align_mode=mode).train(), training_batch(TEXT_ROWS)
     loss, grads = gradients(model, batch, align_level=level)
     calls = tower_runs(model)
     gradients(model, training_batch([row(5, 6), row(7, 8)]), align_level=level)
-    with_picture = list(calls)
+    with_image = list(calls)
     calls.clear()
     gradients(model, batch, align_level=level)
-    assert calls == with_picture
+    assert calls == with_image
     assert ("gate" in calls) is (level is None and mode in ("gate", "local", "random"))
     distributed.destroy_process_group()
     alone_loss, alone = gradients(model, batch, align_level=level)
@@ -57,7 +57,7 @@ def test_text_batches_run_what_picture_batches_run_and_change_nothing(mode, leve
 
 
 @pytest.mark.parametrize("kwargs", [{"vision_scales": [1, 2]}, {"vision_config": SIGLIP}], ids=["scales", "siglip"])
-def test_every_picture_side_has_a_dummy(kwargs, two_processes):
+def test_every_image_side_has_a_dummy(kwargs, two_processes):
     if "vision_config" in kwargs:
         kwargs["vision_feature_select_strategy"] = "full"
     model = tiny_model(**kwargs).train()
@@ -67,7 +67,7 @@ def test_every_picture_side_has_a_dummy(kwargs, two_processes):
     assert len(grads) == sum(p.grad is not None for p in model.parameters())
 
 
-def test_a_frozen_picture_side_stays_without_gradients(two_processes):
+def test_a_frozen_image_side_stays_without_gradients(two_processes):
     model = tiny_model().train()
     for part in (model.model.vision_tower, model.model.align_embeddings):
         part.requires_grad_(False)
@@ -117,7 +117,7 @@ def test_sharded_weights_are_gathered_in_evaluation_too(two_processes):
     with torch.no_grad():
         outputs = model(**make_batch(TEXT_ROWS))
         assert calls.count("tower") == 1
-        # a step behind a cache has no pictures in any process
+        # a step behind a cache has no images in any process
         model(input_ids=torch.tensor([[5], [6]]), past_key_values=outputs.past_key_values)
     assert calls.count("tower") == 1
     assert outputs.align_weights.tolist() == [[0.0] * (TOP_LEVEL + 1)] * 2

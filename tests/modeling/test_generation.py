@@ -9,7 +9,7 @@ from modeling.tiny import (
     MIXED_ROWS,
     PAD,
     TOP_LEVEL,
-    num_pictures,
+    num_images,
     prompts,
     row,
     tiny_model,
@@ -32,11 +32,11 @@ def answers(model, inputs, **kwargs) -> torch.Tensor:
     return output[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else output
 
 
-def step_by_step(model, ids: list[int], pictures=None, **kwargs) -> list[int]:
+def step_by_step(model, ids: list[int], images=None, **kwargs) -> list[int]:
     """Greedy search written out: a whole forward pass for each token, the prompt's length given by hand."""
     prompt_mask, start = torch.ones(1, len(ids)), len(ids)
     for _ in range(NEW):
-        logits = model(input_ids=torch.tensor([ids]), pixel_values=pictures, prompt_mask=prompt_mask, **kwargs).logits[
+        logits = model(input_ids=torch.tensor([ids]), pixel_values=images, prompt_mask=prompt_mask, **kwargs).logits[
             0, -1
         ]
         logits[[EOS, IMAGE, ALIGN]] = -torch.inf
@@ -54,7 +54,7 @@ def step_by_step(model, ids: list[int], pictures=None, **kwargs) -> list[int]:
     ],
     ids=["cache", "no cache", "static cache", "prompt lookup"],
 )
-@pytest.mark.parametrize("ids", MIXED_ROWS, ids=["one picture", "two pictures", "text"])
+@pytest.mark.parametrize("ids", MIXED_ROWS, ids=["one image", "two images", "text"])
 def test_greedy_search_is_step_by_step(model, ids, how):
     inputs = prompts([ids])
     with torch.no_grad():
@@ -69,10 +69,10 @@ def test_greedy_search_is_step_by_step(model, ids, how):
 )
 def test_batched_answers_are_single_answers(model, how):
     batched = answers(model, prompts(MIXED_ROWS), **how)
-    pictures, start = prompts(MIXED_ROWS)["pixel_values"], 0
+    images, start = prompts(MIXED_ROWS)["pixel_values"], 0
     for ids, answer in zip(MIXED_ROWS, batched, strict=True):
-        stop = start + num_pictures(ids)
-        single = {**prompts([ids]), **({"pixel_values": pictures[start:stop]} if stop > start else {})}
+        stop = start + num_images(ids)
+        single = {**prompts([ids]), **({"pixel_values": images[start:stop]} if stop > start else {})}
         assert answers(model, single, **how)[0].tolist() == answer.tolist()
         start = stop
 
@@ -156,12 +156,12 @@ def test_embeddings_in_place_of_ids(model):
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-def test_pictures_are_encoded_once_with_a_cache(model, use_cache):
+def test_images_are_encoded_once_with_a_cache(model, use_cache):
     calls = []
     hook = model.model.multi_modal_projector.register_forward_hook(lambda *_: calls.append(1))
     answers(model, prompts(MIXED_ROWS[:1]), use_cache=use_cache)
     hook.remove()
-    assert len(calls) == 1  # transformers 5 hands the encoded pictures on where there is no cache
+    assert len(calls) == 1  # transformers 5 hands the encoded images on where there is no cache
 
 
 def test_no_placeholder_in_an_answer():
@@ -175,8 +175,8 @@ def test_no_placeholder_in_an_answer():
         assert not set(answers(model, inputs, **how).flatten().tolist()) & {IMAGE, ALIGN}
 
 
-def test_pictures_that_are_none(model):
-    inputs = prompts([row(5, 6, pictures=0)])
+def test_images_that_are_none(model):
+    inputs = prompts([row(5, 6, images=0)])
     assert answers(model, {**inputs, "pixel_values": None}).tolist() == answers(model, inputs).tolist()
 
 

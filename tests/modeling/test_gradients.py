@@ -25,7 +25,7 @@ def gradients(model, batch, **kwargs):
         ("level", None, [TOP_LEVEL], False),
         ("level", 3, [3], False),
         ("gate", None, list(range(8)), True),
-        ("gate", torch.tensor([1, 5, 6]), [1, 5], False),  # the third row has no picture
+        ("gate", torch.tensor([1, 5, 6]), [1, 5], False),  # the third row has no image
         ("random", None, list(range(8)), True),
         ("local", None, list(range(TOP_LEVEL)), True),
         ("global", None, [TOP_LEVEL], False),
@@ -45,7 +45,7 @@ def test_which_levels_and_whether_the_gate_are_trained(mode, level, rows_with_gr
 
 def test_text_only_batches_train():
     model = tiny_model()
-    _, grads = gradients(model, training_batch([row(5, 6, 7, pictures=0)]))
+    _, grads = gradients(model, training_batch([row(5, 6, 7, images=0)]))
     assert all(name.startswith(("model.language_model", "lm_head")) for name in grads)
 
 
@@ -99,7 +99,7 @@ def test_a_frozen_tower_builds_no_graph(frozen, checkpointing):
     assert "model.multi_modal_projector.linear_1.weight" in grads  # the rest still trains
 
 
-def test_pictures_that_want_a_gradient_get_one_through_a_frozen_tower():
+def test_images_that_want_a_gradient_get_one_through_a_frozen_tower():
     model = tiny_model()
     model.requires_grad_(False)
     batch = training_batch()

@@ -142,7 +142,7 @@ def check_classes(report: dict, expected: set[str]):
 
 
 def test_the_prompts_tell_models_apart(here):
-    """What the comparisons below rest on: prompts, pictures and levels matter."""
+    """What the comparisons below rest on: prompts, images and levels matter."""
     assert (here["one.logits"] - here["one.steered"]).abs().max() > 0.1
     assert (here["one.logits"] - here["two.logits"]).abs().max() > 0.1
     assert torch.equal(here["text.logits"], here["text.steered"])
@@ -172,9 +172,9 @@ def test_the_pipeline(fresh, fresh_4, saved, here):
     written = tokenizer.batch_decode(here["one.answer"], skip_special_tokens=True)
     assert [text.strip() for text in answers["plain"]] == [text.strip() for text in written]
     assert {name: len(texts) for name, texts in answers.items()} == {
-        "chat": 1, "two pictures": 1, "turns": 1, "batch": 2, "plain": 1, "text alone": 1
+        "chat": 1, "two images": 1, "turns": 1, "batch": 2, "plain": 1, "text alone": 1
     }  # fmt: skip
-    assert answers["batch"] == answers["chat"] + answers["two pictures"]
+    assert answers["batch"] == answers["chat"] + answers["two images"]
     assert all(isinstance(text, str) and text for texts in answers.values() for text in texts)
 
 

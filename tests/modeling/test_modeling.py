@@ -7,14 +7,14 @@ from modeling.tiny import (
     BOS,
     IMAGE,
     IMAGE_SIZE,
+    IMAGE_TOKENS,
     MIXED_ROWS,
     PAD,
-    PICTURE,
     SEQ_LENGTH,
     TOP_LEVEL,
-    draw_pictures,
+    draw_images,
     make_batch,
-    num_pictures,
+    num_images,
     row,
     tiny_model,
 )
@@ -25,19 +25,19 @@ from modeling_aligngpt import ALIGN_MODES, checks_aligngpt
 from modeling_aligngpt.configuration_aligngpt import GATE_CONTEXTS
 
 
-def plain_logits(model, ids: list[int], pictures: torch.Tensor, mode: str, level: int | None = None) -> torch.Tensor:
+def plain_logits(model, ids: list[int], images: torch.Tensor, mode: str, level: int | None = None) -> torch.Tensor:
     """The paper's formulas for one row, written out; text is everything but BOS and placeholders."""
     inner, table = model.model, model.model.align_embeddings.weight
     tokens = model.get_input_embeddings().weight[ids]
-    features = inner.vision_tower(pictures, output_hidden_states=True).hidden_states[-2][:, 1:]
+    features = inner.vision_tower(images, output_hidden_states=True).hidden_states[-2][:, 1:]
     first, second = inner.multi_modal_projector.linear_1, inner.multi_modal_projector.linear_2
     projected = gelu(features @ first.weight.T + first.bias) @ second.weight.T + second.bias
 
     text = torch.stack([token for i, token in zip(ids, tokens, strict=True) if i not in (BOS, IMAGE, ALIGN)])
     first, second = inner.align_gate.linear_1, inner.align_gate.linear_2
     shares = []
-    for picture in projected:
-        likeness = picture @ text.mean(0)
+    for image in projected:
+        likeness = image @ text.mean(0)
         shares.append((gelu(likeness @ first.weight.T + first.bias) @ second.weight.T + second.bias).softmax(0))
     local = torch.stack(shares).mean(0) @ table[:TOP_LEVEL]
     vector = {
@@ -49,9 +49,9 @@ def plain_logits(model, ids: list[int], pictures: torch.Tensor, mode: str, level
         "global": table[TOP_LEVEL],
         "mean": table.mean(0),
     }[mode]
-    where_pictures = [place for place, i in enumerate(ids) if i == IMAGE]
+    where_images = [place for place, i in enumerate(ids) if i == IMAGE]
     embeddings = tokens.clone()
-    embeddings[where_pictures] = projected.flatten(0, 1)
+    embeddings[where_images] = projected.flatten(0, 1)
     embeddings[ids.index(ALIGN)] = vector
     hidden = inner.language_model(inputs_embeds=embeddings[None]).last_hidden_state
     return model.lm_head(hidden)
@@ -61,7 +61,7 @@ def plain_logits(model, ids: list[int], pictures: torch.Tensor, mode: str, level
 @pytest.mark.parametrize("mode", ALIGN_MODES)
 def test_modes_are_the_plain_formulas(mode, num):
     model = tiny_model(align_mode=mode)
-    ids = row(5, 6, 7, 8, pictures=num, before=(9, 10))
+    ids = row(5, 6, 7, 8, images=num, before=(9, 10))
     batch = make_batch([ids])
     with torch.no_grad():
         ours = model(**batch).logits
@@ -84,7 +84,7 @@ def test_default_level(mode):
 @pytest.mark.parametrize("mode", ALIGN_MODES)
 def test_a_level_by_hand_steers_in_every_mode(mode):
     model = tiny_model(align_mode=mode)
-    batch = make_batch([row(5, 6, 7), row(8, 9, pictures=2)])
+    batch = make_batch([row(5, 6, 7), row(8, 9, images=2)])
     with torch.no_grad():
         one_for_all = model(**batch, align_level=3)
         a_list = model(**batch, align_level=torch.tensor([3, 5]))
@@ -124,19 +124,17 @@ def test_gate_weights_of_mixed_rows():
     torch.testing.assert_close(weights[:, :-1].sum(1), torch.tensor([1.0, 1.0, 0.0]))
     assert weights[:, -1].tolist() == [1, 1, 0]
     assert outputs.image_hidden_states.shape == (3, SEQ_LENGTH, 32)
-    text_only = model(**make_batch([row(5, 6, pictures=0)]))
+    text_only = model(**make_batch([row(5, 6, images=0)]))
     assert text_only.align_weights.tolist() == [[0.0] * (TOP_LEVEL + 1)]
     assert model(input_ids=torch.tensor([[5]]), past_key_values=text_only.past_key_values).align_weights is None
     assert text_only.image_hidden_states is None
 
 
-def test_several_pictures_share_the_gate():
+def test_several_images_share_the_gate():
     model = tiny_model()
-    pictures = draw_pictures(2)
-    each = [
-        model(**{**make_batch([row(5, 6, 7)]), "pixel_values": picture[None]}).align_weights for picture in pictures
-    ]
-    both = model(**{**make_batch([row(5, 6, 7, pictures=2)]), "pixel_values": pictures}).align_weights
+    images = draw_images(2)
+    each = [model(**{**make_batch([row(5, 6, 7)]), "pixel_values": image[None]}).align_weights for image in images]
+    both = model(**{**make_batch([row(5, 6, 7, images=2)]), "pixel_values": images}).align_weights
     assert (each[0] - each[1]).abs().max() > 1e-3
     torch.testing.assert_close(both, (each[0] + each[1]) / 2)
 
@@ -192,7 +190,7 @@ def test_gate_passes_over_bos_padding_and_placeholders():
     with torch.no_grad():
         model.get_input_embeddings().weight[[BOS, PAD]] += 3.0
     for side in ("left", "right"):
-        weights = model(**make_batch([ids, row(*range(5, 20), pictures=0)], side)).align_weights
+        weights = model(**make_batch([ids, row(*range(5, 20), images=0)], side)).align_weights
         torch.testing.assert_close(weights[:1], plain)
     inside, without = (model(**make_batch([ids])).align_weights for ids in (row(5, BOS, 7), row(5, 7)))
     assert (inside - without).abs().max() > 1e-3  # a BOS inside the text is text
@@ -208,9 +206,9 @@ def test_batched_rows_are_single_rows(side, mode):
     with torch.no_grad():
         batched = model(**batch)
         for index, ids in enumerate(rows):
-            stop = start + num_pictures(ids)
-            pictures = {"pixel_values": batch["pixel_values"][start:stop]} if stop > start else {}
-            single = model(input_ids=torch.tensor([ids]), **pictures)
+            stop = start + num_images(ids)
+            images = {"pixel_values": batch["pixel_values"][start:stop]} if stop > start else {}
+            single = model(input_ids=torch.tensor([ids]), **images)
             real = batch["attention_mask"][index].bool()
             torch.testing.assert_close(batched.logits[index][real], single.logits[0], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(batched.align_weights[index], single.align_weights[0], rtol=1e-4, atol=1e-5)
@@ -239,7 +237,7 @@ def test_logits_to_keep():
         torch.testing.assert_close(model(**batch, logits_to_keep=torch.tensor([0, 3])).logits, full[:, [0, 3]])
 
 
-def test_inputs_embeds_and_encoded_pictures_in_place_of_ids_and_pixels():
+def test_inputs_embeds_and_encoded_images_in_place_of_ids_and_pixels():
     model = tiny_model()
     batch = make_batch(MIXED_ROWS)
     with torch.no_grad():
@@ -274,7 +272,7 @@ def test_bfloat16_is_close():
     with torch.no_grad():
         exact = model(**batch)
         model.bfloat16()
-        rounded = model(**batch)  # pictures come as float32, as the processor gives them
+        rounded = model(**batch)  # images come as float32, as the processor gives them
         autocast = tiny_model()
         with torch.autocast("cpu", torch.bfloat16):
             mixed = autocast(**batch)
@@ -292,7 +290,7 @@ def test_softcapping_of_the_language_model():
     gemma = Gemma2ForCausalLM(Gemma2Config(**values)).eval()
     weights = {f"model.{name}": value for name, value in model.model.language_model.state_dict().items()}
     assert not gemma.load_state_dict({**weights, "lm_head.weight": model.lm_head.weight}).missing_keys
-    batch = make_batch([row(5, 6, 7, 8, pictures=0)])
+    batch = make_batch([row(5, 6, 7, 8, images=0)])
     with torch.no_grad():
         ours, theirs = model(**batch).logits, gemma(**batch).logits
     assert theirs.abs().max() <= 2.0 < model.lm_head(gemma.model(**batch).last_hidden_state).abs().max()
@@ -300,24 +298,27 @@ def test_softcapping_of_the_language_model():
 
 
 @pytest.mark.parametrize(
-    ("rows", "pictures"),
+    ("rows", "images"),
     [
-        ([row(5, 6, pictures=2)], 1),
+        ([row(5, 6, images=2)], 1),
         ([row(5, 6)], 2),
-        ([row(5, 6, pictures=0)], 1),
-        ([row(5, 6)[:-3], row(7)], 2),  # the first row was cut inside its picture
-        ([[BOS, ALIGN, *PICTURE, IMAGE, 5]], 1),
-        ([[BOS, ALIGN, *PICTURE, IMAGE], [BOS, ALIGN, *PICTURE[1:], 5]], 2),  # right in total, wrong in each row
+        ([row(5, 6, images=0)], 1),
+        ([row(5, 6)[:-3], row(7)], 2),  # the first row was cut inside its image
+        ([[BOS, ALIGN, *IMAGE_TOKENS, IMAGE, 5]], 1),
+        (
+            [[BOS, ALIGN, *IMAGE_TOKENS, IMAGE], [BOS, ALIGN, *IMAGE_TOKENS[1:], 5]],
+            2,
+        ),  # right in total, wrong in each row
     ],
 )
-def test_placeholders_and_pictures_must_agree(rows, pictures):
+def test_placeholders_and_images_must_agree(rows, images):
     batch = make_batch(rows)
-    batch["pixel_values"] = draw_pictures(pictures)
-    with pytest.raises(ValueError, match=r"picture\(s\).*pixel_values"):
+    batch["pixel_values"] = draw_images(images)
+    with pytest.raises(ValueError, match=r"image\(s\).*pixel_values"):
         tiny_model()(**batch)
 
 
-def test_a_picture_must_be_whole():
+def test_a_image_must_be_whole():
     model = tiny_model()
     model.config.image_seq_length = 2 * SEQ_LENGTH
     with pytest.raises(ValueError, match=f"came as {SEQ_LENGTH} positions, image_seq_length is {2 * SEQ_LENGTH}"):
@@ -339,12 +340,12 @@ def test_inputs_that_are_refused():
 
 def test_image_features_follow_their_arguments():
     model = tiny_model()
-    pictures = draw_pictures(2)
+    images = draw_images(2)
     with torch.no_grad():
-        features = model.get_image_features(pictures).pooler_output
-        last = model.get_image_features(pictures, vision_feature_layer=-1).pooler_output
-        full = model.get_image_features(pictures, vision_feature_select_strategy="full").pooler_output
-    assert [tuple(picture.shape) for picture in features] == [(SEQ_LENGTH, 32)] * 2
+        features = model.get_image_features(images).pooler_output
+        last = model.get_image_features(images, vision_feature_layer=-1).pooler_output
+        full = model.get_image_features(images, vision_feature_select_strategy="full").pooler_output
+    assert [tuple(image.shape) for image in features] == [(SEQ_LENGTH, 32)] * 2
     assert (features[0] - last[0]).abs().max() > 1e-2
     torch.testing.assert_close(full[0][1:], features[0])
-    assert pictures.shape[-1] == IMAGE_SIZE
+    assert images.shape[-1] == IMAGE_SIZE

@@ -1,4 +1,4 @@
-"""Pictures at several scales (S2): the plain formula, sizes, saving, other towers, and what is refused."""
+"""Images at several scales (S2): the plain formula, sizes, saving, other towers, and what is refused."""
 
 import pytest
 import torch
@@ -22,12 +22,12 @@ def scaled_batch(scales=SCALES):
     return batch
 
 
-def plain_features(model, picture, scales, drops_class_token: bool) -> torch.Tensor:
-    """The paper's recipe for one picture, tile by tile and cell by cell: `(S, V * scales)`."""
+def plain_features(model, image, scales, drops_class_token: bool) -> torch.Tensor:
+    """The paper's recipe for one image, tile by tile and cell by cell: `(S, V * scales)`."""
     of_scales = []
     for scale in scales:
         size = IMAGE_SIZE * scale
-        resized = torch.nn.functional.interpolate(picture[None], (size, size), mode="bicubic", align_corners=False)[0]
+        resized = torch.nn.functional.interpolate(image[None], (size, size), mode="bicubic", align_corners=False)[0]
         cells = torch.zeros(GRID * scale, GRID * scale, model.config.vision_config.hidden_size)
         for top in range(scale):
             for left in range(scale):
@@ -49,10 +49,10 @@ def plain_features(model, picture, scales, drops_class_token: bool) -> torch.Ten
 @pytest.mark.parametrize(("vision", "strategy"), [(CLIP, "default"), (SIGLIP, "full")], ids=["clip", "siglip"])
 def test_features_are_the_plain_formula(scales, vision, strategy):
     model = tiny_model(vision_config=vision, vision_feature_select_strategy=strategy, vision_scales=scales)
-    pictures = scaled_batch(scales)["pixel_values"]
+    images = scaled_batch(scales)["pixel_values"]
     with torch.no_grad():
-        plain = torch.stack([plain_features(model, picture, scales, strategy == "default") for picture in pictures])
-        projected = torch.stack(model.get_image_features(pictures).pooler_output)
+        plain = torch.stack([plain_features(model, image, scales, strategy == "default") for image in images])
+        projected = torch.stack(model.get_image_features(images).pooler_output)
         torch.testing.assert_close(projected, model.model.multi_modal_projector(plain), rtol=1e-4, atol=1e-5)
         flipped = model.model.multi_modal_projector(plain.roll(16, dims=-1)) if len(scales) > 1 else projected + 1
     assert (projected - flipped).abs().max() > 1e-2
@@ -83,7 +83,7 @@ def test_train_generate_save_and_load(tmp_path, vision, strategy):
     assert torch.equal(loaded.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False), answers)
 
 
-def test_gradients_reach_pictures_and_a_tower_that_trains():
+def test_gradients_reach_images_and_a_tower_that_trains():
     model, batch = tiny_model(vision_scales=[1, 2]), scaled_batch([1, 2])
     batch["pixel_values"].requires_grad_()
     model(**batch, labels=batch["input_ids"]).loss.backward()
@@ -116,8 +116,8 @@ def test_scales_that_are_refused(kwargs, said):
         tiny_config(**kwargs)
 
 
-def test_pictures_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"vision_scales=\[1, 2, 3\] needs pictures of 24x24, got 8x8"):
+def test_images_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"vision_scales=\[1, 2, 3\] needs images of 24x24, got 8x8"):
         tiny_model(vision_scales=SCALES)(**make_batch(MIXED_ROWS))
 
 
@@ -126,8 +126,8 @@ def test_pictures_of_another_size_are_refused():
 def test_assembled_with_its_processor(tmp_path, tower, do_pad):
     language_model, tower = save_language_model(tmp_path / "llm"), save_tower(tmp_path / "tower", tower)
     model, processor = assemble(language_model, tower, align_mode="gate", do_pad=do_pad, vision_scales=[1, 2])
-    picture = Image.linear_gradient("L").resize((50, 40)).convert("RGB")
-    inputs = processor(images=[picture], text=["<image>\nWhat is it?"], return_tensors="pt")
+    image = Image.linear_gradient("L").resize((50, 40)).convert("RGB")
+    inputs = processor(images=[image], text=["<image>\nWhat is it?"], return_tensors="pt")
     size = 2 * model.config.vision_config.image_size
     assert inputs["pixel_values"].shape == (1, 3, size, size)
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == model.config.image_seq_length
@@ -135,7 +135,7 @@ def test_assembled_with_its_processor(tmp_path, tower, do_pad):
     processor.save_pretrained(tmp_path / "saved")
     loaded = AlignGPTProcessor.from_pretrained(tmp_path / "saved")
     loaded.validate_with(model.config)
-    again = loaded(images=[picture], text=["<image>\nWhat is it?"], return_tensors="pt")["pixel_values"]
+    again = loaded(images=[image], text=["<image>\nWhat is it?"], return_tensors="pt")["pixel_values"]
     assert torch.equal(again, inputs["pixel_values"])
     model.config.vision_scales = [1, 2, 3]
     with pytest.raises(ValueError, match="largest of vision_scales"):

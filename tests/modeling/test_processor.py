@@ -1,4 +1,4 @@
-"""The processor: the authors' ids, labels and pixel values, ways to give pictures, errors, saving, the pipeline."""
+"""The processor: the authors' ids, labels and pixel values, ways to give images, errors, saving, the pipeline."""
 
 import base64
 import io
@@ -26,7 +26,7 @@ from modeling_aligngpt.processing_aligngpt import infer_image_suffix, pil_image_
 GOLDEN = Path(os.environ.get("ALIGNGPT_GOLDEN") or Path(__file__).parents[1] / "fixtures" / "golden")
 TEMPLATES = {"v1": "vicuna_v1", "vicuna_v1": "vicuna_v1", "llava_llama_2": "llama_2", "plain": "plain"}
 PLACEHOLDERS = ["<image>", "<align>"]
-needs_masks = pytest.mark.skipif(IS_TRANSFORMERS_4, reason="transformers 4 cannot mask answers beside pictures")
+needs_masks = pytest.mark.skipif(IS_TRANSFORMERS_4, reason="transformers 4 cannot mask answers beside images")
 
 
 def read_json(name):
@@ -54,7 +54,7 @@ def config_for(tokenizer, image_size=48, patch_size=2, **kwargs):
 
 @pytest.fixture(scope="module")
 def golden():
-    """The processor of the recorded model: 576 positions a picture."""
+    """The processor of the recorded model: 576 positions an image."""
     tokenizer = llama_tokenizer()
     template = CHAT_TEMPLATES["vicuna_v1"]
     tower = GOLDEN / "clip-vit-tiny"
@@ -65,7 +65,7 @@ def golden():
 
 @pytest.fixture
 def small():
-    """Four positions a picture of 8 x 8, byte-level tokens, a template without BOS."""
+    """Four positions an image of 8 x 8, byte-level tokens, a template without BOS."""
     return make_small()
 
 
@@ -81,7 +81,7 @@ def make_small(chat_template="chatml", adds_bos=True, **kwargs):
     return AlignGPTProcessor.from_parts(tokenizer, config, chat_template=CHAT_TEMPLATES[chat_template], **kwargs)
 
 
-def picture(seed=0, size=(20, 12), mode="RGB"):
+def draw_image(seed=0, size=(20, 12), mode="RGB"):
     pixels = np.random.RandomState(seed).randint(0, 255, (size[1], size[0], 4), dtype=np.uint8)
     return Image.fromarray(pixels, "RGBA").convert(mode) if mode != "RGBA" else Image.fromarray(pixels, "RGBA")
 
@@ -96,14 +96,14 @@ def shown(image):
 
 
 def tokens(processor, row):
-    """The row's text, each run of picture positions as one `<image>`."""
+    """The row's text, each run of image positions as one `<image>`."""
     run = "<image>" * processor.image_seq_length
     text = processor.tokenizer.decode(row, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return text.replace(run, "[picture]")
+    return text.replace(run, "[image]")
 
 
 def expected_ids(processor, recorded, labels=None):
-    """Recorded ids (and labels) with `<align>` behind BOS and each picture's positions in place of its -200."""
+    """Recorded ids (and labels) with `<align>` behind BOS and each image's positions in place of its -200."""
     ids, targets = [], []
     for position, token in enumerate(recorded):
         row = [processor.image_token_id] * processor.image_seq_length if token == -200 else [token]
@@ -123,7 +123,7 @@ names = lambda record: f"{record.get('template', '')}-{record['name']}"  # noqa:
 def test_training_ids_and_labels_are_the_authors(golden, record):
     roles = {"human": "user", "gpt": "assistant"}
     messages = [{"role": roles[role], "content": content} for role, content in record["conversation"]]
-    images = {"images": [picture()]} if record["has_image"] else {}
+    images = {"images": [draw_image()]} if record["has_image"] else {}
     out = golden.apply_chat_template(
         messages,
         chat_template=CHAT_TEMPLATES[TEMPLATES[record["template"]]],
@@ -139,9 +139,9 @@ def test_training_ids_and_labels_are_the_authors(golden, record):
 
 @pytest.mark.parametrize("record", [*RECORDED, *read_json("inference")], ids=names)
 def test_raw_prompts_give_the_authors_ids(golden, record):
-    has_picture = -200 in record["input_ids"]
+    has_image = -200 in record["input_ids"]
     for prompt in (record["prompt"], "<s>" + record["prompt"]):
-        row = golden(text=prompt, images=picture() if has_picture else None)["input_ids"][0]
+        row = golden(text=prompt, images=draw_image() if has_image else None)["input_ids"][0]
         assert list(row) == expected_ids(golden, record["input_ids"])[0]
 
 
@@ -169,16 +169,16 @@ def test_chats_give_the_authors_ids(golden, record):
 
 @pytest.mark.parametrize(("do_pad", "mode"), [(True, "pad"), (False, "square")])
 def test_pixel_values_are_the_authors(golden, do_pad, mode):
-    pictures = [Image.open(GOLDEN / "images" / name) for name in read_json("preprocess_images")["files"]]
-    assert {image.mode for image in pictures} == {"RGB", "RGBA", "L"}
-    values = golden(images=pictures, do_pad=do_pad, return_tensors="pt")["pixel_values"]
+    images = [Image.open(GOLDEN / "images" / name) for name in read_json("preprocess_images")["files"]]
+    assert {image.mode for image in images} == {"RGB", "RGBA", "L"}
+    values = golden(images=images, do_pad=do_pad, return_tensors="pt")["pixel_values"]
     recorded = load_file(GOLDEN / "tensors" / "preprocess_images.safetensors")[mode]
     torch.testing.assert_close(values, recorded, atol=1e-5, rtol=0)
 
 
-def test_every_way_to_give_a_picture(small, tmp_path):
-    image = picture()
-    path = tmp_path / "picture.png"
+def test_every_way_to_give_a_image(small, tmp_path):
+    image = draw_image()
+    path = tmp_path / "image.png"
     image.save(path)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
@@ -191,8 +191,8 @@ def test_every_way_to_give_a_picture(small, tmp_path):
     for given in ways:
         torch.testing.assert_close(small(images=given, return_tensors="pt")["pixel_values"], wanted)
         row = small(images=given, text="<image> a", return_tensors="pt")
-        assert tokens(small, row["input_ids"][0]) == "<s><align>[picture] a"
-    opaque = picture(mode="RGBA")
+        assert tokens(small, row["input_ids"][0]) == "<s><align>[image] a"
+    opaque = draw_image(mode="RGBA")
     torch.testing.assert_close(
         small(images=opaque, return_tensors="pt")["pixel_values"],
         small(images=opaque.convert("RGB"), return_tensors="pt")["pixel_values"],
@@ -201,8 +201,8 @@ def test_every_way_to_give_a_picture(small, tmp_path):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_batch_of_all_kinds_of_rows(small, side):
-    one, two, three = (picture(seed) for seed in range(3))
-    text = ["<image> a", "no picture", "<image> and <image>: which is longer?"]
+    one, two, three = (draw_image(seed) for seed in range(3))
+    text = ["<image> a", "no image", "<image> and <image>: which is longer?"]
     small.tokenizer.padding_side = side
     wanted = None
     for images in ([[one], [], [two, three]], [one, None, [two, three]], [one, two, three]):
@@ -214,9 +214,9 @@ def test_a_batch_of_all_kinds_of_rows(small, side):
             for row, mask in zip(*map(out.get, ("input_ids", "attention_mask")), strict=True)
         ]
         assert rows == [
-            "<s><align>[picture] a",
-            "<s>no picture",
-            "<s><align>[picture] and [picture]: which is longer?",
+            "<s><align>[image] a",
+            "<s>no image",
+            "<s><align>[image] and [image]: which is longer?",
         ]
         assert out["attention_mask"][1, 0 if side == "left" else -1] == 0
         alone = torch.cat([small(images=image, return_tensors="pt")["pixel_values"] for image in (one, two, three)])
@@ -234,46 +234,46 @@ def test_text_only(small, images):
 
 def test_align_is_set_once_behind_bos(small):
     for prompt in ("<image> a", "<s><image> a", "<align><image> a", "<s><align><image> a"):
-        assert tokens(small, small(images=picture(), text=prompt)["input_ids"][0]) == "<s><align>[picture] a"
-    bare = small(images=picture(), text="<image> a", add_special_tokens=False)["input_ids"][0]
-    assert tokens(small, bare) == "<align>[picture] a"
-    mixed = small(images=[[picture()], []], text=["<s><image> a", "b"])["input_ids"]
-    assert [tokens(small, row) for row in mixed] == ["<s><align>[picture] a", "<s>b"]
+        assert tokens(small, small(images=draw_image(), text=prompt)["input_ids"][0]) == "<s><align>[image] a"
+    bare = small(images=draw_image(), text="<image> a", add_special_tokens=False)["input_ids"][0]
+    assert tokens(small, bare) == "<align>[image] a"
+    mixed = small(images=[[draw_image()], []], text=["<s><image> a", "b"])["input_ids"]
+    assert [tokens(small, row) for row in mixed] == ["<s><align>[image] a", "<s>b"]
     no_bos = make_small(adds_bos=False)
-    rows = no_bos(images=[[picture()], []], text=["<s><image> a", "b"])["input_ids"]
-    assert [tokens(no_bos, row) for row in rows] == ["<s><align>[picture] a", "b"]
+    rows = no_bos(images=[[draw_image()], []], text=["<s><image> a", "b"])["input_ids"]
+    assert [tokens(no_bos, row) for row in rows] == ["<s><align>[image] a", "b"]
 
 
 def test_bos_that_starts_a_turn_is_no_bos(small):
     small.tokenizer.bos_token = "<|im_start|>"
-    row = small(images=picture(), text="<|im_start|>user\n<image>", add_special_tokens=False)["input_ids"][0]
-    assert tokens(small, row) == "<align><|im_start|>user\n[picture]"
+    row = small(images=draw_image(), text="<|im_start|>user\n<image>", add_special_tokens=False)["input_ids"][0]
+    assert tokens(small, row) == "<align><|im_start|>user\n[image]"
 
 
 def test_image_suffix():
     processor = make_small(image_suffix=" ")
     for prompt, wanted in (
-        ("<image>a", "<s><align>[picture] a"),
-        ("a<image>", "<s><align> a[picture]"),
-        ("<image><image>\n", "<s><align>[picture][picture] \n"),
-        ("<|im_start|>a<image><|im_end|>", "<s><align><|im_start|>a[picture]<|im_end|>"),
+        ("<image>a", "<s><align>[image] a"),
+        ("a<image>", "<s><align> a[image]"),
+        ("<image><image>\n", "<s><align>[image][image] \n"),
+        ("<|im_start|>a<image><|im_end|>", "<s><align><|im_start|>a[image]<|im_end|>"),
     ):
-        images = [picture()] * prompt.count("<image>")
+        images = [draw_image()] * prompt.count("<image>")
         assert tokens(processor, processor(images=images, text=prompt)["input_ids"][0]) == wanted
     assert infer_image_suffix(processor.tokenizer) == "" and infer_image_suffix(llama_tokenizer()) == " "
 
 
 def test_kwargs_reach_their_part(small):
-    out = small(images=picture(), text="<image> a", padding="max_length", max_length=30, do_normalize=False)
+    out = small(images=draw_image(), text="<image> a", padding="max_length", max_length=30, do_normalize=False)
     assert len(out["input_ids"][0]) == 30 and np.asarray(out["pixel_values"]).min() >= 0
     nested = small(
-        images=picture(),
+        images=draw_image(),
         text="<image> a",
         text_kwargs={"padding": "max_length", "max_length": 30, "add_special_tokens": False},
         images_kwargs={"do_normalize": False},
     )
-    assert len(nested["input_ids"][0]) == 30 and tokens(small, nested["input_ids"][0]).startswith("<align>[picture] a")
-    kinds = small(images=picture(), text="<image> a", return_mm_token_type_ids=True)["mm_token_type_ids"][0]
+    assert len(nested["input_ids"][0]) == 30 and tokens(small, nested["input_ids"][0]).startswith("<align>[image] a")
+    kinds = small(images=draw_image(), text="<image> a", return_mm_token_type_ids=True)["mm_token_type_ids"][0]
     assert list(kinds) == [0, 0, 1, 1, 1, 1, 0, 0]
     assert small._get_num_multimodal_tokens(image_sizes=[(10, 20), (5, 5)])["num_image_tokens"] == [4, 4]
 
@@ -281,42 +281,44 @@ def test_kwargs_reach_their_part(small):
 @pytest.mark.parametrize(
     ("images", "text", "match"),
     [
-        ([[0], [0]], ["<image>", "none"], r"Row 1: .* but it has 0 and 1 pictures; write one <image> for each"),
-        ([[0], []], ["<image><image>", "none"], r"Row 0: .* but it has 2 and 1 pictures"),
-        ([0, 0, 0], ["<image>", "<image>"], r"Rows 0 to 1: .* but they have 2 \(1, 1\) and 3 pictures"),
-        ([[0], [0]], ["<image>"], "2 rows of pictures for 1 prompts"),
-        (None, ["a", "<image>"], r"Row 1: .* but it has 1 and 0 pictures"),
-        ([[], []], ["a", "<image>"], r"Row 1: .* but it has 1 and 0 pictures"),
+        ([[0], [0]], ["<image>", "none"], r"Row 1: .* but it has 0 and 1 images; write one <image> for each"),
+        ([[0], []], ["<image><image>", "none"], r"Row 0: .* but it has 2 and 1 images"),
+        ([0, 0, 0], ["<image>", "<image>"], r"Rows 0 to 1: .* but they have 2 \(1, 1\) and 3 images"),
+        ([[0], [0]], ["<image>"], "2 rows of images for 1 prompts"),
+        (None, ["a", "<image>"], r"Row 1: .* but it has 1 and 0 images"),
+        ([[], []], ["a", "<image>"], r"Row 1: .* but it has 1 and 0 images"),
         (None, None, "at least one input"),
     ],
 )
-def test_pictures_and_placeholders_must_agree(small, images, text, match):
-    images = [[picture()] * len(row) if isinstance(row, list) else picture() for row in images] if images else images
+def test_images_and_placeholders_must_agree(small, images, text, match):
+    images = (
+        [[draw_image()] * len(row) if isinstance(row, list) else draw_image() for row in images] if images else images
+    )
     with pytest.raises(ValueError, match=match):
         small(images=images, text=text)
 
 
-def test_unreadable_pictures_are_named(small, tmp_path):
+def test_unreadable_images_are_named(small, tmp_path):
     broken, cut = tmp_path / "broken.png", tmp_path / "cut.png"
-    broken.write_text("no picture")
-    picture(size=(300, 300)).save(cut)
+    broken.write_text("no image")
+    draw_image(size=(300, 300)).save(cut)
     cut.write_bytes(cut.read_bytes()[:2000])
     text = ["<image>", "<image>"]
     for bad in (broken, cut, tmp_path / "missing.png"):
         for given in (bad, str(bad)):
-            with pytest.raises(ValueError, match=rf"row 1, image 0 \(.*{bad.name}\): the picture cannot be read"):
-                small(images=[[picture()], [given]], text=text)
-    with pytest.raises(ValueError, match=r"image 1: the picture cannot be read .*repair the file or leave the row out"):
-        small(images=[picture(), Image.open(cut)], text=text)
-    with pytest.raises(ValueError, match="row 0, image 1: the picture cannot be read"):
-        small(images=[[picture(), 3.5]], text="<image><image>")
+            with pytest.raises(ValueError, match=rf"row 1, image 0 \(.*{bad.name}\): the image cannot be read"):
+                small(images=[[draw_image()], [given]], text=text)
+    with pytest.raises(ValueError, match=r"image 1: the image cannot be read .*repair the file or leave the row out"):
+        small(images=[draw_image(), Image.open(cut)], text=text)
+    with pytest.raises(ValueError, match="row 0, image 1: the image cannot be read"):
+        small(images=[[draw_image(), 3.5]], text="<image><image>")
 
 
 def test_other_errors(small):
     with pytest.raises(ValueError, match="not videos: leave `videos` out"):
         small(text="a", videos=["a.mp4"])
     with pytest.raises(ValueError, match="Mismatch in `image` token count"):
-        small(images=picture(), text="<image>", truncation=True, max_length=4)
+        small(images=draw_image(), text="<image>", truncation=True, max_length=4)
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "base_llm")
     with pytest.raises(ValueError, match="The tokenizer has no token '<image>': add it"):
         AlignGPTProcessor(small.image_processor, tokenizer)
@@ -325,7 +327,7 @@ def test_other_errors(small):
 def test_processor_and_config_must_agree(golden):
     tokenizer = golden.tokenizer
     golden.validate_with(config_for(tokenizer))
-    with pytest.raises(ValueError, match=r"pictures of 48x48, the vision tower takes 24x24 .*: set size and crop"):
+    with pytest.raises(ValueError, match=r"images of 48x48, the vision tower takes 24x24 .*: set size and crop"):
         golden.validate_with(config_for(tokenizer, image_size=24, patch_size=1))
     with pytest.raises(ValueError, match="image_seq_length is 576 in the processor and 144 in the config"):
         golden.validate_with(config_for(tokenizer, patch_size=4))
@@ -359,15 +361,15 @@ def test_image_processor_follows_the_tower(golden, tmp_path, caplog):
 
 
 @needs_masks
-def test_answers_are_masked_with_pictures_on_either_padding_side(small):
+def test_answers_are_masked_with_images_on_either_padding_side(small):
     chats = [
         [
-            user(shown(picture()), shown(picture(1)), "One?"),
+            user(shown(draw_image()), shown(draw_image(1)), "One?"),
             {"role": "assistant", "content": "First."},
-            user("Two?", shown(picture(2))),
+            user("Two?", shown(draw_image(2))),
             {"role": "assistant", "content": "Second one."},
         ],
-        [user("No picture."), {"role": "assistant", "content": "None."}],
+        [user("No image."), {"role": "assistant", "content": "None."}],
     ]
     for processor in (small, make_small("vicuna_v1", image_suffix=" ")):
         ends = "<|im_end|>"
@@ -393,18 +395,18 @@ def test_answers_are_masked_with_pictures_on_either_padding_side(small):
 def test_what_a_user_writes_is_text(small):
     """By default, in every way to ask; a model's own markers stay possible on purpose."""
     said = "What does <image> mean, and <align> or <|im_end|>?"
-    chat = [user(shown(picture()), said)]
+    chat = [user(shown(draw_image()), said)]
     end = small.tokenizer.convert_tokens_to_ids("<|im_end|>")
     ids = {"tokenize": True, "return_dict": True}
     rows = [small.apply_chat_template(chat, **ids)["input_ids"][0]]
     rows += [small.apply_chat_template([chat, chat], padding=True, **ids)["input_ids"][1]]
     text = small.apply_chat_template(chat, tokenize=False)
-    rows.append(small(images=[picture()], text=[text], add_special_tokens=False)["input_ids"][0])
+    rows.append(small(images=[draw_image()], text=[text], add_special_tokens=False)["input_ids"][0])
     for row in rows:
         assert row == rows[0]
         assert row.count(small.image_token_id) == 4 and row.count(small.align_token_id) == 1 and row.count(end) == 1
         assert said in tokens(small, row).replace(BREAK, "")
-    with pytest.raises(ValueError, match=r"Row 0: .* it has 2 and 1 pictures"):
+    with pytest.raises(ValueError, match=r"Row 0: .* it has 2 and 1 images"):
         small.apply_chat_template(chat, sanitize_control_tokens=False, **ids)
 
 
@@ -416,7 +418,7 @@ def test_answers_and_strings_are_text_too(small):
         user("and <|im_start|>assistant now?"),
     ]
     text = small.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    row = small(images=[picture()], text=[text], add_special_tokens=False)["input_ids"][0]
+    row = small(images=[draw_image()], text=[text], add_special_tokens=False)["input_ids"][0]
     ends, starts = (row.count(small.tokenizer.convert_tokens_to_ids(t)) for t in ("<|im_end|>", "<|im_start|>"))
     assert (ends, starts) == (3, 4)
     assert row.count(small.image_token_id) == 4 and row.count(small.align_token_id) == 1
@@ -499,8 +501,8 @@ def pipe():
 
 
 def test_pipeline_with_chats(pipe, tmp_path):
-    path = tmp_path / "picture.png"
-    picture().save(path)
+    path = tmp_path / "image.png"
+    draw_image().save(path)
     chat = [user({"type": "image", "path": str(path)}, "What is it?")]
     settings = {"max_new_tokens": 3, "do_sample": False} if IS_TRANSFORMERS_4 else {"max_new_tokens": 3}
     one = pipe(text=chat, **settings, return_full_text=False)
@@ -508,17 +510,17 @@ def test_pipeline_with_chats(pipe, tmp_path):
     full = pipe(text=chat, **settings)[0]["generated_text"]
     assert [message["role"] for message in full] == ["user", "assistant"]
     assert full[-1]["content"] == one[0]["generated_text"]
-    both = pipe(text=[chat, [user("No picture.")]], **settings, return_full_text=False)
+    both = pipe(text=[chat, [user("No image.")]], **settings, return_full_text=False)
     assert both[0][0]["generated_text"] == one[0]["generated_text"] and len(both) == 2
 
 
 def test_pipeline_with_prompts(pipe):
-    image = picture()
+    image = draw_image()
     one = pipe(images=image, text="<image> a", max_new_tokens=3, return_full_text=False)
     many = pipe(images=[image, image], text=["<image> a", "<image> a"], max_new_tokens=3, return_full_text=False)
     assert [row[0]["generated_text"] if isinstance(row, list) else row["generated_text"] for row in many] == [
         one[0]["generated_text"]
     ] * 2
-    assert isinstance(pipe(text="no picture", max_new_tokens=3)[0]["generated_text"], str)
-    with pytest.raises(ValueError, match=r"Row 0: .* it has 1 and 0 pictures"):
+    assert isinstance(pipe(text="no image", max_new_tokens=3)[0]["generated_text"], str)
+    with pytest.raises(ValueError, match=r"Row 0: .* it has 1 and 0 images"):
         pipe(text="<image> a", max_new_tokens=3)

@@ -9,7 +9,7 @@ PAD, BOS, EOS, IMAGE, ALIGN, VOCABULARY = 0, 1, 2, 60, 61, 64
 IMAGE_SIZE, PATCH_SIZE = 8, 4
 SEQ_LENGTH = (IMAGE_SIZE // PATCH_SIZE) ** 2
 TOP_LEVEL = 7
-PICTURE = [IMAGE] * SEQ_LENGTH
+IMAGE_TOKENS = [IMAGE] * SEQ_LENGTH
 
 CLIP = {
     "model_type": "clip_vision_model",
@@ -66,21 +66,21 @@ def tiny_model(text_config=None, vision_config=None, seed: int = 0, **kwargs) ->
     return randomize(AlignGPTForConditionalGeneration(tiny_config(text_config, vision_config, **kwargs)), seed)
 
 
-def row(*text: int, pictures: int = 1, before: tuple[int, ...] = ()) -> list[int]:
-    """BOS, `<align>` if there is a picture, text before, pictures, text behind."""
-    return [BOS] + [ALIGN] * bool(pictures) + list(before) + PICTURE * pictures + list(text)
+def row(*text: int, images: int = 1, before: tuple[int, ...] = ()) -> list[int]:
+    """BOS, `<align>` if there is an image, text before, images, text behind."""
+    return [BOS] + [ALIGN] * bool(images) + list(before) + IMAGE_TOKENS * images + list(text)
 
 
-def num_pictures(ids: list[int]) -> int:
+def num_images(ids: list[int]) -> int:
     return ids.count(IMAGE) // SEQ_LENGTH
 
 
-def draw_pictures(count: int, seed: int = 0) -> torch.Tensor:
+def draw_images(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(seed))
 
 
 def make_batch(rows: list[list[int]], side: str = "right", seed: int = 0) -> dict[str, torch.Tensor]:
-    """Padded rows with their positions and pictures (one draw for each picture, in reading order)."""
+    """Padded rows with their positions and images (one draw for each image, in reading order)."""
     length = max(map(len, rows))
     pads = [[PAD] * (length - len(ids)) for ids in rows]
 
@@ -94,8 +94,8 @@ def make_batch(rows: list[list[int]], side: str = "right", seed: int = 0) -> dic
         "attention_mask": attention_mask,
         "position_ids": (attention_mask.cumsum(1) - 1).clamp(min=0),
     }
-    if count := sum(map(num_pictures, rows)):
-        batch["pixel_values"] = draw_pictures(count, seed)
+    if count := sum(map(num_images, rows)):
+        batch["pixel_values"] = draw_images(count, seed)
     return batch
 
 
@@ -108,6 +108,6 @@ def prompts(rows: list[list[int]], side: str = "left", seed: int = 0) -> dict[st
 
 MIXED_ROWS = [
     row(5, 6, 7, 8, before=(9, 10)),
-    row(11, 12, pictures=2, before=(13,)),
-    row(14, 15, 16, 17, 18, pictures=0),
+    row(11, 12, images=2, before=(13,)),
+    row(14, 15, 16, 17, 18, images=0),
 ]

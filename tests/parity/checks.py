@@ -6,9 +6,9 @@ from parity.golden import CLEAR_MARGIN, IGNORED, VOCAB_SIZE, Batch, Seen, assert
 
 def assert_same_rows(batch: Batch, tensors: dict[str, torch.Tensor]):
     """Which row stands where, its mask, and (in training) which tokens count."""
-    with_picture = [row for row, has in enumerate(batch.has_picture) if has]
-    without = [row for row, has in enumerate(batch.has_picture) if not has]
-    assert tensors["row_source"].tolist() == with_picture + without
+    with_image = [row for row, has in enumerate(batch.has_image) if has]
+    without = [row for row, has in enumerate(batch.has_image) if not has]
+    assert tensors["row_source"].tolist() == with_image + without
     mask = in_their_order(batch.attention_mask, tensors, 0)
     assert torch.equal(mask, tensors["out_attention_mask"])
     if "out_labels" in tensors:
@@ -39,19 +39,19 @@ def assert_same_embeddings(seen: Seen, tensors: dict[str, torch.Tensor]):
 
 
 def assert_same_gate(seen: Seen, align_weights: torch.Tensor, batch: Batch, tensors: dict[str, torch.Tensor]):
-    """Text mean, dots, gate and alignment vector of each row with a picture; no gate call without any."""
+    """Text mean, dots, gate and alignment vector of each row with an image; no gate call without any."""
     if "gate_dots" not in tensors:
         assert not seen.gate_dots and not seen.text_mean
         return
-    with_picture = torch.tensor(batch.has_picture)
+    with_image = torch.tensor(batch.has_image)
     (mean, count), *others = seen.text_mean
     assert not others
-    assert torch.equal(count[with_picture], tensors["text_count"])
-    assert_close(mean[with_picture], tensors["text_mean"], "text_mean")
+    assert torch.equal(count[with_image], tensors["text_count"])
+    assert_close(mean[with_image], tensors["text_mean"], "text_mean")
     (dots,), (gate_logits,) = seen.gate_dots, seen.gate_logits
     assert_close(dots, tensors["gate_dots"], "gate_dots")
     assert_close(gate_logits, tensors["gate_logits"], "gate_logits")
-    assert_close(align_weights.detach()[with_picture][:, :-1], tensors["gate_weights"], "gate_weights")
-    assert torch.count_nonzero(align_weights[~with_picture]) == 0
+    assert_close(align_weights.detach()[with_image][:, :-1], tensors["gate_weights"], "gate_weights")
+    assert torch.count_nonzero(align_weights[~with_image]) == 0
     (embeds,) = seen.inputs_embeds
-    assert_close(embeds[with_picture, 1], tensors["align_vector"], "align_vector")
+    assert_close(embeds[with_image, 1], tensors["align_vector"], "align_vector")

@@ -3,8 +3,8 @@ Reference outputs of the authors' implementation, as inputs of ours.
 
 A golden folder holds `manifest.json` (what each file and tensor is), `tensors/`, `json/`, `images/`, and the weights.
 Every size comes from there, so another folder of the same layout can be named in `ALIGNGPT_GOLDEN`.
-Letters in shapes: B rows, T their positions (a picture is one id, -200), L positions with the picture's tokens in
-place, M pictures, V their vocabulary, R rows of their output.
+Letters in shapes: B rows, T their positions (an image is one id, -200), L positions with the image's tokens in
+place, M images, V their vocabulary, R rows of their output.
 """
 
 import json
@@ -24,7 +24,7 @@ GOLDEN = Path(os.environ.get("ALIGNGPT_GOLDEN") or Path(__file__).parents[1] / "
 MANIFEST = json.loads((GOLDEN / "manifest.json").read_text(encoding="utf-8"))
 VOCAB_SIZE = MANIFEST["about"]["llama"]["vocab_size"]
 TENSOR_FILES = tuple(Path(name).stem for name in MANIFEST["tensors"])
-PICTURE_ID = -200
+IMAGE_ID = -200
 IGNORED = -100
 CLEAR_MARGIN = 1e-3
 
@@ -60,8 +60,8 @@ def read_json(name: str):
     return json.loads((GOLDEN / "json" / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def picture(name: str) -> Image.Image:
-    """A picture of `images/`, in RGB as the authors read it."""
+def draw_image(name: str) -> Image.Image:
+    """An image of `images/`, in RGB as the authors read it."""
     with Image.open(GOLDEN / "images" / name) as image:
         return image.convert("RGB")
 
@@ -83,7 +83,7 @@ class Batch:
     attention_mask: torch.Tensor
     labels: torch.Tensor
     pixel_values: torch.Tensor | None
-    has_picture: list[bool]
+    has_image: list[bool]
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """What `forward` and `generate` take beside labels."""
@@ -92,14 +92,14 @@ class Batch:
 
 
 def _expand_row(ids: list[int], labels: list[int], config) -> tuple[list[int], list[int]]:
-    """One of their rows without padding -> ours; a row without a picture stays as it is."""
-    if PICTURE_ID not in ids:
+    """One of their rows without padding -> ours; a row without an image stays as it is."""
+    if IMAGE_ID not in ids:
         return ids, labels
     new_ids, new_labels = [], []
     for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
-        repeat = config.image_seq_length if token == PICTURE_ID else 1
-        new_ids += [config.image_token_id if token == PICTURE_ID else token] * repeat
-        new_labels += [IGNORED if token == PICTURE_ID else label] * repeat
+        repeat = config.image_seq_length if token == IMAGE_ID else 1
+        new_ids += [config.image_token_id if token == IMAGE_ID else token] * repeat
+        new_labels += [IGNORED if token == IMAGE_ID else label] * repeat
         if position == 0:
             new_ids.append(config.align_token_id)
             new_labels.append(IGNORED)
@@ -111,8 +111,8 @@ def our_batch(tensors: dict[str, torch.Tensor], config) -> Batch:
     Their batch as ours.
 
     Args:
-        tensors: of one file: `input_ids` [B, T] with -200 for a picture; `attention_mask` [B, T] and `labels` [B, T]
-            (absent at inference); `pixel_values` [B, 3, S, S], zeros for a row without a picture (absent without any).
+        tensors: of one file: `input_ids` [B, T] with -200 for an image; `attention_mask` [B, T] and `labels` [B, T]
+            (absent at inference); `pixel_values` [B, 3, S, S], zeros for a row without an image (absent without any).
         config: our model's config.
     """
     ids = tensors["input_ids"]
@@ -122,15 +122,15 @@ def our_batch(tensors: dict[str, torch.Tensor], config) -> Batch:
         _expand_row(ids_row[mask_row].tolist(), labels_row[mask_row].tolist(), config)
         for ids_row, labels_row, mask_row in zip(ids, labels, mask, strict=True)
     ]
-    has_picture = [config.image_token_id in row for row, _ in rows]
-    pixel_values = tensors["pixel_values"][torch.tensor(has_picture)] if any(has_picture) else None
+    has_image = [config.image_token_id in row for row, _ in rows]
+    pixel_values = tensors["pixel_values"][torch.tensor(has_image)] if any(has_image) else None
     length = max(len(row) for row, _ in rows)
     return Batch(
         input_ids=torch.tensor([row + [0] * (length - len(row)) for row, _ in rows]),
         attention_mask=torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row, _ in rows]),
         labels=torch.tensor([row + [IGNORED] * (length - len(row)) for _, row in rows]),
         pixel_values=pixel_values,
-        has_picture=has_picture,
+        has_image=has_image,
     )
 
 
@@ -138,7 +138,7 @@ def in_their_order(rows: torch.Tensor, tensors: dict[str, torch.Tensor], fill) -
     """
     Our rows [B, T', ...] in the order and at the length [R, L, ...] of their output.
 
-    Their rows with pictures come first, and every row is cut or padded to the length of these.
+    Their rows with images come first, and every row is cut or padded to the length of these.
     """
     length = tensors["out_attention_mask"].shape[1]
     rows = rows[tensors["row_source"]][:, :length]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from parity.checks import assert_same_embeddings, assert_same_gate, assert_same_logits, assert_same_rows
-from parity.golden import CLEAR_MARGIN, original_vocabulary, our_batch, picture, read, read_json, watch
+from parity.golden import CLEAR_MARGIN, draw_image, original_vocabulary, our_batch, read, read_json, watch
 
 
 PROMPTS = {prompt["name"]: prompt for prompt in read_json("inference")}
@@ -19,7 +19,7 @@ def _answer(model, batch, length: int, **kwargs) -> list[int]:
 def test_processor_gives_their_ids_and_pixels(name, stage2_model, stage2_processor):
     prompt, tensors = PROMPTS[name], read(f"infer_{name}")
     batch = our_batch(tensors, stage2_model.config)
-    images = [picture(prompt["image"])] if prompt["image"] else None
+    images = [draw_image(prompt["image"])] if prompt["image"] else None
     ours = stage2_processor(images=images, text=prompt["prompt"], return_tensors="pt")
     assert torch.equal(ours["input_ids"], batch.input_ids)
     assert torch.equal(ours["attention_mask"], batch.attention_mask)

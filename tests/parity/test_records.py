@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity.golden import IGNORED, TENSOR_FILES, our_batch, picture, read, read_json
+from parity.golden import IGNORED, TENSOR_FILES, draw_image, our_batch, read, read_json
 
 
 BATCHES = [name for name in TENSOR_FILES if name.startswith(("stage1_", "stage2_")) and "after" not in name]
@@ -15,7 +15,7 @@ def _messages(record: dict) -> list[dict]:
     for turn in record["conversations"]:
         content = [{"type": "text", "text": turn["value"].replace("<image>", "")}]
         if "<image>" in turn["value"]:
-            content.insert(0, {"type": "image", "image": picture(record["image"])})
+            content.insert(0, {"type": "image", "image": draw_image(record["image"])})
         messages.append({"role": ROLES[turn["from"]], "content": content})
     return messages
 

@@ -144,32 +144,32 @@ def saved(untrained_folder):
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return [render(scene, seed) for seed, scene in enumerate(draw_scenes(5, 0, "heldout"))]
 
 
-def test_answers_do_not_depend_on_the_batch(saved, untrained_folder, pictures):
+def test_answers_do_not_depend_on_the_batch(saved, untrained_folder, images):
     questions = ["what is in the picture?", "how many things are there?", "is there a cat?", "where is it?", "hello"]
-    answers, weights = saved.answer(pictures, questions)
-    for picture, question, answer, gate in zip(pictures, questions, answers, weights, strict=True):
-        (alone,), (gate_alone,) = saved.answer([picture], [question])
+    answers, weights = saved.answer(images, questions)
+    for image, question, answer, gate in zip(images, questions, answers, weights, strict=True):
+        (alone,), (gate_alone,) = saved.answer([image], [question])
         assert answer == alone
         assert gate == pytest.approx(gate_alone, abs=1e-5)
         assert sum(gate) == pytest.approx(1, abs=1e-5)
     assert len({tuple(round(weight, 3) for weight in gate) for gate in weights}) > 2
 
 
-def test_each_picture_is_captioned_at_its_level(saved, pictures):
+def test_each_image_is_captioned_at_its_level(saved, images):
     levels = [0, 7, 3, 3, 1]
-    captions = saved.caption(pictures, align_level=levels)
-    for picture, level, caption in zip(pictures, levels, captions, strict=True):
-        assert saved.caption([picture], align_level=level) == [caption]
-    assert len({saved.caption(pictures[:1], align_level=level)[0] for level in range(8)}) > 1
+    captions = saved.caption(images, align_level=levels)
+    for image, level, caption in zip(images, levels, captions, strict=True):
+        assert saved.caption([image], align_level=level) == [caption]
+    assert len({saved.caption(images[:1], align_level=level)[0] for level in range(8)}) > 1
 
 
-def test_numbers_of_pictures_and_questions_must_agree(saved, pictures):
-    with pytest.raises(ValueError, match="5 pictures, 1 prompts"):
-        saved.answer(pictures, ["hello"])
+def test_numbers_of_images_and_questions_must_agree(saved, images):
+    with pytest.raises(ValueError, match="5 images, 1 prompts"):
+        saved.answer(images, ["hello"])
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):
@@ -179,11 +179,11 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 
 def test_folders_are_evaluated_from_end_to_end(untrained_folder, tmp_path):
     write_world(tmp_path, 20, 20, 6, 4, progress=False)
-    (tmp_path / "pictures").mkdir()
-    captions = evaluate_captions(untrained_folder, tmp_path / "pairs", tmp_path / "pictures", examples=2)
+    (tmp_path / "images").mkdir()
+    captions = evaluate_captions(untrained_folder, tmp_path / "pairs", tmp_path / "images", examples=2)
     assert captions["number"] == 6 and [entry["level"] for entry in captions["by_level"]] == [0, 7]
     assert [len(example["by_level"]) for example in captions["examples"]] == [8, 8]
-    found = evaluate_questions(untrained_folder, tmp_path / "conversations", tmp_path / "pictures")
+    found = evaluate_questions(untrained_folder, tmp_path / "conversations", tmp_path / "images")
     rows, overall = found["questions"]["rows"], found["questions"]["overall"]
     assert overall["number"] == sum(row["number"] for row in rows)
     right = sum(row["accuracy"] * row["number"] for row in rows)
@@ -194,4 +194,4 @@ def test_folders_are_evaluated_from_end_to_end(untrained_folder, tmp_path):
     assert f"gets {sum(chances) / len(chances):.3f} right" in found["questions"]["notes"][0]
     assert sum(found["gate"]["mean"]) == pytest.approx(1, abs=1e-3)
     assert found["gate"]["top"] >= max(max(row["weights"]) for row in found["gate"]["by_type"])
-    assert len(list((tmp_path / "pictures").glob("*.png"))) >= 3
+    assert len(list((tmp_path / "images").glob("*.png"))) >= 3

@@ -135,17 +135,17 @@ def test_llama_tokenizer_round_trips(llama):
 
 
 def test_pretraining_text_is_laid_out_as_the_templates_do(llama):
-    """Slot and cells stand exactly where `<align>` and the picture's tokens will."""
+    """Slot and cells stand exactly where `<align>` and the image's tokens will."""
     tokenizer = llama[1]
     rng = random.Random(0)
-    picture = {"type": "image"}
+    image = {"type": "image"}
     for scene in draw_scenes(20, 4):
         questions = draw_questions(scene, 6, rng)
         messages = []
         for question in questions:
             content = [{"type": "text", "text": question.question}]
             messages += [
-                {"role": "user", "content": content if messages else [picture, *content]},
+                {"role": "user", "content": content if messages else [image, *content]},
                 {"role": "assistant", "content": question.answer},
             ]
         chat = [

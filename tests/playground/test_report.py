@@ -20,9 +20,9 @@ def folder(untrained_folder, tmp_path_factory):
     """What a quickstart leaves for the report, with the figures of an untrained model."""
     folder = tmp_path_factory.mktemp("report")
     write_world(folder / "data", 20, 20, 6, 8, progress=False)
-    (folder / "pictures").mkdir()
-    captions = evaluate_captions(untrained_folder, folder / "data/pairs", folder / "pictures", examples=2)
-    asked = evaluate_questions(untrained_folder, folder / "data/conversations", folder / "pictures")
+    (folder / "images").mkdir()
+    captions = evaluate_captions(untrained_folder, folder / "data/pairs", folder / "images", examples=2)
+    asked = evaluate_questions(untrained_folder, folder / "data/conversations", folder / "images")
     captions["examples"][0]["by_level"][0] = NASTY
     example = asked["questions"]["examples"][0]
     results = {
@@ -33,7 +33,7 @@ def folder(untrained_folder, tmp_path_factory):
             "edges": [0.0, 0.5, 1.0],
             "counts": [3, 5],
             "histogram": {"low": 0.0, "high": 1.0, "counts": [1, 2, 0, 5]},
-            "examples": [{"picture": example["picture"], "caption": "a cat", "score": 0.25}, None],
+            "examples": [{"image": example["image"], "caption": "a cat", "score": 0.25}, None],
         },
         "losses": {"pretrain": [[10, 2.0], [20, 1.5]], "instruct": []},
         "parameters": {"all": 3_859_079, "trained_in_pretrain": 75_648, "trained_in_instruct": 1_974_343},
@@ -44,7 +44,7 @@ def folder(untrained_folder, tmp_path_factory):
         "versions": {"torch": "2.13"},
         "attribution": "Sprites: OpenMoji (https://openmoji.org)",
     }
-    # pictures are named relative to the folder, as in a quickstart, which runs in it
+    # images are named relative to the folder, as in a quickstart, which runs in it
     text = json.dumps(results).replace(f"{folder.as_posix()}/", "")
     (folder / "results.json").write_text(text, encoding="utf-8")
     return folder
@@ -101,7 +101,7 @@ def test_the_page_is_well_formed_and_asks_for_nothing_outside(html, tags):
     assert "url(" not in html and "@import" not in html
 
 
-def test_pictures_are_embedded_and_described(folder, tags, results):
+def test_images_are_embedded_and_described(folder, tags, results):
     images = tags.attributes("img")
     number = len(results["captions"]["examples"]) + len(results["questions"]["examples"]) + 1 + 1
     assert len(images) == number
@@ -109,7 +109,7 @@ def test_pictures_are_embedded_and_described(folder, tags, results):
         kind, _, data = attrs["src"].partition(",")
         assert kind == "data:image/png;base64" and "alt" in attrs
         assert Image.open(io.BytesIO(base64.b64decode(data))).size == (64, 64)
-    first = (folder / results["captions"]["examples"][0]["picture"]).read_bytes()
+    first = (folder / results["captions"]["examples"][0]["image"]).read_bytes()
     assert base64.b64decode(images[0]["src"].partition(",")[2]) == first
 
 
@@ -167,8 +167,8 @@ def test_ticks_are_round_and_within(low, high):
     assert all(len(f"{value:g}") <= 5 for value in values)
 
 
-def test_missing_results_and_pictures_are_named(folder, results, tmp_path):
+def test_missing_results_and_images_are_named(folder, results, tmp_path):
     with pytest.raises(ValueError, match=r"holds no results\.json"):
         write_report(tmp_path)
-    with pytest.raises(ValueError, match=r"picture caption-0\.png, which is missing"):
+    with pytest.raises(ValueError, match=r"image caption-0\.png, which is missing"):
         render_report(results, tmp_path)

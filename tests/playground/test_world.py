@@ -34,9 +34,9 @@ def test_every_object_has_a_visible_sprite_of_its_own():
     assert len(OBJECTS) == sum(map(len, CATEGORIES.values())) >= 100
     seen = set()
     for name in OBJECTS:
-        picture = sprite(name, 28)
-        pixels = np.asarray(picture)
-        assert picture.mode == "RGBA" and max(picture.size) == 28
+        image = sprite(name, 28)
+        pixels = np.asarray(image)
+        assert image.mode == "RGBA" and max(image.size) == 28
         assert (pixels[..., 3] > 128).mean() > 0.08, name
         seen.add(pixels.tobytes())
     assert len(seen) == len(OBJECTS)
@@ -200,7 +200,7 @@ def test_every_answer_is_right():
     assert min(asked.values()) > 200, asked
 
 
-def test_conversations_hold_one_picture_and_alternate():
+def test_conversations_hold_one_image_and_alternate():
     for row in make_conversations(40, 0, turns=4):
         roles = [message["role"] for message in row["messages"]]
         assert roles == ["user", "assistant"] * len(row["types"]) and 1 <= len(row["types"]) <= 4

@@ -51,26 +51,26 @@ def run(command: str, recipe: str, **changes) -> int:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Pairs with levels, and LLaVA's JSON with a picture folder, as the recipes expect them."""
+    """Pairs with levels, and LLaVA's JSON with an image folder, as the recipes expect them."""
     folder = tmp_path_factory.mktemp("data")
     colours = {"red": (220, 30, 30), "green": (30, 180, 60), "blue": (40, 60, 220), "grey": (128, 128, 128)}
-    pictures = {name: PILImage.new("RGB", (40, 30), colour) for name, colour in colours.items()}
+    images = {name: PILImage.new("RGB", (40, 30), colour) for name, colour in colours.items()}
     (folder / "images").mkdir()
-    for name, picture in pictures.items():
-        picture.save(folder / "images" / f"{name}.png")
+    for name, image in images.items():
+        image.save(folder / "images" / f"{name}.png")
     part = {"type": Value("string"), "text": Value("string")}
     messages = List({"role": Value("string"), "content": List(part)})
     features = Features({"images": List(Image()), "messages": messages, "align_level": Value("int64")})
     rows = [
         {
-            "images": [picture],
+            "images": [image],
             "messages": [
                 {"role": "user", "content": [{"type": "image", "text": None}]},
-                {"role": "assistant", "content": [{"type": "text", "text": f"a {name} picture"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": f"a {name} image"}]},
             ],
             "align_level": 2 * number + 1,
         }
-        for number, (name, picture) in enumerate(pictures.items())
+        for number, (name, image) in enumerate(images.items())
     ]
     Dataset.from_list(rows, features=features).save_to_disk(folder / "scored")
     alignment = {"method": "uniform", "edges": [0.1, 0.2], "counts": [4], "scorer": "clip", "rows": {"read": 4}}
@@ -84,7 +84,7 @@ def data(tmp_path_factory):
                 {"from": "gpt", "value": name},
             ],
         }
-        for name in pictures
+        for name in images
     ]
     text_only = [{"from": "human", "value": "name a colour"}, {"from": "gpt", "value": "red, say"}]
     (folder / "mix.json").write_text(json.dumps([*records, {"id": "text", "conversations": text_only}]))
@@ -113,11 +113,11 @@ def stage1(data, tmp_path_factory):
     return train
 
 
-def answer(model, processor, picture: Path) -> list[int]:
-    """New ids of a greedy answer about a picture."""
+def answer(model, processor, image: Path) -> list[int]:
+    """New ids of a greedy answer about an image."""
     content = [{"type": "image"}, {"type": "text", "text": "what colour is it?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(images=[PILImage.open(picture)], text=[text], return_tensors="pt")
+    inputs = processor(images=[PILImage.open(image)], text=[text], return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
     return ids[0, inputs["input_ids"].shape[1] :].tolist()
 

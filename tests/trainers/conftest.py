@@ -23,14 +23,14 @@ IMAGE_SIZE, PATCH_SIZE, NUM_LEVELS = 32, 8, 4
 MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
 
 
-def picture(colour: str, size: tuple[int, int] = (40, 32), seed: int = 0) -> PILImage.Image:
-    """A noisy picture of one colour; `size` is (width, height)."""
+def draw_image(colour: str, size: tuple[int, int] = (40, 32), seed: int = 0) -> PILImage.Image:
+    """A noisy image of one colour; `size` is (width, height)."""
     noise = np.random.default_rng(seed).integers(-20, 20, (size[1], size[0], 3))
     return PILImage.fromarray(np.clip(np.array(COLOURS[colour]) + noise, 0, 255).astype(np.uint8))
 
 
-def message(role: str, text: str | None = None, pictures: int = 0) -> dict:
-    parts = [{"type": "image", "text": None}] * pictures + ([{"type": "text", "text": text}] if text else [])
+def message(role: str, text: str | None = None, images: int = 0) -> dict:
+    parts = [{"type": "image", "text": None}] * images + ([{"type": "text", "text": text}] if text else [])
     return {"role": role, "content": parts}
 
 
@@ -42,12 +42,12 @@ def to_dataset(rows: list[dict]) -> Dataset:
 
 
 def pair_rows(number: int) -> list[dict]:
-    """Stage-1 rows: a picture, its caption and a level."""
+    """Stage-1 rows: an image, its caption and a level."""
     names = list(COLOURS)
     return [
         {
-            "images": [picture(names[i % 4], seed=i)],
-            "messages": [message("user", pictures=1), message("assistant", f"a {names[i % 4]} square number {i}")],
+            "images": [draw_image(names[i % 4], seed=i)],
+            "messages": [message("user", images=1), message("assistant", f"a {names[i % 4]} square number {i}")],
             "align_level": i % NUM_LEVELS,
         }
         for i in range(number)
@@ -55,20 +55,20 @@ def pair_rows(number: int) -> list[dict]:
 
 
 def conversation_rows(number: int) -> list[dict]:
-    """Stage-2 rows: one turn, two turns, two pictures and no picture, in turn."""
+    """Stage-2 rows: one turn, two turns, two images and no image, in turn."""
     rows = []
     for i in range(number):
         colour = list(COLOURS)[i % 4]
-        first = [message("user", f"what colour is it {i}?", pictures=1), message("assistant", colour)]
+        first = [message("user", f"what colour is it {i}?", images=1), message("assistant", colour)]
         second = [message("user", "and the shape?"), message("assistant", "a square")]
-        pictures = [picture(colour, seed=i)]
+        images = [draw_image(colour, seed=i)]
         if i % 4 == 1:
             first += second
         elif i % 4 == 2:
-            first[0], pictures = message("user", "compare them", pictures=2), [*pictures, picture("red", (20, 50), i)]
+            first[0], images = message("user", "compare them", images=2), [*images, draw_image("red", (20, 50), i)]
         elif i % 4 == 3:
-            first, pictures = [message("user", f"name a colour {i}"), message("assistant", f"{colour} it is")], []
-        rows.append({"images": pictures, "messages": first})
+            first, images = [message("user", f"name a colour {i}"), message("assistant", f"{colour} it is")], []
+        rows.append({"images": images, "messages": first})
     return rows
 
 

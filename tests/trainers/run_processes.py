@@ -72,7 +72,7 @@ def starts_equal(plan: dict) -> dict:
 
 
 def trains(plan: dict) -> dict:
-    """Both stages; in stage 2, pictures in one process and none in the other at the same step."""
+    """Both stages; in stage 2, images in one process and none in the other at the same step."""
     report = {}
     for stage, rows in (("pretrain", "pairs"), ("instruct", "apart")):
         trainer = trainer_for(plan, stage, rows, f"two-{stage}")
@@ -136,7 +136,7 @@ def evaluates(plan: dict) -> dict:
 
 
 def shards(plan: dict) -> dict:
-    """FSDP2 by hand: pictures in rank 0, none in rank 1; the gradient of the fused head's loss."""
+    """FSDP2 by hand: images in rank 0, none in rank 1; the gradient of the fused head's loss."""
     rank = dist.get_rank()
     processor = AlignGPTProcessor.from_pretrained(plan["model"])
     model = AlignGPTForConditionalGeneration.from_pretrained(plan["model"], dtype=torch.float32).train()
@@ -161,7 +161,7 @@ def shards(plan: dict) -> dict:
     batch.pop("row_index", None)
     count = torch.tensor(int((batch["labels"][:, 1:] != -100).sum()))
     dist.all_reduce(count)
-    pictures = gathered("pixel_values" in batch)
+    images = gathered("pixel_values" in batch)
     outputs = model(**batch, fused_lm_head=True)
     # FSDP averages over the ranks
     loss = -outputs.log_probs.sum() / count * dist.get_world_size()
@@ -172,7 +172,7 @@ def shards(plan: dict) -> dict:
             gradients[name] = parameter.grad.full_tensor().contiguous()
     if rank == 0:
         save_file(gradients, str(Path(plan["folder"]) / "fsdp.safetensors"))
-    return {"pictures": pictures, "losses": gathered(float(loss.detach()) / dist.get_world_size())}
+    return {"pictures": images, "losses": gathered(float(loss.detach()) / dist.get_world_size())}
 
 
 def main(path: str):

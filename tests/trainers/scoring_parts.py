@@ -87,7 +87,7 @@ def save_scorers(folder):
 
 
 def make_pairs(count, seed=0):
-    """Pictures of several sizes and captions of several lengths, some beyond what the text models take."""
+    """Images of several sizes and captions of several lengths, some beyond what the text models take."""
     rng = np.random.default_rng(seed)
     images, texts = [], []
     for i in range(count):
@@ -98,7 +98,7 @@ def make_pairs(count, seed=0):
 
 
 def write_pairs(folder, count=50):
-    """(path of a JSONL file, its pictures, its captions) of pairs on disk."""
+    """(path of a JSONL file, its images, its captions) of pairs on disk."""
     images, texts = make_pairs(count)
     (folder / "pictures").mkdir()
     with (folder / "pairs.jsonl").open("w") as file:

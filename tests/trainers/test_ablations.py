@@ -30,7 +30,7 @@ def run(*words: object) -> str:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """Pairs, conversations and held-out pictures of the small world, and the shipped parts."""
+    """Pairs, conversations and held-out images of the small world, and the shipped parts."""
     folder = tmp_path_factory.mktemp("world")
     write_world(
         folder / "data", pairs=40, conversations=24, heldout_pairs=4, heldout_conversations=4, seed=0, progress=False

@@ -81,7 +81,7 @@ class TestScorer:
             PairScorer(str(tmp_path / "nowhere"))
         tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
         BertModel(BertConfig(vocab_size=8, **tiny)).save_pretrained(tmp_path / "bert")
-        with pytest.raises(ValueError, match="is a BertModel: it must encode pictures and texts"):
+        with pytest.raises(ValueError, match="is a BertModel: it must encode images and texts"):
             PairScorer(str(tmp_path / "bert"))
         CLIPModel.from_pretrained(scorers["clip"]).save_pretrained(tmp_path / "bare")
         with pytest.raises(ValueError, match="lacks its image processor or tokenizer"):
@@ -168,7 +168,7 @@ class TestScoreDataset:
         nothing = dict.fromkeys(("unreadable", "empty", "unusable", "below_min_score", "left_out_by_sampling"), 0)
         assert record["rows"] == {"read": 50, "scored": 50, "written": 50, **nothing, "captions_cut": 6}
         assert record["scorer"] == "clip" and len(record["sha256"]) == 64 and record["dtype"] == "float32"
-        # pictures travel with the rows, and the trainers' reader takes the folder as it is
+        # images travel with the rows, and the trainers' reader takes the folder as it is
         again = load_rows(tmp_path / "out")
         assert again["align_level"][:] == levels.tolist()
         assert again[3]["images"][0].tobytes() == images[3].tobytes()
@@ -207,7 +207,7 @@ class TestScoreDataset:
         with pytest.raises(ValueError, match="neither numbers nor an existing"):
             score_dataset(config(pairs, scorers, tmp_path / "x", binning="edges", edges=["nowhere.json"]))
 
-    def test_unreadable_pictures(self, pairs, scorers, tmp_path, caplog):
+    def test_unreadable_images(self, pairs, scorers, tmp_path, caplog):
         (tmp_path / "pictures" / "5.png").write_text("<html>")
         message = r"1 of 50 rows have no score \(1 unreadable\):\n  row 5: .*5\.png.*\n.*on_bad_row"
         with pytest.raises(ValueError, match=message):
@@ -224,10 +224,10 @@ class TestScoreDataset:
             (5, "5", "unreadable"),
             (9, "9", "unreadable"),
         ]
-        assert "5.png" in listed[0]["reason"] and "no such picture file" in listed[1]["reason"]
+        assert "5.png" in listed[0]["reason"] and "no such image file" in listed[1]["reason"]
         rows = load_from_disk(tmp_path / "skipped")
         assert rows["id"][:] == [str(i) for i in range(50) if i not in (5, 9)]
-        for row in rows:  # scores and pictures still belong together
+        for row in rows:  # scores and images still belong together
             assert row["images"][0].tobytes() == pairs[1][int(row["id"])].tobytes()
         assert np.isfinite(rows["clip_score"][:]).all() and min(rows["align_level"][:]) == 0
 
@@ -252,7 +252,7 @@ class TestScoreDataset:
         Dataset.from_list([{"image": i, "caption": t} for i, t in zip(images, texts, strict=True)]).save_to_disk(
             tmp_path / "held"
         )
-        with pytest.raises(ValueError, match=r"row 0: the picture is stored in the data set"):
+        with pytest.raises(ValueError, match=r"row 0: the image is stored in the data set"):
             score_dataset(config((str(tmp_path / "held"),), scorers, tmp_path / "no", embed_images=False))
 
     def test_refused(self, pairs, scorers, tmp_path):
@@ -263,7 +263,7 @@ class TestScoreDataset:
         assert (tmp_path / "there" / "alignment.json").is_file()
         two = [{"images": make_pairs(2)[0], "prompt": "?", "completion": "a"}]
         load_rows(two).save_to_disk(tmp_path / "two")
-        with pytest.raises(ValueError, match="row 0: 2 pictures; a pair to score has one"):
+        with pytest.raises(ValueError, match="row 0: 2 images; a pair to score has one"):
             score_dataset(config((str(tmp_path / "two"),), scorers, tmp_path / "out"))
         for options, message in [
             ({"binning": "edges"}, "belong together"),

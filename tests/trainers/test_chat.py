@@ -8,7 +8,7 @@ from aligngpt_trainers.commands import chat as chat_module
 from aligngpt_trainers.commands.chat import Chat
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
-from .conftest import NUM_LEVELS, picture
+from .conftest import NUM_LEVELS, draw_image
 
 
 @pytest.fixture
@@ -22,11 +22,11 @@ def files(tmp_path):
     names = []
     for colour in ("red", "blue"):
         names.append(str(tmp_path / f"{colour}.png"))
-        picture(colour).save(names[-1])
+        draw_image(colour).save(names[-1])
     return names
 
 
-def reference(chat: Chat, messages, pictures, **steering) -> str:
+def reference(chat: Chat, messages, images, **steering) -> str:
     """The same conversation through the processor's documented path."""
     inputs = chat.processor.apply_chat_template(
         messages,
@@ -34,32 +34,32 @@ def reference(chat: Chat, messages, pictures, **steering) -> str:
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        processor_kwargs={"images": pictures},
+        processor_kwargs={"images": images},
     )
     output = chat.model.generate(**inputs, **steering, max_new_tokens=6, do_sample=False)
     return chat.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
-def test_turns_and_pictures_add_up(chat, files, capsys):
-    chat.add_picture(files[0])
+def test_turns_and_images_add_up(chat, files, capsys):
+    chat.add_image(files[0])
     first = chat.ask("what colour is it?")
     assert capsys.readouterr().out.strip() == first
-    chat.add_picture(files[1])
+    chat.add_image(files[1])
     second = chat.ask("and this one?", stream=False)
     assert capsys.readouterr().out == ""
     user = lambda text: {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}  # noqa: E731
     answer = {"role": "assistant", "content": [{"type": "text", "text": first}]}
-    pictures = [picture("red"), picture("blue")]
-    assert first == reference(chat, [user("what colour is it?")], [picture("red")])
-    assert second == reference(chat, [user("what colour is it?"), answer, user("and this one?")], pictures)
-    assert len(chat.messages) == 4 and len(chat.pictures) == 2
+    images = [draw_image("red"), draw_image("blue")]
+    assert first == reference(chat, [user("what colour is it?")], [draw_image("red")])
+    assert second == reference(chat, [user("what colour is it?"), answer, user("and this one?")], images)
+    assert len(chat.messages) == 4 and len(chat.images) == 2
     chat.reset()
-    assert chat.messages == [] and chat.pictures == []
+    assert chat.messages == [] and chat.images == []
 
 
 def test_the_gates_weights_are_shown(chat, files):
-    assert "no picture" in chat.describe_weights()
-    chat.add_picture(files[0])
+    assert "no image" in chat.describe_weights()
+    chat.add_image(files[0])
     chat.ask("what colour is it?", stream=False)
     assert len(chat.weights) == NUM_LEVELS and sum(chat.weights) == pytest.approx(2, abs=1e-5)
     shown = chat.describe_weights().splitlines()
@@ -77,8 +77,10 @@ def test_steering_reaches_the_model(chat, files):
     for level in range(NUM_LEVELS):
         chat.reset()
         chat.set_level(level)
-        chat.add_picture(files[0])
-        assert chat.ask("what is it?", stream=False) == reference(chat, messages, [picture("red")], align_level=level)
+        chat.add_image(files[0])
+        assert chat.ask("what is it?", stream=False) == reference(
+            chat, messages, [draw_image("red")], align_level=level
+        )
     with pytest.raises(ValueError, match=rf"level {NUM_LEVELS} is not in 0\.\.{NUM_LEVELS - 1}"):
         chat.set_level(NUM_LEVELS)
 

@@ -9,10 +9,11 @@ import yaml
 from datasets import load_from_disk
 
 from aligngpt_trainers import AlignGPTInstructConfig, AlignGPTInstructTrainer
-from aligngpt_trainers.commands.check import check_stage, log_first_batch, recognise_stage
-from aligngpt_trainers.commands.check_measures import check_batch, mark_supervised, step_facts
+from aligngpt_trainers.commands.check import check_stage, recognise_stage
+from aligngpt_trainers.commands.check_measures import step_facts
 from aligngpt_trainers.commands.cli import main
 from aligngpt_trainers.commands.train import build_stage
+from aligngpt_trainers.first_batch import check_batch, log_first_batch, mark_supervised
 from modeling_aligngpt.assembly import assemble
 
 from .conftest import NUM_LEVELS, conversation_rows, pair_rows, settings, snapshot, to_dataset
@@ -66,10 +67,10 @@ class TestReports:
         assert report["stage"] == "pretrain" and report["levels"] == [4, 4, 4, 4]
         assert report["tokens"]["rows"] == 16 and report["tokens"]["image_tokens"] == 16 * 16
         assert report["tokens"]["p50"] <= report["tokens"]["p99"] <= report["tokens"]["longest"]
-        assert report["pictures"]["decoded"] == 16 and report["pictures"]["unreadable"] == 0
+        assert report["images"]["decoded"] == 16 and report["images"]["unreadable"] == 0
         trained = {name for name, part in report["parameters"].items() if part["trained"]}
         assert trained == {"multi_modal_projector", "align_embeddings"}
-        # a picture of 16 tokens, then the caption and its newline, which alone are learned
+        # an image of 16 tokens, then the caption and its newline, which alone are learned
         assert "<s><align><image>x16[[a " in report["example"]["text"].replace("[[ a", "[[a")
         assert report["example"]["text"].endswith("\n]]") and "square number" in shown
         assert 0 < report["first_loss"] < 12
@@ -80,7 +81,7 @@ class TestReports:
         assert main(["check", "--config", recipe("instruct")]) == 0
         shown = capsys.readouterr().out
         assert "aligngpt check: instruct of" in shown and "levels " not in shown
-        assert "4 without a picture, at most 2 in a row" in shown
+        assert "4 without an image, at most 2 in a row" in shown
         assert shown.count("[[") >= 1 and "</s>]]" in shown and "USER" in shown
 
     def test_values_are_those_of_training(self, recipe, tmp_path):
@@ -158,18 +159,18 @@ class TestProblems:
         assert report["rows"] == {"kept": 16, "cut": 3, "left_out": 0}
 
     @pytest.mark.parametrize("number", ["all", "3"])
-    def test_unreadable_pictures_are_named(self, recipe, tmp_path, capsys, number):
+    def test_unreadable_images_are_named(self, recipe, tmp_path, capsys, number):
         records = []
         for i in range(12):
-            (tmp_path / f"{i}.png").write_bytes(b"not a picture")
+            (tmp_path / f"{i}.png").write_bytes(b"not an image")
             if i != 11:
                 pair_rows(1)[0]["images"][0].save(tmp_path / f"{i}.png")
             turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": f"thing {i}"}]
             records.append({"id": f"x{i}", "image": f"{i}.png", "similarity": i % 4, "conversations": turns})
         (tmp_path / "data.json").write_text(json.dumps(records))
-        shown = self.status(capsys, "--config", recipe(dataset=str(tmp_path / "data.json")), "--pictures", number)
-        assert f"1 of {12 if number == 'all' else 3} pictures cannot be read" in shown
-        assert "row x11: picture cannot be read" in shown and "11.png" in shown
+        shown = self.status(capsys, "--config", recipe(dataset=str(tmp_path / "data.json")), "--images", number)
+        assert f"1 of {12 if number == 'all' else 3} images cannot be read" in shown
+        assert "row x11: image cannot be read" in shown and "11.png" in shown
         assert "tokens " in shown  # what could be measured is there
 
     def test_bad_rows(self, recipe, tmp_path, capsys):
@@ -180,7 +181,7 @@ class TestProblems:
         assert f"PROBLEM: Row 5 has align_level={NUM_LEVELS}" in shown
         (tmp_path / "data.json").write_text('[{"image": "gone.png", "caption": "a"}]')
         shown = self.status(capsys, "--config", recipe(dataset=str(tmp_path / "data.json")))
-        assert "PROBLEM: " in shown and "no such picture file" in shown
+        assert "PROBLEM: " in shown and "no such image file" in shown
 
     def test_an_unaligned_model(self, recipe, assembled, tmp_path, capsys):
         for part in assembled:
@@ -237,7 +238,7 @@ class TestSettings:
 
     def test_typos_are_errors_of_the_command(self, recipe, capsys):
         for words, message in (
-            (["--pictures", "some"], "--pictures some: a number of rows, or `all`"),
+            (["--images", "some"], "--images some: a number of rows, or `all`"),
             (["--batches", "0"], "--batches 0: at least 1"),
             (["--lerning_rate", "1"], "unknown setting --lerning_rate; did you mean '--learning_rate'"),
             (["--stage", "third"], "invalid choice: 'third'"),
@@ -248,7 +249,7 @@ class TestSettings:
     def test_help(self, capsys):
         with pytest.raises(SystemExit) as stop:
             main(["check", "--help"])
-        assert stop.value.code == 0 and "--pictures" in capsys.readouterr().out
+        assert stop.value.code == 0 and "--images" in capsys.readouterr().out
 
 
 class TestFirstBatch:
@@ -264,7 +265,7 @@ class TestFirstBatch:
         log_first_batch(trainer)
         lines = capsys.readouterr().out.strip().split("\n")
         assert len(lines) == 4 and lines[0].startswith("instruct: 8 rows, the longest of ")
-        assert "4 pictures" in lines[1] and "language_model" in lines[2]
+        assert "4 images" in lines[1] and "language_model" in lines[2]
         assert lines[3].startswith("  Row 0: <s><align>") and "<image>x16" in lines[3] and "[[" in lines[3]
         # neither model nor random numbers have moved
         assert torch.equal(state, torch.get_rng_state())
@@ -291,7 +292,7 @@ class TestFirstBatch:
         silent["labels"][2] = -100
         with pytest.raises(ValueError, match="Row c has no supervised token"):
             check_batch(silent, names, collator)
-        with pytest.raises(ValueError, match=r"Row a and those after it\) has 3 pictures and 64 image tokens, not 16"):
+        with pytest.raises(ValueError, match=r"Row a and those after it\) has 3 images and 64 image tokens, not 16"):
             check_batch({**batch, "pixel_values": batch["pixel_values"][1:]}, names, collator)
 
 

@@ -19,7 +19,7 @@ from aligngpt_trainers.storage.folders import read_record
 from modeling_aligngpt import AlignGPTForConditionalGeneration
 from modeling_aligngpt.assembly import assemble
 
-from .conftest import NUM_LEVELS, conversation_rows, pair_rows, picture, to_dataset
+from .conftest import NUM_LEVELS, conversation_rows, draw_image, pair_rows, to_dataset
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     to_dataset(pair_rows(16)).save_to_disk(folder / "pairs")
     to_dataset(conversation_rows(16)).save_to_disk(folder / "conversations")
-    picture("red").save(folder / "red.png")
+    draw_image("red").save(folder / "red.png")
     return folder
 
 
@@ -218,8 +218,8 @@ def test_help_needs_no_heavy_import():
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_a_broken_picture_is_named_in_one_line(stage1_folder, tmp_path, capsys, workers):
-    (tmp_path / "broken.png").write_bytes(b"not a picture")
+def test_a_broken_image_is_named_in_one_line(stage1_folder, tmp_path, capsys, workers):
+    (tmp_path / "broken.png").write_bytes(b"not an image")
     turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a cat"}]
     (tmp_path / "rows.json").write_text(json.dumps([{"id": "q7", "image": "broken.png", "conversations": turns}]))
     words = ["instruct", "--model", str(stage1_folder), "--dataset", str(tmp_path / "rows.json"), "--use_cpu", "true"]
@@ -240,7 +240,7 @@ def test_init_assembles_what_pretrain_takes(parts, recipe, tmp_path, capsys, hyp
     assert re.search(r"language model \(llama\) +\d", shown) and re.search(
         r"vision tower \(clip_vision_model\) +\d", shown
     )
-    assert re.search(r"image_seq_length\) +16 for a picture of 32 pixels", shown)
+    assert re.search(r"image_seq_length\) +16 for an image of 32 pixels", shown)
     assert re.search(r"chat template +vicuna_v1", shown)
     model = AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "fresh")
     expected, _ = assemble(*parts, num_align_levels=NUM_LEVELS, gate_hidden_size=16, seed=0)

@@ -7,7 +7,7 @@ from trl.data_utils import prepare_multimodal_messages
 from aligngpt_trainers import AlignGPTDataCollator
 from modeling_aligngpt import CHAT_TEMPLATES
 
-from .conftest import NUM_LEVELS, conversation_rows, message, pair_rows, picture
+from .conftest import NUM_LEVELS, conversation_rows, draw_image, message, pair_rows
 
 
 SEQ_LENGTH = 16
@@ -43,7 +43,7 @@ def test_stage_2_supervises_every_answer_with_eos(processor):
 @pytest.mark.parametrize("suffix", ["", " "])
 @pytest.mark.parametrize("template", ["vicuna_v1", "llama_2", "chatml", "mistral", "gemma", "llama_3", "phi", "plain"])
 def test_equals_the_processors_own_chat_template(processor, template, suffix):
-    """The collator's quick path gives what `apply_chat_template` gives, pictures included."""
+    """The collator's quick path gives what `apply_chat_template` gives, images included."""
     processor.image_suffix = suffix
     stage = "pretrain" if template == "plain" else "instruct"
     rows = pair_rows(4) if template == "plain" else conversation_rows(8)
@@ -83,13 +83,13 @@ def test_pads_on_the_right_to_a_multiple(processor):
         assert (batch["labels"][row, length:] == -100).all()
 
 
-def test_rows_without_pictures_make_a_batch_without_pixel_values(processor):
+def test_rows_without_images_make_a_batch_without_pixel_values(processor):
     batch = AlignGPTDataCollator(processor, "instruct")([row for row in conversation_rows(8) if not row["images"]])
     assert "pixel_values" not in batch
     assert not (batch["input_ids"] == processor.align_token_id).any()
 
 
-def test_pictures_keep_reading_order(processor):
+def test_images_keep_reading_order(processor):
     rows = conversation_rows(4)
     batch = AlignGPTDataCollator(processor, "instruct")(rows)
     flat = [image for row in rows for image in row["images"]]
@@ -127,7 +127,7 @@ def test_overlong_rows_raise_with_length_and_remedy(processor):
     AlignGPTDataCollator(processor, "instruct", max_length=length)([row])
 
 
-def test_truncate_cuts_answers_but_never_all_of_one_nor_pictures(processor):
+def test_truncate_cuts_answers_but_never_all_of_one_nor_images(processor):
     row = conversation_rows(2)[1]
     full = AlignGPTDataCollator(processor, "instruct")([row])
     first_answer = int((full["labels"][0] != -100).nonzero()[0])
@@ -147,9 +147,9 @@ def test_impossible_levels_are_refused(processor, level):
         collator([row])
 
 
-def test_unreadable_pictures_name_row_and_file(processor, tmp_path):
+def test_unreadable_images_name_row_and_file(processor, tmp_path):
     path = tmp_path / "broken.png"
-    path.write_bytes(b"not a picture")
+    path.write_bytes(b"not an image")
     collator = AlignGPTDataCollator(processor, "instruct")
     for value in (str(path), {"path": str(path), "bytes": None}, str(tmp_path / "missing.png")):
         with pytest.raises(ValueError, match=r"row 5.*(broken|missing)\.png"):
@@ -159,8 +159,8 @@ def test_unreadable_pictures_name_row_and_file(processor, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"images": []}, "0 picture.s. in `images` and 1"),
-        ({"images": [picture("red"), picture("blue")]}, "2 picture.s. in `images` and 1"),
+        ({"images": []}, "0 image.s. in `images` and 1"),
+        ({"images": [draw_image("red"), draw_image("blue")]}, "2 image.s. in `images` and 1"),
         ({"messages": [message("user", "hello", 1)]}, "no assistant message"),
         ({"messages": []}, "no `messages`"),
         ({"messages": [message("user", "see <image>", 1), message("assistant", "yes")]}, "placeholders"),
@@ -179,7 +179,7 @@ def test_bad_conversations_name_the_row(processor, change, words):
 def test_stage_1_takes_pairs_alone(processor):
     collator = AlignGPTDataCollator(processor, "pretrain", num_align_levels=NUM_LEVELS)
     for row in (conversation_rows(4)[3], conversation_rows(4)[2]):
-        with pytest.raises(ValueError, match="pairs of one picture and its caption"):
+        with pytest.raises(ValueError, match="pairs of one image and its caption"):
             collator([{**row, "align_level": 0}])
 
 

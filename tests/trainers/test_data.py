@@ -24,7 +24,7 @@ FEATURES = Features(
 )
 
 
-def picture(colour=RED, size=(6, 4), mode="RGB"):
+def draw_image(colour=RED, size=(6, 4), mode="RGB"):
     return PILImage.new("RGB", size, colour).convert(mode)
 
 
@@ -58,7 +58,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 def folder(tmp_path):
     for name, colour in {"a.png": RED, "b.png": BLUE, "deep/c.png": RED}.items():
         (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
-        picture(colour).save(tmp_path / "pictures" / name)
+        draw_image(colour).save(tmp_path / "pictures" / name)
     return tmp_path
 
 
@@ -88,13 +88,13 @@ class TestLlavaJson:
         assert [row["images"][0].getpixel((0, 0)) for row in rows] == [RED, BLUE]
         assert "align_level" not in rows.column_names
 
-    def test_pictures_stay_undecoded(self, folder):
+    def test_images_stay_undecoded(self, folder):
         rows = load_rows([llava()], image_folder=folder / "pictures")
         assert rows.with_format("arrow")[0]["images"].to_pylist() == [
             [{"bytes": None, "path": str(folder / "pictures" / "a.png")}]
         ]
 
-    def test_rows_without_and_with_several_pictures(self, folder):
+    def test_rows_without_and_with_several_images(self, folder):
         text = {"id": "t", "conversations": [turn("human", "Hi"), turn("gpt", "Hello")], "model": "m"}
         several = llava(image=["a.png", "b.png"])
         several["conversations"] = [
@@ -121,7 +121,7 @@ class TestLlavaJson:
         assert roles == ["system", "user", "assistant"]
 
     def test_several_files_and_kinds_of_the_same_column(self, folder):
-        """Ids that are numbers and texts, one picture and lists: what a table could not hold."""
+        """Ids that are numbers and texts, one image and lists: what a table could not hold."""
         (folder / "pictures" / "0.json").write_text(json.dumps([llava(id=1), llava(id="x", image=["a.png"])]))
         text = {"id": 3, "conversations": [turn("human", "Hi"), turn("gpt", "Hello")]}
         (folder / "pictures" / "1.json").write_text(json.dumps([text]))
@@ -144,26 +144,26 @@ class TestLlavaJson:
 class TestOtherLayouts:
     def test_messages_as_trl_writes_them(self):
         string = {
-            "images": [picture()],
+            "images": [draw_image()],
             "messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A kite."}],
         }
-        blocks = {"images": [picture()], "messages": PAIR}
+        blocks = {"images": [draw_image()], "messages": PAIR}
         for record in (string, blocks):
             assert load_rows([record])[0]["messages"] == PAIR
 
     def test_prompt_completion(self):
-        as_text = {"images": [picture()], "prompt": "What?", "completion": "A kite."}
+        as_text = {"images": [draw_image()], "prompt": "What?", "completion": "A kite."}
         as_messages = {
-            "images": [picture()],
+            "images": [draw_image()],
             "prompt": [{"role": "user", "content": "What?"}],
             "completion": [{"role": "assistant", "content": "A kite."}],
         }
         for record in (as_text, as_messages):
             assert load_rows([record])[0]["messages"] == PAIR
 
-    def test_prompt_completion_with_earlier_turns_and_several_pictures(self):
+    def test_prompt_completion_with_earlier_turns_and_several_images(self):
         record = {
-            "images": [picture(), picture(BLUE)],
+            "images": [draw_image(), draw_image(BLUE)],
             "prompt": [
                 {"role": "system", "content": "Be brief."},
                 {"role": "user", "content": [block(), block(), block("Compare.")]},
@@ -179,9 +179,9 @@ class TestOtherLayouts:
         assert rows[0]["messages"][1]["content"] == [block(), block(), block("Compare.")]
         assert rows[1]["messages"] == [said("user", block("Say hello.")), said("assistant", block("Hello."))]
 
-    def test_messages_with_pictures_in_several_turns_and_none(self):
+    def test_messages_with_images_in_several_turns_and_none(self):
         record = {
-            "images": [picture(), picture(BLUE)],
+            "images": [draw_image(), draw_image(BLUE)],
             "messages": [
                 {"role": "user", "content": [block("This"), block(), block("is?")]},
                 {"role": "assistant", "content": [block("Red.")]},
@@ -197,7 +197,7 @@ class TestOtherLayouts:
 
     @pytest.mark.parametrize("column", ["caption", "text"])
     def test_image_and_caption(self, column):
-        row = load_rows([{"image": picture(), column: "a kite", "clip_score": 0.25}])[0]
+        row = load_rows([{"image": draw_image(), column: "a kite", "clip_score": 0.25}])[0]
         assert row["messages"] == [said("user", block()), said("assistant", block("a kite"))]
         assert row["clip_score"] == 0.25 and row["images"][0].getpixel((0, 0)) == RED
         assert caption_of(row["messages"]) == "a kite"
@@ -213,7 +213,7 @@ class TestOtherLayouts:
 class TestDataSets:
     def embedded(self, count=5):
         return Dataset.from_dict(
-            {"image": [picture((i, 0, 0)) for i in range(count)], "caption": [f"number {i}" for i in range(count)]},
+            {"image": [draw_image((i, 0, 0)) for i in range(count)], "caption": [f"number {i}" for i in range(count)]},
             features=Features({"image": datasets.Image(), "caption": Value("string")}),
         )
 
@@ -224,11 +224,11 @@ class TestDataSets:
     def test_parquet_with_and_without_image_feature(self, tmp_path):
         self.embedded().to_parquet(tmp_path / "typed.parquet")
         raw = {
-            "image": [{"bytes": encode(picture((i, 0, 0)))} for i in range(5)],
+            "image": [{"bytes": encode(draw_image((i, 0, 0)))} for i in range(5)],
             "caption": [f"number {i}" for i in range(5)],
         }
         Dataset.from_dict(raw).to_parquet(tmp_path / "raw.parquet")
-        binary = {"image": [encode(picture((i, 0, 0))) for i in range(5)], "text": [f"number {i}" for i in range(5)]}
+        binary = {"image": [encode(draw_image((i, 0, 0))) for i in range(5)], "text": [f"number {i}" for i in range(5)]}
         Dataset.from_dict(binary).to_parquet(tmp_path / "binary.parquet")
         for name in ("typed", "raw", "binary"):
             self.check(load_rows(tmp_path / f"{name}.parquet"))
@@ -260,9 +260,9 @@ class TestDataSets:
         assert [[i.getpixel((0, 0)) for i in row["images"]] for row in rows] == [[RED], [RED, BLUE], []]
         assert rows[0]["messages"] == PAIR
 
-    def test_an_empty_picture_value_is_named(self):
-        source = Dataset.from_dict({"images": [[picture()], [None]], "messages": [PAIR, PAIR]}, features=FEATURES)
-        with pytest.raises(ValueError, match="row 1: an empty picture value"):
+    def test_an_empty_image_value_is_named(self):
+        source = Dataset.from_dict({"images": [[draw_image()], [None]], "messages": [PAIR, PAIR]}, features=FEATURES)
+        with pytest.raises(ValueError, match="row 1: an empty image value"):
             load_rows(source)
 
     def test_saved_folders_and_their_splits(self, tmp_path):
@@ -285,8 +285,8 @@ class TestDataSets:
     def test_own_rows_come_back_unchanged(self, tmp_path):
         first = load_rows(
             [
-                {"image": picture(), "caption": "a kite", "align_level": 2},
-                {"image": picture(BLUE), "caption": "sea", "align_level": 0},
+                {"image": draw_image(), "caption": "a kite", "align_level": 2},
+                {"image": draw_image(BLUE), "caption": "sea", "align_level": 0},
             ]
         )
         first.save_to_disk(tmp_path / "rows")
@@ -298,9 +298,9 @@ class TestDataSets:
         # memory-mapped, not read: a data set of many gigabytes opens at once
         assert any(type(block).__name__ == "MemoryMappedTable" for column in again.data.blocks for block in column)
 
-    def test_rows_without_picture_in_a_column_of_pictures(self):
+    def test_rows_without_image_in_a_column_of_images(self):
         source = Dataset.from_dict(
-            {"image": [None, picture(BLUE), None], "prompt": ["a", "b", "c"], "completion": ["1", "2", "3"]},
+            {"image": [None, draw_image(BLUE), None], "prompt": ["a", "b", "c"], "completion": ["1", "2", "3"]},
             features=Features({"image": datasets.Image(), "prompt": Value("string"), "completion": Value("string")}),
         )
         rows = load_rows(source)
@@ -311,7 +311,7 @@ class TestDataSets:
         source = Dataset.from_dict({"image": ["a.png", "b.png"], "caption": ["red", "blue"]})
         rows = load_rows(source, image_folder=folder / "pictures")
         assert [row["images"][0].getpixel((0, 0)) for row in rows] == [RED, BLUE]
-        with pytest.raises(ValueError, match=r"row 1: no such picture file '.*nine\.png'"):
+        with pytest.raises(ValueError, match=r"row 1: no such image file '.*nine\.png'"):
             load_rows(
                 Dataset.from_dict({"image": ["a.png", "nine.png"], "caption": ["x", "y"]}),
                 image_folder=folder / "pictures",
@@ -322,9 +322,9 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("change", "reason"),
         [
-            ({"image": "nine.png"}, r"no such picture file '.*nine\.png'"),
-            ({"image": ["a.png", "b.png"]}, r"2 picture\(s\) but 1 <image> placeholder"),
-            ({"image": None}, r"0 picture\(s\) but 1 <image> placeholder"),
+            ({"image": "nine.png"}, r"no such image file '.*nine\.png'"),
+            ({"image": ["a.png", "b.png"]}, r"2 image\(s\) but 1 <image> placeholder"),
+            ({"image": None}, r"0 image\(s\) but 1 <image> placeholder"),
             ({"conversations": [turn("gpt", "A kite.")]}, "does not begin with human/user but with 'assistant'"),
             ({"conversations": [turn("human", "<image>"), turn("gpt", " ")]}, "message 1: empty answer"),
             ({"conversations": [turn("human", "<image>")]}, "ends without an answer"),
@@ -364,9 +364,9 @@ class TestErrors:
             load_rows([{"question": "a", "answer": "b"}])
         with pytest.raises(ValueError, match="found the columns caption; accepted"):
             load_rows(Dataset.from_dict({"caption": ["a"]}))
-        load_rows([{"image": picture(), "caption": "a", "similarty": 3, "url": "u"}])
+        load_rows([{"image": draw_image(), "caption": "a", "similarty": 3, "url": "u"}])
         assert "columns not used: similarty." in caplog.text
-        with pytest.raises(ValueError, match=r"column 'image' .* does not hold pictures"):
+        with pytest.raises(ValueError, match=r"column 'image' .* does not hold images"):
             load_rows(Dataset.from_dict({"image": [1.5], "caption": ["a"]}))
 
     def test_sources(self, tmp_path):

@@ -47,7 +47,7 @@ def test_stage_2_logs_answers_and_gate_weights(stage1_folder, tmp_path):
         assert sum(log[name] for name in WEIGHTS) == pytest.approx(1, abs=1e-5)
         assert 0 <= log["eval_answer_match"] <= 1
     lines = lines_of(tmp_path)
-    # spread over the rows; the last has no picture and so no weights
+    # spread over the rows; the last has no image and so no weights
     assert [(line["step"], line["row"]) for line in lines] == [(step, row) for step in (2, 4) for row in (0, 2, 4, 7)]
     assert [line["align_weights"] is None for line in lines[:4]] == [False, False, False, True]
     assert lines[0]["reference"] == "red" and lines[1]["reference"] == "blue"

@@ -10,7 +10,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from aligngpt_trainers import AlignGPTDataCollator
 from modeling_aligngpt import CHAT_TEMPLATES
 
-from .conftest import conversation_rows, message, picture
+from .conftest import conversation_rows, draw_image, message
 
 
 TEMPLATES = [name for name in CHAT_TEMPLATES if name != "plain"]
@@ -20,8 +20,8 @@ def talk(turns: int = 3) -> dict:
     """A conversation of several turns about one image."""
     messages = []
     for turn in range(turns):
-        messages += [message("user", f"question {turn}?", pictures=not turn), message("assistant", f"a square {turn}")]
-    return {"images": [picture("red")], "messages": messages}
+        messages += [message("user", f"question {turn}?", images=not turn), message("assistant", f"a square {turn}")]
+    return {"images": [draw_image("red")], "messages": messages}
 
 
 def rendered(row: dict, processor, messages=None, **kwargs):
@@ -73,7 +73,7 @@ def test_a_batch_reads_as_its_rows(model_and_processor, side):
         for row, asked in ((talk(), 5), (talk(1), 1), (talk(), 3))
     ]
     settings = {"padding": True, "padding_side": side, "add_special_tokens": False}
-    images = [[picture("red")]] * 3
+    images = [[draw_image("red")]] * 3
     together = processor(text=texts, images=images, return_tensors="pt", **settings)
     assert together["prompt_mask"].shape == together["input_ids"].shape
     assert not (together["prompt_mask"] * (1 - together["attention_mask"])).any()
@@ -135,10 +135,10 @@ def test_the_reading_is_saved(model_and_processor, tmp_path):
 
 def test_a_text_without_turns_is_read_whole(model_and_processor):
     _, processor = model_and_processor
-    inputs = processor(text="<image> what is it?", images=picture("red"), return_tensors="pt")
+    inputs = processor(text="<image> what is it?", images=draw_image("red"), return_tensors="pt")
     assert torch.equal(inputs["prompt_mask"], inputs["attention_mask"])
     processor.chat_template = "{{ messages[0]['content'] }}"
-    inputs = processor(text="<image> USER: a ASSISTANT: b", images=picture("red"), return_tensors="pt")
+    inputs = processor(text="<image> USER: a ASSISTANT: b", images=draw_image("red"), return_tensors="pt")
     assert torch.equal(inputs["prompt_mask"], inputs["attention_mask"])
 
 

@@ -107,7 +107,7 @@ def test_the_gate_weighs_in_training_as_in_generation(stage1_folder, conversatio
 
 
 def test_gradient_accumulation_does_not_change_the_run(stage1_folder, conversations, tmp_path):
-    """Of mixed rows: with and without pictures, with one answer and two."""
+    """Of mixed rows: with and without images, with one answer and two."""
     runs = []
     for batch_size, steps in ((8, 1), (2, 4)):
         trainer = trainer_for(
@@ -127,7 +127,7 @@ def test_gradient_accumulation_does_not_change_the_run(stage1_folder, conversati
         torch.testing.assert_close(tensor, runs[1][1][name], rtol=0, atol=2e-5)
 
 
-def test_rows_without_pictures_train_alone_and_mixed(stage1_folder, tmp_path):
+def test_rows_without_images_train_alone_and_mixed(stage1_folder, tmp_path):
     text = [row for row in conversation_rows(16) if not row["images"]]
     trainer = trainer_for(str(stage1_folder), tmp_path, to_dataset(text), max_steps=2)
     before = snapshot(trainer.model)
@@ -178,7 +178,7 @@ def test_the_projector_can_have_its_own_learning_rate(stage1_folder, conversatio
 def test_a_processor_of_another_tower_is_refused(assembled, conversations, tmp_path):
     model, processor = assembled
     processor.image_processor.crop_size = {"height": 64, "width": 64}
-    with pytest.raises(ValueError, match=r"gives pictures of 64x64, the vision tower takes .*: set size and crop_size"):
+    with pytest.raises(ValueError, match=r"gives images of 64x64, the vision tower takes .*: set size and crop_size"):
         trainer_for(model, tmp_path, conversations, processor)
 
 

@@ -192,8 +192,8 @@ def test_the_projector_can_have_its_own_learning_rate(stage1_folder, tmp_path, s
     assert moved(before, trainer.model) == expected[stage]
 
 
-def test_batches_with_and_without_pictures_weigh_alike(stage1_folder, tmp_path):
-    """A step over one batch with pictures and one without equals the step over both at once."""
+def test_batches_with_and_without_images_weigh_alike(stage1_folder, tmp_path):
+    """A step over one batch with images and one without equals the step over both at once."""
     rows = [row for row in conversation_rows(32) if row["images"]][:4]
     rows += [row for row in conversation_rows(32) if not row["images"]][:4]
     runs = [

@@ -36,7 +36,7 @@ datasets.disable_progress_bars()
 from aligngpt_trainers.data.load import load_rows
 """
 
-PICTURES = """
+IMAGES = """
 import numpy as np
 from datasets import Dataset, Features, Image, Value
 def rows():
@@ -82,9 +82,9 @@ def measure(program: str, *words) -> list[float] | float:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_pictures_stay_on_disk(tmp_path):
-    """120 MB of pictures: opened, selected and streamed in a fraction of that."""
-    saved, selected, streamed = measure(PICTURES, tmp_path)
+def test_images_stay_on_disk(tmp_path):
+    """120 MB of images: opened, selected and streamed in a fraction of that."""
+    saved, selected, streamed = measure(IMAGES, tmp_path)
     assert saved < 30 and selected < 30 and streamed < 70, (saved, selected, streamed)
 
 

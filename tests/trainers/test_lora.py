@@ -17,7 +17,7 @@ from aligngpt_trainers.commands.train import build_stage
 from aligngpt_trainers.lora import check_lora, load_adapter, lora_targets, quantization_config
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
-from .conftest import conversation_rows, picture, to_dataset
+from .conftest import conversation_rows, draw_image, to_dataset
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def adapter(words, tmp_path_factory):
 def make_inputs(processor) -> dict[str, torch.Tensor]:
     content = [{"type": "image"}, {"type": "text", "text": "what colour is it?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return processor(images=[picture("red")], text=[text], return_tensors="pt")
+    return processor(images=[draw_image("red")], text=[text], return_tensors="pt")
 
 
 @torch.no_grad()

@@ -89,7 +89,7 @@ def test_activations_are_those_that_autograd_keeps(trainer):
     estimate = estimate_memory(trainer.model, shape, checkpointing=False)
     # the head's tiles and the tower's layer come and go, which autograd does not see
     assert 0.85 < estimate.activations / measured < 1.05
-    assert measured < estimate.activations + estimate.head + estimate.pictures
+    assert measured < estimate.activations + estimate.head + estimate.images
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16])

@@ -29,13 +29,13 @@ LIMIT = 400
 
 
 def rows_apart(number: int) -> list[dict]:
-    """Four rows with pictures, four without, and so on: in batches of four, each process has one kind."""
+    """Four rows with images, four without, and so on: in batches of four, each process has one kind."""
     rows = conversation_rows(4 * number)
-    with_pictures = [row for row in rows if row["images"]][:number]
+    with_images = [row for row in rows if row["images"]][:number]
     without = [row for row in rows if not row["images"]][:number]
     apart = []
     for start in range(0, number, 4):
-        apart += [*with_pictures[start : start + 4], *without[start : start + 4]]
+        apart += [*with_images[start : start + 4], *without[start : start + 4]]
     return apart
 
 
@@ -111,7 +111,7 @@ def test_projector_levels_and_gate_start_identical(two):
 
 @pytest.mark.parametrize("stage", ["pretrain", "instruct"])
 def test_two_processes_train_as_one(two, stage1_folder, tmp_path, stage):
-    """In stage 2, one process has pictures when the other has none."""
+    """In stage 2, one process has images when the other has none."""
     trainer_class, config_class, rows = {
         "pretrain": (AlignGPTPretrainTrainer, AlignGPTPretrainConfig, pair_rows(16)),
         "instruct": (AlignGPTInstructTrainer, AlignGPTInstructConfig, rows_apart_and_bad()),
@@ -158,7 +158,7 @@ def test_both_processes_share_the_evaluation(two):
     assert [line["row"] for line in lines] == [0, 2, 4] and {line["step"] for line in lines} == {2}
 
 
-def test_sharded_weights_with_pictures_in_one_process_alone(two, stage1_folder, tmp_path):
+def test_sharded_weights_with_images_in_one_process_alone(two, stage1_folder, tmp_path):
     """FSDP2 with the fused head: neither hangs nor differs from one process with all rows."""
     found = report(two, "shards")
     assert found["pictures"] == [True, False]

@@ -1,4 +1,4 @@
-"""Rows made ready for the trainers: lengths, pictures counted, positions kept, selections, nothing copied."""
+"""Rows made ready for the trainers: lengths, images counted, positions kept, selections, nothing copied."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def mapped_blocks(rows: Dataset) -> int:
     return sum(type(block).__name__ == "MemoryMappedTable" for line in blocks for block in line)
 
 
-def test_lengths_and_pictures_stand_beside_the_rows(prepare):
+def test_lengths_and_images_stand_beside_the_rows(prepare):
     rows, counts, collator = prepare(to_dataset(conversation_rows(8)))
     assert rows["num_images"][:] == [1, 1, 2, 0] * 2 and rows["row_index"][:] == list(range(8))
     assert {rows.features[name].dtype for name in ("length", "num_images")} == {"int32"}
@@ -87,18 +87,18 @@ def test_overlong_rows_of_a_selection_are_dropped(prepare):
         prepare(to_dataset(rows).select([7, 6, 0]), max_length=limit)
 
 
-def test_saved_pictures_are_never_copied(prepare, tmp_path):
+def test_saved_images_are_never_copied(prepare, tmp_path):
     to_dataset(conversation_rows(8)).save_to_disk(tmp_path / "rows")
     for rows in (load_from_disk(tmp_path / "rows"), load_from_disk(tmp_path / "rows").select([4, 1])):
         prepared, _, _ = prepare(rows)
-        pictures = prepared.data.column("images")
+        images = prepared.data.column("images")
         assert mapped_blocks(prepared) >= 1
         # the very bytes of the saved file
         source = load_from_disk(tmp_path / "rows").data.column("images")
-        assert pictures.nbytes == source.nbytes and len(prepared._data) == 8
+        assert images.nbytes == source.nbytes and len(prepared._data) == 8
 
 
-def test_single_pictures_under_the_name_of_lists(prepare):
+def test_single_images_under_the_name_of_lists(prepare):
     rows = Dataset.from_dict({"images": ["a.png"], "messages": [conversation_rows(1)[0]["messages"]]})
-    with pytest.raises(ValueError, match=r"must hold lists of pictures.*load_rows"):
+    with pytest.raises(ValueError, match=r"must hold lists of images.*load_rows"):
         prepare(rows)

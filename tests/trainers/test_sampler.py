@@ -109,8 +109,8 @@ def test_the_trainer_groups_by_modality_and_length(stage1_folder, tmp_path):
     seen = []
     for batch in trainer.get_train_dataloader():
         seen += batch["row_index"].tolist()
-        pictures = (batch["input_ids"] == trainer.model.config.image_token_id).any(1)
-        assert pictures.all() or not pictures.any() or len(seen) > 20
+        images = (batch["input_ids"] == trainer.model.config.image_token_id).any(1)
+        assert images.all() or not images.any() or len(seen) > 20
     assert sorted(seen) == list(range(24))
     trainer.train()
     summary = trainer.summary()

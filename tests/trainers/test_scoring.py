@@ -1,4 +1,4 @@
-"""What `aligngpt score` makes of scores: exact levels, filters, picture, LLaVA JSON, and nothing lost on the way."""
+"""What `aligngpt score` makes of scores: exact levels, filters, image, LLaVA JSON, and nothing lost on the way."""
 
 import csv
 import itertools
@@ -168,12 +168,12 @@ class TestWhatIsLeftOut:
         for row in again:
             assert row["images"][0].tobytes() == pairs[1][int(row["id"])].tobytes()
 
-    def test_rows_without_exactly_one_picture(self, scorers, tmp_path):
+    def test_rows_without_exactly_one_image(self, scorers, tmp_path):
         images, texts = make_pairs(12)
         rows = [{"images": [i], "prompt": "?", "completion": t} for i, t in zip(images, texts, strict=True)]
         rows[4]["images"], rows[7]["images"] = [], images[:2]
         load_rows(rows).save_to_disk(tmp_path / "mixed")
-        with pytest.raises(ValueError, match="row 4: 0 pictures; a pair to score has one picture"):
+        with pytest.raises(ValueError, match="row 4: 0 images; a pair to score has one image"):
             score_dataset(config((str(tmp_path / "mixed"),), scorers, tmp_path / "out"))
         record = score_dataset(config((str(tmp_path / "mixed"),), scorers, tmp_path / "out", on_bad_row="skip"))
         assert record["rows"]["written"] == 10 and record["rows"]["unusable"] == 2
@@ -183,9 +183,9 @@ class TestWhatIsLeftOut:
 class TestOutput:
     def test_histogram_shows_scores_and_edges(self, pairs, scorers, tmp_path):
         record = score_dataset(config(pairs, scorers, tmp_path / "out", num_align_levels=5))
-        with PILImage.open(tmp_path / "out" / "histogram.png") as picture:
-            assert picture.format == "PNG"
-            pixels = np.asarray(picture.convert("RGB")).astype(int)
+        with PILImage.open(tmp_path / "out" / "histogram.png") as image:
+            assert image.format == "PNG"
+            pixels = np.asarray(image.convert("RGB")).astype(int)
         red = (pixels[..., 0] > pixels[..., 1] + 30).sum(0) > pixels.shape[0] / 2
         places = np.flatnonzero(red & ~np.roll(red, 1))
         assert len(places) == 6  # a line for each edge, equally far from each other as uniform edges are
@@ -194,7 +194,7 @@ class TestOutput:
         inside = [blue[low + 4 : high - 3].any() for low, high in itertools.pairwise(places)]
         assert inside == [count > 0 for count in record["counts"]]
 
-    def test_record_says_how_pictures_were_prepared(self, pairs, scorers, tmp_path):
+    def test_record_says_how_images_were_prepared(self, pairs, scorers, tmp_path):
         record = score_dataset(config(pairs, scorers, tmp_path / "out"))
         prepared = record["preprocessing"]
         assert prepared["size"] == {"shortest_edge": 16} and prepared["crop_size"] == {"height": 16, "width": 16}
@@ -215,7 +215,7 @@ class TestOutput:
             for i, text in enumerate(pairs[2])
         ]
         (tmp_path / "llava.json").write_text(json.dumps(llava))
-        # pictures as files: the paths stay what they were
+        # images as files: the paths stay what they were
         file = tmp_path / "scored.json"
         score_dataset(
             config((str(tmp_path / "llava.json"),), scorers, tmp_path / "out", json_output=str(file), min_score=-0.1)
@@ -231,7 +231,7 @@ class TestOutput:
         again = load_rows(file)
         for column in ("id", "align_level", "clip_score", "messages"):
             assert again[column][:] == rows[column][:]
-        # pictures stored in the data set: they are written beside the file
+        # images stored in the data set: they are written beside the file
         two = str(tmp_path / "sub" / "two.json")
         score_dataset(config((str(tmp_path / "out"),), scorers, tmp_path / "out2", json_output=two))
         second = load_rows(two)
@@ -335,8 +335,8 @@ class TestNothingIsLost:
             score_dataset(config(pairs, scorers, tmp_path / "out"))
 
 
-def test_changed_pictures_in_the_data_set_are_noticed(scorers, tmp_path):
-    """The digest of the data reads both ends of embedded pictures and every text."""
+def test_changed_images_in_the_data_set_are_noticed(scorers, tmp_path):
+    """The digest of the data reads both ends of embedded images and every text."""
     images, texts = make_pairs(20)
 
     def digest(images, texts, name):

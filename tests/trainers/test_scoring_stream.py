@@ -37,7 +37,7 @@ def whole(pairs, scorers, tmp_path):
 
 
 def held_pairs(pairs):
-    """The pairs with their pictures embedded."""
+    """The pairs with their images embedded."""
     rows = {"id": [str(i) for i in range(50)], "image": pairs[1], "caption": pairs[2]}
     return Dataset.from_dict(rows).cast_column("image", Image())
 
@@ -78,7 +78,7 @@ def test_every_kind_of_stream(kind, pairs, scorers, whole, tmp_path):
     found = load_rows(tmp_path / "out")
     assert found["id"][:] == whole["id"][:] and record["rows"]["written"] == 50
     np.testing.assert_allclose(found["clip_score"][:], whole["clip_score"][:], atol=2e-6)
-    assert [row["images"][0].tobytes() for row in found] == [picture.tobytes() for picture in pairs[1]]
+    assert [row["images"][0].tobytes() for row in found] == [image.tobytes() for image in pairs[1]]
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -150,8 +150,8 @@ def test_finished_blocks_are_not_scored_or_spooled_again(pairs, scorers, whole, 
     assert load_from_disk(tmp_path / "out")["clip_score"][:] == whole["clip_score"][:]
 
 
-def test_pictures_within_archives_are_fetched(pairs, scorers, whole, tmp_path):
-    """A folder of pictures that `datasets` streams out of a zip file names them by address, without their bytes."""
+def test_images_within_archives_are_fetched(pairs, scorers, whole, tmp_path):
+    """A folder of images that `datasets` streams out of a zip file names them by address, without their bytes."""
     (tmp_path / "source").mkdir()
     with zipfile.ZipFile(tmp_path / "source" / "train.zip", "w") as archive:
         lines = [json.loads(line) for line in Path(pairs[0]).read_text().splitlines()]
@@ -167,7 +167,7 @@ def test_pictures_within_archives_are_fetched(pairs, scorers, whole, tmp_path):
     assert len(scores) == 50
     np.testing.assert_allclose([scores[i] for i in whole["id"]], whole["clip_score"][:], atol=2e-6)
     assert {row["id"]: row["images"][0].tobytes() for row in found} == {
-        str(i): picture.tobytes() for i, picture in enumerate(pairs[1])
+        str(i): image.tobytes() for i, image in enumerate(pairs[1])
     }
 
 

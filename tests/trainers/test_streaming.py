@@ -22,7 +22,7 @@ from aligngpt_trainers.data.load import load_rows
 from aligngpt_trainers.data.sources import open_source
 from aligngpt_trainers.rows import prepare_rows, stream_totals
 
-from .conftest import NUM_LEVELS, conversation_rows, losses, pair_rows, picture, settings, to_dataset
+from .conftest import NUM_LEVELS, conversation_rows, draw_image, losses, pair_rows, settings, to_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -37,27 +37,27 @@ def captions(rows) -> list[str]:
 
 
 def llava(folder, number: int, start: int = 0, **more) -> list[dict]:
-    """Records as in LLaVA's files, their pictures in `folder`; every third has none, every fourth two."""
+    """Records as in LLaVA's files, their images in `folder`; every third has none, every fourth two."""
     records = []
     for i in range(start, start + number):
-        pictures = [] if i % 3 == 2 else ["a.png", "b.png"] if i % 4 == 3 else "a.png"
-        question = "<image>\n" * (len(pictures) if isinstance(pictures, list) else 1) + "What?"
+        images = [] if i % 3 == 2 else ["a.png", "b.png"] if i % 4 == 3 else "a.png"
+        question = "<image>\n" * (len(images) if isinstance(images, list) else 1) + "What?"
         record = {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": f"Thing {i}."}]}
-        records.append(record | ({"image": pictures} if pictures else {}) | more)
+        records.append(record | ({"image": images} if images else {}) | more)
     return records
 
 
 @pytest.fixture
 def folder(tmp_path):
     for name, colour in {"a.png": "red", "b.png": "blue"}.items():
-        picture(colour).save(tmp_path / name)
+        draw_image(colour).save(tmp_path / name)
     return tmp_path
 
 
 @pytest.fixture
 def table():
     return Dataset.from_dict(
-        {"image": [picture("red", seed=i) for i in range(12)], "caption": [f"number {i}" for i in range(12)]},
+        {"image": [draw_image("red", seed=i) for i in range(12)], "caption": [f"number {i}" for i in range(12)]},
         features=Features({"image": Image(), "caption": Value("string")}),
     )
 
@@ -115,8 +115,8 @@ class TestSources:
         opened, _ = open_source(tmp_path / "one.parquet", None, None, None, streaming=True)
         assert opened.num_shards == 4
 
-    def test_pictures_stay_undecoded(self, folder):
-        (folder / "broken.png").write_bytes(b"no picture")
+    def test_images_stay_undecoded(self, folder):
+        (folder / "broken.png").write_bytes(b"no image")
         (folder / "data.json").write_text(json.dumps(llava(folder, 1, image="broken.png")))
         stream = load_rows(folder / "data.json", streaming=True)
         assert next(iter(stream.decode(False)))["images"] == [{"path": str(folder / "broken.png"), "bytes": None}]
@@ -149,7 +149,7 @@ class TestBadRows:
     def test_stop_the_stream_when_their_turn_comes(self, folder):
         rows = iter(load_rows(self.source(folder), streaming=True, shuffle_buffer=0))
         assert captions(next(rows) for _ in range(3)) == ["Thing 0.", "Thing 1.", "Thing 2."]
-        with pytest.raises(ValueError, match=r"data\.jsonl: row 3: no such picture file '.*gone\.png'.*\n.*on_bad_row"):
+        with pytest.raises(ValueError, match=r"data\.jsonl: row 3: no such image file '.*gone\.png'.*\n.*on_bad_row"):
             next(rows)
 
     @pytest.mark.parametrize("workers", [0, 2])
@@ -159,7 +159,7 @@ class TestBadRows:
         assert captions(kept) == [f"Thing {i}." for i in (0, 1, 2, 4, 6, 7)]
         assert rows.stream_counts.totals() == {"rows_left_out": 2}
         if not workers:  # a worker's log goes to its own stderr
-            assert "1 row left out so far; the last: row 3: no such picture file" in caplog.text
+            assert "1 row left out so far; the last: row 3: no such image file" in caplog.text
 
     def test_of_a_stream_of_datasets(self, table, tmp_path):
         table.add_column("id", [f"x{i}" for i in range(12)]).map(
@@ -225,7 +225,7 @@ class TestPreparedStreams:
         with pytest.raises(ValueError, match=r"Row 0 has \d+ tokens, more than max_length=40"):
             list(stream)
 
-    def test_rows_without_pictures_column(self, assembled, tmp_path):
+    def test_rows_without_images_column(self, assembled, tmp_path):
         rows = to_dataset([row for row in conversation_rows(8) if not row["images"]]).remove_columns("images")
         stream, collator, _ = self.prepared(assembled[1], rows.to_iterable_dataset(), tmp_path)
         batch = collator(list(stream))

@@ -34,7 +34,7 @@ class DataArguments:
     eval_dataset: str | None = field(default=None, metadata={"help": "Rows to evaluate on (see `eval_strategy`)."})
     eval_split: str | None = field(default=None, metadata={"help": "Split of `eval_dataset`."})
     image_folder: str | None = field(
-        default=None, metadata={"help": "What relative picture paths start from; default: the folder of the file."}
+        default=None, metadata={"help": "What relative image paths start from; default: the folder of the file."}
     )
     on_bad_row: str = field(
         default="raise",

@@ -1,4 +1,4 @@
-"""`aligngpt chat`: questions about pictures in the terminal, answered word by word."""
+"""`aligngpt chat`: questions about images in the terminal, answered word by word."""
 
 import argparse
 import os
@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     import torch
 
 HELP = """\
-commands: /image FILE  one more picture, with the next question
-          /reset       forget the conversation and its pictures
+commands: /image FILE  one more image, with the next question
+          /reset       forget the conversation and its images
           /level K     steer to alignment level K (0-based); /level alone: what the model does by itself
           /weights     show the gate's weights of the last question
           /quit        leave"""
@@ -20,7 +20,7 @@ BAR_WIDTH = 30
 
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--model", required=True, help="an AlignGPT: folder or Hub id")
-    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
+    parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
     parser.add_argument("--question", help="ask this once and leave; without it the chat is interactive")
     parser.add_argument("--align-level", type=int, metavar="K", help="steer to one alignment level (0-based)")
     parser.add_argument("--show-weights", action="store_true", help="show how the gate mixes the local levels")
@@ -48,7 +48,7 @@ class Chat:
 
     def reset(self):
         self.messages: list[dict[str, Any]] = []
-        self.pictures: list = []
+        self.images: list = []
         self.waiting: list = []
         self.weights: list[float] | None = None
 
@@ -58,8 +58,8 @@ class Chat:
             raise ValueError(f"alignment level {align_level} is not in 0..{levels - 1}, the model's levels (0-based).")
         self.align_level = align_level
 
-    def add_picture(self, path: str):
-        """A picture that goes with the next question; ValueError when it cannot be read."""
+    def add_image(self, path: str):
+        """An image that goes with the next question; ValueError when it cannot be read."""
         from ..data.images import load_image
 
         self.waiting.append(load_image(path))
@@ -70,8 +70,8 @@ class Chat:
         from transformers import TextStreamer
 
         content = [{"type": "image"} for _ in self.waiting] + [{"type": "text", "text": question}]
-        pictures, messages = self.pictures + self.waiting, [*self.messages, {"role": "user", "content": content}]
-        inputs = self._inputs(messages, pictures)
+        images, messages = self.images + self.waiting, [*self.messages, {"role": "user", "content": content}]
+        inputs = self._inputs(messages, images)
         steering = {} if self.align_level is None else {"align_level": self.align_level}
         with torch.inference_mode():
             output = self.model.generate(
@@ -92,14 +92,14 @@ class Chat:
             if stream:
                 print("(no answer)")
             return answer
-        self.pictures, self.waiting = pictures, []
+        self.images, self.waiting = images, []
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
         return answer
 
-    def _inputs(self, messages: list[dict[str, Any]], pictures: list) -> "dict[str, torch.Tensor]":
+    def _inputs(self, messages: list[dict[str, Any]], images: list) -> "dict[str, torch.Tensor]":
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         # the template writes BOS itself
-        inputs = self.processor(text=[text], images=pictures or None, return_tensors="pt", add_special_tokens=False)
+        inputs = self.processor(text=[text], images=images or None, return_tensors="pt", add_special_tokens=False)
         inputs = inputs.to(self.model.device)
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
@@ -108,7 +108,7 @@ class Chat:
     def describe_weights(self) -> str:
         """What each level contributed to the last answer as bars, a line a level."""
         if self.weights is None:
-            return "no picture so far: nothing to weigh."
+            return "no image so far: nothing to weigh."
         lines = [
             f"level {level}  {weight:5.3f}  {'█' * round(weight * BAR_WIDTH)}".rstrip()
             for level, weight in enumerate(self.weights)
@@ -144,7 +144,7 @@ def run(args: argparse.Namespace):
     processor.validate_with(model.config)
     chat = Chat(model, processor, args.align_level, args.max_new_tokens, args.temperature)
     for path in args.image:
-        chat.add_picture(path)
+        chat.add_image(path)
     if args.question is not None:
         chat.ask(args.question)
         if args.show_weights:
@@ -174,7 +174,7 @@ def _command(chat: Chat, line: str):
     name, _, value = line.partition(" ")
     value = value.strip()
     if name == "/image" and value:
-        chat.add_picture(value)
+        chat.add_image(value)
     elif name == "/reset":
         chat.reset()
     elif name == "/level":

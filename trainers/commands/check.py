@@ -1,5 +1,5 @@
 """
-`aligngpt check`: a stage's settings, model, rows, tokens, pictures and memory tried without training.
+`aligngpt check`: a stage's settings, model, rows, tokens, images and memory tried without training.
 
     aligngpt check --config pretrain.yaml
 
@@ -31,8 +31,8 @@ from .check_measures import (
     batch_names,
     first_batches,
     first_loss,
+    image_facts,
     level_counts,
-    picture_facts,
     step_facts,
     token_facts,
 )
@@ -52,13 +52,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=PROG,
         allow_abbrev=False,
-        description="Try a stage without training: tokens, pictures, levels, an example, memory, steps. Takes all "
+        description="Try a stage without training: tokens, images, levels, an example, memory, steps. Takes all "
         "settings of `aligngpt pretrain` or `aligngpt instruct` (see their --help) besides these.",
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="Settings in YAML; the command line overrides them.")
     parser.add_argument("--stage", choices=("pretrain", "instruct"), help="Default: recognised from the settings.")
     parser.add_argument(
-        "--pictures", default="200", metavar="N|all", help="Rows whose pictures are decoded (default: 200)."
+        "--images", default="200", metavar="N|all", help="Rows whose images are decoded (default: 200)."
     )
     parser.add_argument("--batches", type=int, default=3, help="First batches to look at (default: 3).")
     parser.add_argument("--devices", type=int, default=1, help="Devices to estimate memory and steps for (default: 1).")
@@ -80,9 +80,9 @@ def check_command(argv: Sequence[str]) -> int:
     parser.error = _refuse
     own, words = parser.parse_known_args(with_known_flags(argv, parser))
     words = ["--config", own.config, *words] if own.config is not None else words
-    number = None if own.pictures == "all" else own.pictures
+    number = None if own.images == "all" else own.images
     if number is not None and not (number.isdigit()):
-        raise ValueError(f"--pictures {own.pictures}: a number of rows, or `all`.")
+        raise ValueError(f"--images {own.images}: a number of rows, or `all`.")
     for name, least in (("batches", 1), ("devices", 1)):
         if getattr(own, name) < least:
             raise ValueError(f"--{name} {getattr(own, name)}: at least {least}.")
@@ -90,7 +90,7 @@ def check_command(argv: Sequence[str]) -> int:
     report = check_stage(
         stage,
         words,
-        num_pictures=None if number is None else int(number),
+        num_images=None if number is None else int(number),
         num_batches=own.batches,
         num_devices=own.devices,
         light=own.no_model,
@@ -157,7 +157,7 @@ def check_stage(
     stage: str,
     words: Sequence[str],
     *,
-    num_pictures: int | None = 200,
+    num_images: int | None = 200,
     num_batches: int = 3,
     num_devices: int = 1,
     light: bool = False,
@@ -168,13 +168,13 @@ def check_stage(
     Args:
         stage: `"pretrain"` or `"instruct"`.
         words: what would stand behind the stage's command.
-        num_pictures: rows whose pictures are decoded; all, when `None`.
+        num_images: rows whose images are decoded; all, when `None`.
         num_batches: first batches to look at.
         num_devices: devices that memory and steps are estimated for.
         light: read no weights; without the loss.
 
     Returns:
-        Facts by name (`tokens`, `batches`, `pictures`, `levels`, `parameters`, `steps`, `memory`, `example`,
+        Facts by name (`tokens`, `batches`, `images`, `levels`, `parameters`, `steps`, `memory`, `example`,
         `first_loss`), those that could be found; `problems` that would stop training, and `warnings`.
 
     Raises:
@@ -209,7 +209,7 @@ def check_stage(
                 os.rmdir(config.output_dir)
         if light and model_args.load_in_4bit:
             report["warnings"].append("Without weights nothing is in four bits: the memory is that of whole weights.")
-        _measure_rows(run, report, num_pictures, counted)
+        _measure_rows(run, report, num_images, counted)
         _measure_batches(run.trainer, report, num_batches, light)
         _measure_model(run.trainer, report, num_devices)
     return report
@@ -248,7 +248,7 @@ class _Warnings(python_logging.Handler):
             python_logging.getLogger(name).removeHandler(self)
 
 
-def _measure_rows(run: "StageRun", report: dict[str, Any], num_pictures: int | None, counted: bool) -> None:
+def _measure_rows(run: "StageRun", report: dict[str, Any], num_images: int | None, counted: bool) -> None:
     trainer = run.trainer
     rows, args = trainer.train_dataset, trainer.args
     if isinstance(rows, IterableDataset):
@@ -273,11 +273,11 @@ def _measure_rows(run: "StageRun", report: dict[str, Any], num_pictures: int | N
         empty = [str(level) for level, count in enumerate(report["levels"]) if not count]
         if empty:
             report["warnings"].append(f"No row has level {', '.join(empty)}: nothing will be learned for it.")
-    report["pictures"] = found = picture_facts(rows, num_pictures)
+    report["images"] = found = image_facts(rows, num_images)
     if found["unreadable"]:
         listed = "\n  ".join(found["first_unreadable"])
         report["problems"].append(
-            f"{found['unreadable']} of {found['unreadable'] + found['decoded']} pictures cannot be read:\n  {listed}"
+            f"{found['unreadable']} of {found['unreadable'] + found['decoded']} images cannot be read:\n  {listed}"
         )
 
 
@@ -335,7 +335,7 @@ def _measure_model(trainer: "StageTrainer", report: dict[str, Any], num_devices:
     batch = Batch(
         rows=size,
         length=longest,
-        pictures=max(round(size * batch["pictures"] / batch["rows"]) for batch in batches),
+        images=max(round(size * batch["images"] / batch["rows"]) for batch in batches),
         supervised=round(size * longest * supervised),
     )
     autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None

@@ -28,7 +28,7 @@ def build_light(stage: str, argv: Sequence[str], prog: str) -> "StageRun":
     else:
         model, processor = _load(model_args)
     streaming = {"streaming": True, "shuffle_buffer": data_args.shuffle_buffer, "seed": config.seed}
-    rows = train._rows(
+    rows = train.rows_of(
         data_args, data_args.dataset, data_args.dataset_split, **(streaming if data_args.streaming else {})
     )
     adapter = train.lora_config(model_args, model)

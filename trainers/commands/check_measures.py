@@ -1,4 +1,4 @@
-"""What `aligngpt check` measures: tokens, batches, pictures, levels, an example, steps; each as plain values."""
+"""What `aligngpt check` measures: tokens, batches, images, levels, an example, steps; each as plain values."""
 
 import math
 import os
@@ -44,8 +44,8 @@ def token_facts(rows: Dataset, image_seq_length: int, max_length: int | None) ->
         "max_length": max_length,
         "image_tokens": int(columns[NUM_IMAGES_COLUMN].sum()) * image_seq_length,
         "supervised": supervised,
-        "rows_without_picture": int((columns[NUM_IMAGES_COLUMN] == 0).sum()),
-        "most_pictures": int(columns[NUM_IMAGES_COLUMN].max()),
+        "rows_without_image": int((columns[NUM_IMAGES_COLUMN] == 0).sum()),
+        "most_images": int(columns[NUM_IMAGES_COLUMN].max()),
     }
 
 
@@ -55,40 +55,40 @@ def level_counts(rows: Dataset, num_levels: int) -> list[int]:
     return np.bincount(levels, minlength=num_levels).tolist()
 
 
-def picture_facts(rows: Dataset, number: int | None) -> dict[str, Any]:
+def image_facts(rows: Dataset, number: int | None) -> dict[str, Any]:
     """
-    Decodes pictures.
+    Decodes images.
 
     Args:
-        rows: with their pictures still encoded.
-        number: of rows whose pictures are decoded, evenly spread; all, when `None`.
+        rows: with their images still encoded.
+        number: of rows whose images are decoded, evenly spread; all, when `None`.
     """
-    with_pictures = np.flatnonzero(rows.select_columns([NUM_IMAGES_COLUMN]).with_format("numpy")[:][NUM_IMAGES_COLUMN])
-    if number is not None and len(with_pictures) > number:
-        with_pictures = with_pictures[np.linspace(0, len(with_pictures) - 1, number).round().astype(int)]
+    with_images = np.flatnonzero(rows.select_columns([NUM_IMAGES_COLUMN]).with_format("numpy")[:][NUM_IMAGES_COLUMN])
+    if number is not None and len(with_images) > number:
+        with_images = with_images[np.linspace(0, len(with_images) - 1, number).round().astype(int)]
     named = [column for column in ("id", ROW_INDEX_COLUMN, "images") if column in rows.column_names]
     rows = rows.select_columns(named)
     sizes, unreadable = [], []
 
     def decode(index: int) -> tuple[list[tuple[int, int]], list[str]]:
         row, found, problems = rows[int(index)], [], []
-        for picture in row["images"]:
+        for image in row["images"]:
             try:
-                found.append(load_image(picture, row=row.get("id") or row[ROW_INDEX_COLUMN]).size)
+                found.append(load_image(image, row=row.get("id") or row[ROW_INDEX_COLUMN]).size)
             except ValueError as error:
                 problems.append(str(error))
         return found, problems
 
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         decoded = tqdm(
-            pool.map(decode, with_pictures), total=len(with_pictures), desc="Decoding pictures", unit="row", delay=2
+            pool.map(decode, with_images), total=len(with_images), desc="Decoding images", unit="row", delay=2
         )
         for found, problems in decoded:
             sizes += found
             unreadable += problems
     sides = sorted(min(size) for size in sizes)
     return {
-        "rows": len(with_pictures),
+        "rows": len(with_images),
         "decoded": len(sizes),
         "unreadable": len(unreadable),
         "first_unreadable": unreadable[:NAMED],

@@ -21,12 +21,12 @@ def _tokens(facts: dict[str, Any]) -> list[str]:
     percentiles = ", ".join(
         f"{name[1:]}% up to {facts[name]}" for name in facts if name[0] == "p" and name[1:].isdigit()
     )
-    pictures = f"{facts['rows_without_picture']:,} without a picture, at most {facts['most_pictures']} in a row"
+    images = f"{facts['rows_without_image']:,} without an image, at most {facts['most_images']} in a row"
     return [
-        f"rows       {facts['rows']:,}; {pictures}",
+        f"rows       {facts['rows']:,}; {images}",
         f"tokens     {facts['tokens']:,}; a row {facts['mean']:.1f}, {percentiles}, "
         f"longest {facts['longest']} ({limit})",
-        f"           {_share(facts['image_tokens'], facts['tokens'])} of them of pictures, "
+        f"           {_share(facts['image_tokens'], facts['tokens'])} of them of images, "
         f"{_share(facts['supervised'], facts['tokens'])} supervised",
     ]
 
@@ -37,8 +37,8 @@ def _batches(batches: list[dict[str, Any]]) -> list[str]:
     return [f"batches    first {len(batches)}: {shapes}; {_share(padding, positions)} padding"]
 
 
-def _pictures(facts: dict[str, Any]) -> list[str]:
-    lines = [f"pictures   {facts['decoded']:,} decoded, of {facts['rows']:,} rows; {facts['unreadable']:,} unreadable"]
+def _images(facts: dict[str, Any]) -> list[str]:
+    lines = [f"images   {facts['decoded']:,} decoded, of {facts['rows']:,} rows; {facts['unreadable']:,} unreadable"]
     if facts["decoded"]:
         lines[0] += (
             f"; shorter side {facts['shortest_side']} px at least, {facts['median_shortest_side']} px in the middle, "
@@ -99,7 +99,7 @@ def describe_check(report: dict[str, Any]) -> str:
     writers = (
         ("tokens", _tokens),
         ("batches", _batches),
-        ("pictures", _pictures),
+        ("images", _images),
         ("levels", _levels),
         ("parameters", _parameters),
         ("steps", _steps),

@@ -37,7 +37,7 @@ COMMANDS = {
         "stage 2: train language model, projector and gate",
     ),
     "merge": (f"{_HERE}.merge:merge_command", "merge a LoRA adapter into a model of its own"),
-    "chat": (f"{_HERE}.chat", "talk with a model about pictures in the terminal"),
+    "chat": (f"{_HERE}.chat", "talk with a model about images in the terminal"),
     "convert": ("aligngpt_hub.original.convert", "convert the authors' checkpoints to this format, and back"),
     "publish": ("aligngpt_hub.publishing.model", "publish a trained model to the Hub, with code and card"),
     "publish-data": ("aligngpt_hub.publishing.dataset", "publish a scored data set to the Hub, with its card"),
@@ -51,7 +51,7 @@ COMMANDS = {
 USAGE = """\
 usage: aligngpt [--debug] COMMAND [--config FILE.yaml] [--setting value ...]
 
-AlignGPT (arXiv 2405.14129): a vision-language model that learns how well each picture and text are aligned.
+AlignGPT (arXiv 2405.14129): a vision-language model that learns how well each image and text are aligned.
 
 commands:
 {commands}

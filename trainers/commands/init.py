@@ -128,7 +128,7 @@ def describe_model(model: AlignGPTForConditionalGeneration, processor: AlignGPTP
     size = getattr(config.vision_config, "image_size", "?")
     vocabulary = f"{len(processor.tokenizer):,} tokens, padded to {config.text_config.vocab_size:,}"
     lines += [
-        f"{'image tokens (image_seq_length)':<40}{config.image_seq_length:>16,} for a picture of {size} pixels",
+        f"{'image tokens (image_seq_length)':<40}{config.image_seq_length:>16,} for an image of {size} pixels",
         f"{'alignment levels':<40}{config.num_align_levels:>16,}",
         f"{'vocabulary':<40}{vocabulary:>16}",
         f"{'chat template':<40}{names[0] if names else 'own':>16}",

@@ -34,7 +34,7 @@ def _text(value: str) -> dict[str, str]:
 def _split_placeholders(text: str) -> list[dict[str, str]]:
     """Text with `<image>` anywhere -> content blocks.
 
-    A single picture goes to the front of its message, as in the data code of LLaVA and of the authors; several keep
+    A single image goes to the front of its message, as in the data code of LLaVA and of the authors; several keep
     their places, since the text between them refers to them.
     """
     if text.count(IMAGE_TOKEN) == 1:
@@ -112,7 +112,7 @@ def to_messages(record: dict[str, Any], layout: tuple[str, ...], num_images: int
     Args:
         record: the columns of `layout`, and maybe more.
         layout: one of `LAYOUTS`.
-        num_images: how many pictures the record has. Where a layout other than LLaVA's names no placeholder, that
+        num_images: how many images the record has. Where a layout other than LLaVA's names no placeholder, that
             many are put in front of the first user message, as TRL does.
 
     Returns:
@@ -133,7 +133,7 @@ def to_messages(record: dict[str, Any], layout: tuple[str, ...], num_images: int
             raise BadRow(f"message {number}: empty answer")
         for block in message["content"]:
             if block["type"] == "image" and message["role"] != "user":
-                raise BadRow(f"message {number}: a picture in a {message['role']} message")
+                raise BadRow(f"message {number}: an image in a {message['role']} message")
             used = [token for token in RESERVED if token in block.get("text", "")]
             if used:
                 raise BadRow(f"message {number}: the {message['role']} text contains {used[0]}, which is reserved")
@@ -143,7 +143,7 @@ def to_messages(record: dict[str, Any], layout: tuple[str, ...], num_images: int
         first["content"] = [{"type": "image"}] * num_images + first["content"]
         placeholders = num_images
     if placeholders != num_images:
-        raise BadRow(f"{num_images} picture(s) but {placeholders} {IMAGE_TOKEN} placeholder(s)")
+        raise BadRow(f"{num_images} image(s) but {placeholders} {IMAGE_TOKEN} placeholder(s)")
     for number, message in enumerate(messages):
         if message["role"] == "user" and not message["content"]:
             raise BadRow(f"message {number}: empty question")

@@ -1,4 +1,4 @@
-"""Pictures of every kind, decoded to RGB the same way for scoring, training and tests."""
+"""Images of every kind, decoded to RGB the same way for scoring, training and tests."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from modeling_aligngpt.images_aligngpt import LIMITS, ImageLimits, read_image
 
 
 def _describe(value: Any) -> str:
-    """How an error message names a picture."""
+    """How an error message names an image."""
     if isinstance(value, dict):
         if value.get("bytes") is None:
             return f"file {value.get('path')!r}"
@@ -24,24 +24,24 @@ def _describe(value: Any) -> str:
 
 
 def load_image(value: Any, row: int | str | None = None, limits: ImageLimits = LIMITS) -> Image.Image:
-    """Decodes one picture to RGB, as the processor does (see [`~images_aligngpt.read_image`]).
+    """Decodes one image to RGB, as the processor does (see [`~images_aligngpt.read_image`]).
 
     Args:
-        value: a PIL picture, a path, encoded bytes, the `{"path", "bytes"}` dict of an undecoded
+        value: a PIL image, a path, encoded bytes, the `{"path", "bytes"}` dict of an undecoded
             `datasets.Image`, or a uint8 array [height, width(, channels)].
         row: the data set's row, for the error message.
         limits: what is accepted.
 
     Returns:
-        The picture in mode RGB, fully loaded.
+        The image in mode RGB, fully loaded.
 
     Raises:
-        ValueError: naming row, file and remedy, for a picture that cannot be read.
+        ValueError: naming row, file and remedy, for an image that cannot be read.
     """
     try:
         return read_image(value, limits)
     except Exception as error:
-        where = "picture" if row is None else f"row {row}: picture"
+        where = "image" if row is None else f"row {row}: image"
         raise ValueError(
             f"{where} cannot be read ({_describe(value)}): {type(error).__name__}: {error}. Repair or remove the "
             f'file, or leave such rows out with on_bad_row="skip".'

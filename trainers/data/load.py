@@ -3,7 +3,7 @@
 `load_rows` reads LLaVA JSON and JSONL, CSV and TSV, parquet files, folders of `Dataset.save_to_disk`, Hub data sets and
 data sets in memory, in the layouts of `conversations.py`, and returns a `datasets.Dataset` with the columns
 
-- `images`: the row's pictures, in reading order (`datasets.Image`, decoded when a row is read, never all at once),
+- `images`: the row's images, in reading order (`datasets.Image`, decoded when a row is read, never all at once),
 - `messages`: standard chat messages with `{"type": "image"}` placeholders,
 - `align_level` (int, 0-based) where the source has `align_level`, or `similarity` as in the authors' release,
 - `clip_score` (float) and `id` (string) where the source has them.
@@ -33,16 +33,16 @@ from .arrow_writer import TableWriter
 from .conversations import BadRow
 from .images import load_image, resolve_path
 from .records import (
+    IMAGE_COLUMNS,
+    IMAGES,
     MESSAGES,
     OPTIONAL,
-    PICTURE_COLUMNS,
-    PICTURES,
     USED_COLUMNS,
     check_columns,
     check_file,
     convert_record,
-    encode_pictures,
-    has_picture,
+    encode_images,
+    has_image,
 )
 from .sources import Records, open_source
 from .streaming import stream_rows
@@ -133,10 +133,10 @@ def read_rows(
         split: which split, where there are several; by default `train`, or the only one.
         name: the configuration of a Hub data set.
         revision: the revision of a Hub data set.
-        image_folder: what relative picture paths start from; by default the folder of the file itself.
+        image_folder: what relative image paths start from; by default the folder of the file itself.
         on_bad_row: `"raise"` refuses a source with unusable rows and names the first few; `"skip"` leaves them out
             and says how many and why.
-        check_images: look whether each picture file exists. Pictures are not decoded here.
+        check_images: look whether each image file exists. Images are not decoded here.
 
     Returns:
         The data set, and the report of rows kept and dropped.
@@ -176,7 +176,7 @@ def _open(
     check_images: bool = True,
     streaming: bool = False,
 ) -> tuple[str, Any, Path | str | None]:
-    """(how errors name the source, what was opened, the folder that relative picture paths start from)."""
+    """(how errors name the source, what was opened, the folder that relative image paths start from)."""
     if on_bad_row not in ("raise", "skip"):
         raise ValueError(f'on_bad_row must be "raise" or "skip", not {on_bad_row!r}.')
     if image_folder is not None and not os.path.isdir(image_folder):
@@ -190,15 +190,15 @@ def _convert(
     records: Iterable[tuple[dict[str, Any], list[dict] | list[str], list[str]]], report: RowReport, total: int | None
 ) -> Iterator[dict[str, Any]]:
     """Rows of records; unusable ones become empty rows and an entry in the report."""
-    for record, pictures, problems in tqdm(records, total=total, desc="Reading rows", unit="row", delay=2):
+    for record, images, problems in tqdm(records, total=total, desc="Reading rows", unit="row", delay=2):
         number = report.total
         report.total += 1
         try:
             if problems:
                 raise BadRow("; ".join(problems))
-            messages, found = convert_record(record, len(pictures))
+            messages, found = convert_record(record, len(images))
             report.kept.append(number)
-            yield {"images": pictures, "messages": messages, **found}
+            yield {"images": images, "messages": messages, **found}
         except (BadRow, TypeError, ValueError) as error:
             report.dropped.append((number, record.get("id"), str(error)))
             yield {"images": [], "messages": []}
@@ -218,12 +218,12 @@ def _write(converted: Iterator[dict[str, Any]], writer: TableWriter, report: Row
 
 
 def _refuse_gaps(column: str, table: Table, report: RowReport) -> None:
-    """Rows with a picture and without a level (or score) where others have one cannot be used."""
+    """Rows with an image and without a level (or score) where others have one cannot be used."""
     if not table.column(column).null_count:
         return
     absent = table.column(column).is_null().to_pylist()
     messages = table.column("messages")
-    gaps = {number for number in report.kept if absent[number] and has_picture(messages[number].as_py())}
+    gaps = {number for number in report.kept if absent[number] and has_image(messages[number].as_py())}
     report.dropped += [(number, None, f"no {column}, which other rows have") for number in sorted(gaps)]
     report.kept = [number for number in report.kept if number not in gaps]
     report.dropped.sort(key=lambda entry: entry[0])
@@ -250,7 +250,7 @@ def _from_records(
     def prepared() -> Iterator[tuple[dict, list[dict], list[str]]]:
         for record in records:
             columns.update(record)
-            yield record, *encode_pictures(record, folder, check)
+            yield record, *encode_images(record, folder, check)
 
     total = len(records) if isinstance(records, list) else None
     with TableWriter(_schema("images", "messages", *OPTIONAL)) as writer:
@@ -262,26 +262,26 @@ def _from_records(
 
 
 def _from_dataset(dataset: Dataset, title: str, folder: Path | str | None, check: bool, report: RowReport) -> Dataset:
-    """Embedded pictures stay where they are (memory-mapped); only the text passes through Python."""
+    """Embedded images stay where they are (memory-mapped); only the text passes through Python."""
     if not len(dataset):
         raise ValueError(f"{title}: no rows.")
     check_columns(set(dataset.column_names), title)
     if dataset._indices is not None:
         dataset = dataset.flatten_indices()
     dataset = dataset.with_format(None)
-    picture_column = next((column for column in PICTURE_COLUMNS if column in dataset.column_names), None)
-    if picture_column is None:
-        images = InMemoryTable(pa.table({"images": pa.array([[]] * len(dataset), PICTURES)}))
+    image_column = next((column for column in IMAGE_COLUMNS if column in dataset.column_names), None)
+    if image_column is None:
+        images = InMemoryTable(pa.table({"images": pa.array([[]] * len(dataset), IMAGES)}))
     else:
         try:
-            images = _picture_lists(dataset.data.column(picture_column), folder)
+            images = _image_lists(dataset.data.column(image_column), folder)
         except (pa.ArrowException, TypeError, ValueError, KeyError) as error:
-            kind = dataset.features[picture_column]
-            raise ValueError(f"{title}: column {picture_column!r} ({kind}) does not hold pictures: {error}") from error
-        if images is None and picture_column == "images":
+            kind = dataset.features[image_column]
+            raise ValueError(f"{title}: column {image_column!r} ({kind}) does not hold images: {error}") from error
+        if images is None and image_column == "images":
             images = dataset.data.select(["images"])
-        elif images is None:  # lists of pictures under the name of a single one
-            images = InMemoryTable(pa.table({"images": dataset.data.column(picture_column)}))
+        elif images is None:  # lists of images under the name of a single one
+            images = InMemoryTable(pa.table({"images": dataset.data.column(image_column)}))
     text = dataset.select_columns([column for column in dataset.column_names if column in USED_COLUMNS])
 
     def prepared() -> Iterator[tuple[dict, list[str], list[str]]]:
@@ -300,36 +300,36 @@ def _from_dataset(dataset: Dataset, title: str, folder: Path | str | None, check
 
 
 def _check_path(path: str, check: bool) -> list[str]:
-    return check_file(path, check) if path else ["an empty picture value: neither a path nor bytes"]
+    return check_file(path, check) if path else ["an empty image value: neither a path nor bytes"]
 
 
-def _picture_lists(column: pa.ChunkedArray, folder: Path | str | None) -> Table | None:
+def _image_lists(column: pa.ChunkedArray, folder: Path | str | None) -> Table | None:
     """
-    A column of pictures or of lists of them, as paths, bytes or `datasets.Image` -> lists of undecoded pictures.
+    A column of images or of lists of them, as paths, bytes or `datasets.Image` -> lists of undecoded images.
 
     Returns:
         A table `images` that points into the column's own memory (or file), or is copied piece by piece where rows
-        without pictures leave gaps; `None` when the column was just that already.
+        without images leave gaps; `None` when the column was just that already.
     """
-    joins = folder is not None and column.type == PICTURES
+    joins = folder is not None and column.type == IMAGES
     joins = joins and any(pc.any(_outside(chunk.flatten())).as_py() for chunk in column.chunks)
-    if column.type == PICTURES and not column.null_count and not joins:
+    if column.type == IMAGES and not column.null_count and not joins:
         return None
     if not column.null_count:
-        lists = [_picture_list(chunk, folder) for chunk in column.chunks]
-        return InMemoryTable(pa.table({"images": pa.chunked_array(lists, PICTURES)}))
+        lists = [_image_list(chunk, folder) for chunk in column.chunks]
+        return InMemoryTable(pa.table({"images": pa.chunked_array(lists, IMAGES)}))
     with TableWriter(_schema("images")) as writer:
         for chunk in column.chunks:
-            writer.write({"images": _picture_list(chunk, folder)})
+            writer.write({"images": _image_list(chunk, folder)})
         return writer.finish()
 
 
 def _outside(values: pa.StructArray) -> pa.BooleanArray:
-    """Which pictures are files beside the data set."""
+    """Which images are files beside the data set."""
     return pc.and_(values.field("bytes").is_null(), values.field("path").is_valid())
 
 
-def _picture_list(chunk: pa.Array, folder: Path | str | None) -> pa.ListArray:
+def _image_list(chunk: pa.Array, folder: Path | str | None) -> pa.ListArray:
     if pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
         values, lengths = chunk.flatten(), pc.fill_null(pc.list_value_length(chunk), 0)
     else:
@@ -347,7 +347,7 @@ def _picture_list(chunk: pa.Array, folder: Path | str | None) -> pa.ListArray:
 
 
 def _paths(images: pa.ChunkedArray) -> Iterator[list[str | None]]:
-    """For each row its pictures' paths: None for embedded ones, "" for empty values. Reads no picture bytes."""
+    """For each row its images' paths: None for embedded ones, "" for empty values. Reads no image bytes."""
     for chunk in images.chunks:
         values = chunk.flatten()
         embedded = pc.and_(values.is_valid(), values.field("bytes").is_valid()).to_pylist()

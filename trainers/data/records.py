@@ -1,4 +1,4 @@
-"""One record of a source, pictures still encoded, and what can be wrong with it; for data sets and streams alike."""
+"""One record of a source, images still encoded, and what can be wrong with it; for data sets and streams alike."""
 
 import logging
 import os
@@ -17,20 +17,20 @@ logger = logging.getLogger(__name__)
 
 MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
 OPTIONAL = {"id": Value("string"), "clip_score": Value("float32"), "align_level": Value("int64")}
-PICTURE_COLUMNS = ("images", "image")
+IMAGE_COLUMNS = ("images", "image")
 OTHER_COLUMNS = ("id", "align_level", "similarity", "clip_score")
 UNUSED = {"model", "url", "source", "dataset"}  # columns that public releases carry: left out without a word
 USED_COLUMNS = {name for layout in LAYOUTS for name in layout} | set(OTHER_COLUMNS)
-PICTURES = Features({"x": List(Image())}).arrow_schema.field("x").type
+IMAGES = Features({"x": List(Image())}).arrow_schema.field("x").type
 
 
 def check_columns(columns: set[str], title: str) -> None:
     """Raises ValueError when no layout is recognised; warns of columns that have no effect."""
     layout = find_layout(columns)
-    missing_picture = layout in (("caption",), ("text",)) and not columns & set(PICTURE_COLUMNS)
-    if layout is None or missing_picture:
+    missing_image = layout in (("caption",), ("text",)) and not columns & set(IMAGE_COLUMNS)
+    if layout is None or missing_image:
         raise ValueError(f"{title}: found the columns {', '.join(sorted(columns))}; accepted are {ACCEPTED}.")
-    used = {*layout, *PICTURE_COLUMNS, *OTHER_COLUMNS, *UNUSED}
+    used = {*layout, *IMAGE_COLUMNS, *OTHER_COLUMNS, *UNUSED}
     if columns - used:
         logger.warning("%s: columns not used: %s.", title, ", ".join(sorted(columns - used)))
 
@@ -59,31 +59,31 @@ def _optional(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_file(path: str, check: bool) -> list[str]:
-    """What is wrong with a picture's path, if anything."""
+    """What is wrong with an image's path, if anything."""
     if check and not path.startswith(("http://", "https://", "hf://")) and not os.path.isfile(path):
-        return [f"no such picture file {path!r} (is image_folder right?)"]
+        return [f"no such image file {path!r} (is image_folder right?)"]
     return []
 
 
-def encode_pictures(record: dict[str, Any], folder: Path | str | None, check: bool) -> tuple[list[dict], list[str]]:
-    """(the record's pictures as `{"path", "bytes"}`, undecoded; what is wrong with them)."""
-    value = next((record[column] for column in PICTURE_COLUMNS if record.get(column) is not None), [])
+def encode_images(record: dict[str, Any], folder: Path | str | None, check: bool) -> tuple[list[dict], list[str]]:
+    """(the record's images as `{"path", "bytes"}`, undecoded; what is wrong with them)."""
+    value = next((record[column] for column in IMAGE_COLUMNS if record.get(column) is not None), [])
     values = [item for item in (value if isinstance(value, (list, tuple)) else [value]) if item != ""]
-    pictures, problems = [], []
+    images, problems = [], []
     for item in values:
         outside = isinstance(item, dict) and item.get("bytes") is None and item.get("path")
         if isinstance(item, (str, os.PathLike)) or outside:
             item = resolve_path(str(item["path"] if outside else item), folder)
             problems += check_file(item, check)
         try:
-            pictures.append(Image().encode_example(_keep_pixels(item)))
+            images.append(Image().encode_example(_keep_pixels(item)))
         except Exception as error:
-            problems.append(f"unusable picture value of type {type(item).__name__} ({error})")
-    return pictures, problems
+            problems.append(f"unusable image value of type {type(item).__name__} ({error})")
+    return images, problems
 
 
 def _keep_pixels(value: Any) -> Any:
-    """A PIL picture in memory upright and to be stored without loss: `datasets` drops its EXIF data, and saves JPEG."""
+    """A PIL image in memory upright and to be stored without loss: `datasets` drops its EXIF data, and saves JPEG."""
     if not isinstance(value, PIL.Image.Image) or getattr(value, "filename", ""):
         return value
     try:
@@ -92,6 +92,6 @@ def _keep_pixels(value: Any) -> Any:
         return value.copy()
 
 
-def has_picture(messages: list[dict]) -> bool:
-    """Whether a conversation shows a picture."""
+def has_image(messages: list[dict]) -> bool:
+    """Whether a conversation shows an image."""
     return any(block["type"] == "image" for message in messages for block in message["content"])

@@ -57,7 +57,7 @@ def open_source(
         streaming: read on the way where that is possible, without a local copy.
 
     Returns:
-        What was opened, and the folder that relative picture paths start from.
+        What was opened, and the folder that relative image paths start from.
 
     Raises:
         ValueError: naming the source, where it cannot be opened.

@@ -13,14 +13,14 @@ from torch.utils.data import get_worker_info
 
 from .conversations import BadRow
 from .records import (
+    IMAGE_COLUMNS,
     MESSAGES,
     OPTIONAL,
-    PICTURE_COLUMNS,
     USED_COLUMNS,
     check_columns,
     convert_record,
-    encode_pictures,
-    has_picture,
+    encode_images,
+    has_image,
 )
 from .sources import NUM_SHARDS, Records, read_records
 
@@ -115,15 +115,15 @@ def _features(columns: set[str]) -> Features:
 
 def _row(record: dict[str, Any], features: Features, folder: Path | str | None, check: bool) -> dict[str, Any]:
     """One row; BadRow, TypeError or ValueError where it cannot be used."""
-    pictures, problems = encode_pictures(record, folder, check)
+    images, problems = encode_images(record, folder, check)
     if problems:
         raise BadRow("; ".join(problems))
-    messages, found = convert_record(record, len(pictures))
+    messages, found = convert_record(record, len(images))
     for column in ("clip_score", "align_level"):
-        if column in features and column not in found and has_picture(messages):
+        if column in features and column not in found and has_image(messages):
             raise BadRow(f"no {column}, which other rows have")
     return {
-        "images": pictures,
+        "images": images,
         "messages": messages,
         **{name: found.get(name) for name in features if name in OPTIONAL},
     }
@@ -173,8 +173,8 @@ def _from_stream(
     columns = set(rows.column_names or [])
     check_columns(columns, title)
     features = _features(columns)
-    rows = rows.select_columns([name for name in rows.column_names if name in USED_COLUMNS | set(PICTURE_COLUMNS)])
-    for column in PICTURE_COLUMNS:  # left encoded
+    rows = rows.select_columns([name for name in rows.column_names if name in USED_COLUMNS | set(IMAGE_COLUMNS)])
+    for column in IMAGE_COLUMNS:  # left encoded
         kind = (rows.features or {}).get(column)
         if isinstance(kind, Image):
             rows = rows.cast_column(column, Image(decode=False))
@@ -198,5 +198,5 @@ def _from_stream(
     converted = rows.map(
         convert, batched=True, batch_size=ROWS_AT_ONCE, with_indices=True, remove_columns=rows.column_names
     )
-    # features given to `map` would be taken for those of finished values, and pictures would never be decoded
+    # features given to `map` would be taken for those of finished values, and images would never be decoded
     return converted.cast(features)

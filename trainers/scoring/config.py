@@ -23,7 +23,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class ScoreConfig:
     """What `aligngpt score` is asked to do.
 
-    The score of a pair is the cosine similarity of its picture and its caption under the scorer; levels are cut from
+    The score of a pair is the cosine similarity of its image and its caption under the scorer; levels are cut from
     the scores by `binning` (see `score_levels.cut_levels`).
     """
 
@@ -39,14 +39,14 @@ class ScoreConfig:
     dataset_split: str | None = field(default=None, metadata={"help": "Split; by default train, or the only one."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub data set."})
     image_folder: str | None = field(
-        default=None, metadata={"help": "What relative picture paths start from; by default the data file's folder."}
+        default=None, metadata={"help": "What relative image paths start from; by default the data file's folder."}
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read the data as a stream: nothing is downloaded or loaded beforehand."}
     )
     on_bad_row: str = field(
         default="raise",
-        metadata={"help": "raise: refuse unusable rows and pictures; skip: leave them out, count and list them."},
+        metadata={"help": "raise: refuse unusable rows and images; skip: leave them out, count and list them."},
     )
     scorer_revision: str | None = field(default=None, metadata={"help": "Revision of a scorer on the Hub."})
     num_align_levels: int | None = field(
@@ -79,11 +79,11 @@ class ScoreConfig:
     )
     device: str | None = field(default=None, metadata={"help": "By default the GPU where there is one, else cpu."})
     num_workers: int | None = field(
-        default=None, metadata={"help": "Processes that decode pictures, for each process that scores."}
+        default=None, metadata={"help": "Processes that decode images, for each process that scores."}
     )
     shard_size: int = field(default=2048, metadata={"help": "Pairs after which progress is kept."})
     embed_images: bool = field(
-        default=True, metadata={"help": "Copy the pictures into the output; false keeps their paths."}
+        default=True, metadata={"help": "Copy the images into the output; false keeps their paths."}
     )
     json_output: str | None = field(
         default=None, metadata={"help": "Also write this LLaVA JSON file, the level as `similarity`."}

@@ -1,4 +1,4 @@
-"""Scores -> alignment levels: the cut, the balancing of levels, and the picture of both.
+"""Scores -> alignment levels: the cut, the balancing of levels, and the image of both.
 
 Everything here goes through the scores in pieces: beside the scores themselves (4 bytes a pair) and the levels (1 byte
 a pair) memory does not grow with their number, but for one copy of the scores while quantiles are looked up.
@@ -174,7 +174,7 @@ def draw_histogram(scores: np.ndarray, edges: np.ndarray, counts: np.ndarray, ti
         scores: [num_pairs].
         edges: [N + 1].
         counts: [N].
-        title: of the picture.
+        title: of the image.
         path: where to.
     """
     try:
@@ -204,7 +204,7 @@ def draw_histogram(scores: np.ndarray, edges: np.ndarray, counts: np.ndarray, ti
             fontsize=6 if len(counts) > 10 else 8,
         )
     axes.set_title(title, pad=32 + 22 * crowded, fontsize=10)
-    axes.set_xlabel("score (cosine similarity of picture and caption)")
+    axes.set_xlabel("score (cosine similarity of image and caption)")
     axes.set_ylabel("pairs")
     axes.set_xlim(low - 0.01 * (high - low), high + 0.01 * (high - low))
     figure.savefig(path, dpi=120, format="png")

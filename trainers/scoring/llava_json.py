@@ -20,7 +20,7 @@ ROWS_AT_ONCE = 1000
 def write_json(path: Path, rows: Dataset, scores: np.ndarray, levels: np.ndarray, config: ScoreConfig):
     """The output as LLaVA JSON, the level as `similarity` as in the authors' release, one record after the other.
 
-    Picture paths are relative to `image_folder` (or the data file's folder). Pictures that are stored in the data set
+    Image paths are relative to `image_folder` (or the data file's folder). Images that are stored in the data set
     are written into `<name of the file>_images` beside it.
 
     Args:
@@ -32,7 +32,7 @@ def write_json(path: Path, rows: Dataset, scores: np.ndarray, levels: np.ndarray
     """
     source = Path(config.dataset)
     base = config.image_folder or (str(source.parent) if source.is_file() else None)
-    pictures = path.with_name(f"{path.stem}_images")
+    images = path.with_name(f"{path.stem}_images")
     beside = path.with_name(f"{path.name}.tmp")
     columns = [name for name in ("id", "images", "messages") if name in rows.column_names]
     place, separator = 0, "[\n"
@@ -45,7 +45,7 @@ def write_json(path: Path, rows: Dataset, scores: np.ndarray, levels: np.ndarray
                 name = row.get("id") or f"{position:09d}"
                 record = {
                     "id": name,
-                    "image": _json_picture(row["images"][0], f"{position:09d}", base, pictures),
+                    "image": _json_image(row["images"][0], f"{position:09d}", base, images),
                     "conversations": [_json_turn(message) for message in row["messages"]],
                     "similarity": int(levels[position]),
                     "clip_score": float(f"{scores[position]:.9g}"),
@@ -63,15 +63,15 @@ def _json_turn(message: dict[str, Any]) -> dict[str, str]:
     return {"from": speaker, "value": "\n".join(parts)}
 
 
-def _json_picture(picture: dict[str, Any], name: str, base: str | None, folder: Path) -> str:
-    """The path that stands in the JSON file; writes the picture where it has no file of its own."""
-    if picture["bytes"] is not None:
+def _json_image(encoded: dict[str, Any], name: str, base: str | None, folder: Path) -> str:
+    """The path that stands in the JSON file; writes the image where it has no file of its own."""
+    if encoded["bytes"] is not None:
         folder.mkdir(exist_ok=True)
-        with PILImage.open(io.BytesIO(picture["bytes"])) as image:
+        with PILImage.open(io.BytesIO(encoded["bytes"])) as image:
             suffix = (image.format or "png").lower().replace("jpeg", "jpg")
-        (folder / f"{name}.{suffix}").write_bytes(picture["bytes"])
+        (folder / f"{name}.{suffix}").write_bytes(encoded["bytes"])
         return f"{folder.name}/{name}.{suffix}"
-    path = os.path.abspath(picture["path"])
+    path = os.path.abspath(encoded["path"])
     if base is not None and Path(path).is_relative_to(os.path.abspath(base)):
         return os.path.relpath(path, base)
     return path

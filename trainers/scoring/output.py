@@ -1,4 +1,4 @@
-"""Scores and levels -> the output: the data set, its record, the list of what was left out, a picture, LLaVA JSON."""
+"""Scores and levels -> the output: the data set, its record, the list of what was left out, an image, LLaVA JSON."""
 
 import glob
 import heapq
@@ -232,7 +232,7 @@ def remove_leftovers(output: Path):
 
 def _with_levels(rows: Dataset, scores: Scores, config: ScoreConfig) -> Dataset:
     """The rows of the output with `clip_score` and `align_level`."""
-    # the columns are joined to the whole table, before anything is selected: no picture is copied until the saving
+    # the columns are joined to the whole table, before anything is selected: no image is copied until the saving
     columns = {"clip_score": scores.values, "align_level": scores.levels.astype(np.int64)}
     whole = rows.remove_columns([name for name in columns if name in rows.column_names])
     for name, values in columns.items():
@@ -243,7 +243,7 @@ def _with_levels(rows: Dataset, scores: Scores, config: ScoreConfig) -> Dataset:
 
 
 def iterate_images(rows: Dataset) -> Iterator[list[dict[str, Any]]]:
-    """Each row's pictures, undecoded."""
+    """Each row's images, undecoded."""
     for batch in rows.select_columns(["images"]).with_format("arrow").iter(batch_size=256):
         yield from batch["images"].to_pylist()
 
@@ -253,7 +253,7 @@ def _paths_only(rows: Dataset) -> Dataset:
     paths = []
     for number, images in enumerate(iterate_images(rows)):
         if images[0]["bytes"] is not None:
-            raise ValueError(f"row {number}: the picture is stored in the data set, so embed_images cannot be false.")
+            raise ValueError(f"row {number}: the image is stored in the data set, so embed_images cannot be false.")
         paths.append([os.path.abspath(images[0]["path"])])
     return rows.remove_columns("images").add_column("images", paths)
 

@@ -16,7 +16,7 @@ from accelerate import PartialState
 
 logger = logging.getLogger(__name__)
 
-# the main process may write pictures for hours while the others wait
+# the main process may write images for hours while the others wait
 PATIENCE = timedelta(days=7)
 
 
@@ -136,7 +136,7 @@ def usable_cores() -> int:
 
 
 def default_workers(device: torch.device, processes: Processes) -> int:
-    """Processes that decode pictures for one process that scores.
+    """Processes that decode images for one process that scores.
 
     On a GPU machine the cores are free for decoding, up to 16 for a GPU. On a CPU the model uses all cores itself: one
     worker keeps it busy where there is more than one core, more would only take cores away.

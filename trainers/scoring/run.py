@@ -57,7 +57,7 @@ def score_dataset(config: ScoreConfig) -> dict[str, Any]:
         What alignment.json holds: method, edges, counts, mean score of each level, scorer, counts of rows.
 
     Raises:
-        ValueError: unusable settings, rows, pictures or scorer; an output that exists or that another run writes.
+        ValueError: unusable settings, rows, images or scorer; an output that exists or that another run writes.
         OSError: something cannot be written; what was scored before is kept.
     """
     processes = Processes(config.device)

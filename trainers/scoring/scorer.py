@@ -1,4 +1,4 @@
-"""How well a picture and a text agree: scores from a dual encoder.
+"""How well an image and a text agree: scores from a dual encoder.
 
 Scores are cosine similarities of CLIP-like models (paper, section 3.1); `cut_levels` makes levels of them, and stage 1
 learns an embedding for each level.
@@ -20,7 +20,7 @@ __all__ = ["METHODS", "PairPreprocessor", "PairScorer", "cut_levels"]
 
 
 class PairPreprocessor:
-    """Pictures and texts -> tensors of a dual encoder. Holds no weights, so data-loader workers can have it.
+    """Images and texts -> tensors of a dual encoder. Holds no weights, so data-loader workers can have it.
 
     Args:
         scorer: folder or Hub id of a CLIP- or SigLIP-like model.
@@ -38,7 +38,7 @@ class PairPreprocessor:
         self.is_siglip = config.model_type.startswith("siglip")
 
     def __call__(self, images: list, texts: list[str]) -> tuple[dict[str, Any], dict[str, Any], list[bool]]:
-        """(picture inputs, text inputs, whether each text was cut) of `batch` RGB pictures and texts.
+        """(image inputs, text inputs, whether each text was cut) of `batch` RGB images and texts.
 
         Texts are cut at the text model's length: 77 tokens for CLIP.
         """
@@ -60,7 +60,7 @@ class PairPreprocessor:
         return image_inputs, text_inputs, cut
 
     def describe(self) -> dict[str, Any]:
-        """What is done to pictures and texts, for the record: size, crop, mean, deviation, filter, text length."""
+        """What is done to images and texts, for the record: size, crop, mean, deviation, filter, text length."""
         names = ("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
         names += ("do_normalize", "image_mean", "image_std", "do_convert_rgb")
         settings = {key: value for key, value in self.image_processor.to_dict().items() if key in names}
@@ -73,7 +73,7 @@ class PairPreprocessor:
 
 
 class PairScorer:
-    """Cosine similarity of pictures and texts under any CLIP- or SigLIP-like dual encoder.
+    """Cosine similarity of images and texts under any CLIP- or SigLIP-like dual encoder.
 
     Args:
         scorer: folder or Hub id; needs the weights, the image processor and the tokenizer.
@@ -101,7 +101,7 @@ class PairScorer:
             raise ValueError(f"scorer {self.name!r} cannot be loaded: {error}") from error
         if not (hasattr(self.model, "get_image_features") and hasattr(self.model, "get_text_features")):
             raise ValueError(
-                f"scorer {self.name!r} is a {type(self.model).__name__}: it must encode pictures and texts into one "
+                f"scorer {self.name!r} is a {type(self.model).__name__}: it must encode images and texts into one "
                 "space, as CLIPModel and SiglipModel do."
             )
         if loading["missing_keys"]:
@@ -117,13 +117,13 @@ class PairScorer:
 
     @torch.inference_mode()
     def score(self, image_inputs: dict[str, Any], text_inputs: dict[str, Any]) -> torch.Tensor:
-        """[batch] float32 cosine similarities of prepared pictures and texts, pair by pair, still on the device."""
+        """[batch] float32 cosine similarities of prepared images and texts, pair by pair, still on the device."""
         image_features = _features(self.model.get_image_features(**self._to_device(image_inputs)))
         text_features = _features(self.model.get_text_features(**self._to_device(text_inputs)))
         return torch.nn.functional.cosine_similarity(image_features, text_features, dim=-1)
 
     def score_pairs(self, images: list, texts: list[str]) -> np.ndarray:
-        """[batch] float32 cosine similarities of RGB pictures and texts, pair by pair."""
+        """[batch] float32 cosine similarities of RGB images and texts, pair by pair."""
         return self.score(*self.preprocess(images, texts)[:2]).cpu().numpy()
 
     def identity(self) -> dict[str, Any]:

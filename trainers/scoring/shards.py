@@ -99,7 +99,7 @@ def _choose_workers(config: ScoreConfig, scorer: PairScorer, processes: Processe
         return workers
     if workers and room.f_bavail * room.f_frsize < need:
         logger.warning(
-            "Shared memory (/dev/shm) has no room for %d workers' batches (%d MB): pictures are decoded by the scoring "
+            "Shared memory (/dev/shm) has no room for %d workers' batches (%d MB): images are decoded by the scoring "
             "process itself, which is slower. Give more (docker: --shm-size), or set num_workers and a smaller "
             "batch_size.",
             workers,

@@ -22,7 +22,7 @@ from .scorer import PairPreprocessor
 
 
 KINDS = ("unreadable", "empty", "unusable")
-# of an embedded picture, how many bytes from either end go into the digest of the data
+# of an embedded image, how many bytes from either end go into the digest of the data
 ENDS = 4096
 
 
@@ -38,7 +38,7 @@ class Span:
 
 def kind_of(reason: str) -> str:
     """Which of `KINDS` a reason of `read_rows` or `load_image` is."""
-    if "no such picture file" in reason or "unusable picture value" in reason or "cannot be read" in reason:
+    if "no such image file" in reason or "unusable image value" in reason or "cannot be read" in reason:
         return "unreadable"
     if "empty answer" in reason or reason.startswith("has only"):
         return "empty"
@@ -112,8 +112,8 @@ class Batches(torch.utils.data.Dataset):
 
     Args:
         source: whose `fetch` gives the rows.
-        preprocess: makes tensors of pictures and captions.
-        dtype: of the scorer: pictures travel to it in that type.
+        preprocess: makes tensors of images and captions.
+        dtype: of the scorer: images travel to it in that type.
     """
 
     def __init__(self, source: Any, preprocess: PairPreprocessor, dtype: torch.dtype):
@@ -132,9 +132,9 @@ class Batches(torch.utils.data.Dataset):
                     reasons[position] = str(error)
         inputs = None
         if images:
-            pictures, words, cut = self.preprocess(images, texts)
-            pictures = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in pictures.items()}
-            inputs = pictures, words, cut
+            prepared, words, cut = self.preprocess(images, texts)
+            prepared = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in prepared.items()}
+            inputs = prepared, words, cut
         return {"span": span, "reasons": reasons, "inputs": inputs}
 
 
@@ -147,16 +147,16 @@ def _caption(row: dict[str, Any]) -> str:
     return caption
 
 
-def not_a_pair(pictures: int) -> str:
-    """Why a row without exactly one picture has no score."""
+def not_a_pair(images: int) -> str:
+    """Why a row without exactly one image has no score."""
     return (
-        f"{pictures} pictures; a pair to score has one picture and one text. Score stage-1 pairs alone; conversations "
+        f"{images} images; a pair to score has one image and one text. Score stage-1 pairs alone; conversations "
         "of stage 2 need no level."
     )
 
 
 def refuse_other_rows(rows: Dataset, report: RowReport):
-    """Raises at the first row that does not have exactly one picture."""
+    """Raises at the first row that does not have exactly one image."""
     seen = 0
     for batch in rows.select_columns(["images"]).with_format("arrow").iter(batch_size=10_000):
         lengths = pc.list_value_length(batch["images"]).to_numpy(zero_copy_only=False)
@@ -171,8 +171,8 @@ def refuse_other_rows(rows: Dataset, report: RowReport):
 
 
 def data_digest(rows: Dataset) -> str:
-    """SHA-256 of texts and pictures: path, size and time of change of files, length and both ends of embedded bytes."""
-    texts, pictures = hashlib.sha256(), hashlib.sha256()
+    """SHA-256 of texts and images: path, size and time of change of files, length and both ends of embedded bytes."""
+    texts, images = hashlib.sha256(), hashlib.sha256()
     for batch in rows.select_columns(["images", "messages"]).with_format("arrow").iter(batch_size=1000):
         for chunk in _chunks(batch["messages"]):
             parts = chunk.flatten().field("content").flatten().field("text")
@@ -182,12 +182,12 @@ def data_digest(rows: Dataset) -> str:
             for path, content in zip(values.field("path").to_pylist(), values.field("bytes"), strict=True):
                 if content.is_valid:
                     whole = content.as_buffer()
-                    pictures.update(whole.size.to_bytes(8, "little"))
-                    pictures.update(whole.slice(0, min(ENDS, whole.size)))
-                    pictures.update(whole.slice(max(0, whole.size - ENDS)))
+                    images.update(whole.size.to_bytes(8, "little"))
+                    images.update(whole.slice(0, min(ENDS, whole.size)))
+                    images.update(whole.slice(max(0, whole.size - ENDS)))
                 else:
-                    pictures.update(file_identity(path))
-    return hashlib.sha256(texts.digest() + pictures.digest()).hexdigest()
+                    images.update(file_identity(path))
+    return hashlib.sha256(texts.digest() + images.digest()).hexdigest()
 
 
 def file_identity(path: str | Path | None) -> bytes:

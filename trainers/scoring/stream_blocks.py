@@ -1,4 +1,4 @@
-"""Blocks of a stream: each is read once, spooled to disk with its pictures still encoded, and scored from there.
+"""Blocks of a stream: each is read once, spooled to disk with its images still encoded, and scored from there.
 
 A stream consists of parts (its files), read one after the other; block k of part p holds that part's rows from
 k x shard_size on. The last block of a part is always shorter than the others (it may be empty), which is how a resumed
@@ -24,7 +24,7 @@ from huggingface_hub import HfApi
 
 from ..data.conversations import BadRow
 from ..data.load import RowReport
-from ..data.records import MESSAGES, PICTURE_COLUMNS, convert_record, encode_pictures
+from ..data.records import IMAGE_COLUMNS, MESSAGES, convert_record, encode_images
 from ..data.sources import Records, open_source, read_records
 from .config import ScoreConfig
 from .processes import keeping_progress
@@ -48,7 +48,7 @@ CONNECTIONS = 16
 
 
 class RecordStream:
-    """What a data source is as a stream: numbered parts of raw records, pictures undecoded.
+    """What a data source is as a stream: numbered parts of raw records, images undecoded.
 
     Args:
         config: `dataset` and its companions.
@@ -112,11 +112,11 @@ def _convert(record: dict[str, Any], folder: str | Path | None) -> dict[str, Any
     name = record.get("id")
     row: dict[str, Any] = {"id": None if name is None else str(name), "images": [], "messages": [], "reason": None}
     try:
-        pictures, problems = encode_pictures(_with_remote_pictures(record), folder, check=True)
+        images, problems = encode_images(_with_remote_images(record), folder, check=True)
         if problems:
             raise BadRow("; ".join(problems))
-        messages, _ = convert_record(record, len(pictures))
-        row["images"] = [{"bytes": picture["bytes"], "path": picture["path"]} for picture in pictures]
+        messages, _ = convert_record(record, len(images))
+        row["images"] = [{"bytes": image["bytes"], "path": image["path"]} for image in images]
         row["messages"] = [
             {"role": message["role"], "content": [{"text": None, **block} for block in message["content"]]}
             for message in messages
@@ -126,25 +126,25 @@ def _convert(record: dict[str, Any], folder: str | Path | None) -> dict[str, Any
     return row
 
 
-def _with_remote_pictures(record: dict[str, Any]) -> dict[str, Any]:
-    """The record, its pictures that lie neither in the stream nor on this machine fetched."""
-    column = next((name for name in PICTURE_COLUMNS if record.get(name) is not None), None)
+def _with_remote_images(record: dict[str, Any]) -> dict[str, Any]:
+    """The record, its images that lie neither in the stream nor on this machine fetched."""
+    column = next((name for name in IMAGE_COLUMNS if record.get(name) is not None), None)
     if column is None:
         return record
     value = record[column]
-    pictures = [_fetch(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
-    return {**record, column: pictures}
+    images = [_fetch(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
+    return {**record, column: images}
 
 
-def _fetch(picture: Any) -> Any:
-    path = picture.get("path") if isinstance(picture, dict) and picture.get("bytes") is None else picture
+def _fetch(image: Any) -> Any:
+    path = image.get("path") if isinstance(image, dict) and image.get("bytes") is None else image
     if not isinstance(path, str) or "://" not in path:
-        return picture
+        return image
     try:
         with xopen(path, "rb") as file:
             return {"bytes": file.read(), "path": path.partition("::")[0].rpartition("/")[2]}
     except Exception as error:
-        raise BadRow(f"picture cannot be read (file {path!r}): {type(error).__name__}: {error}") from error
+        raise BadRow(f"image cannot be read (file {path!r}): {type(error).__name__}: {error}") from error
 
 
 def spool_block(records: Iterable[dict[str, Any]], folder: str | Path | None, target: Path) -> int:

@@ -30,7 +30,7 @@ def check_saved(folder: Path) -> None:
         return
     with torch.device("meta"):
         model = AlignGPTForConditionalGeneration(config)
-    tied = set(model._tied_weights_keys) if config.tie_word_embeddings else set()
+    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
     wanted = {name: list(value.shape) for name, value in model.state_dict().items() if name not in tied}
     for what, names in (
         ("lacks", wanted.keys() - found.keys()),

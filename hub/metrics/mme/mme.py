@@ -7,13 +7,13 @@ from .scoring import mme_scores
 
 
 _DESCRIPTION = (
-    """Points for perception and cognition: accuracy and accuracy+ (both questions about a picture) of each task."""
+    """Points for perception and cognition: accuracy and accuracy+ (both questions about an image) of each task."""
 )
 _ARGUMENTS = """
 Args:
     predictions: answers.
     references: yes or no.
-    question_ids: the picture of each question.
+    question_ids: the image of each question.
     categories: the task of each question.
 """
 _CITATION = """Fu et al., MME, arXiv 2306.13394."""

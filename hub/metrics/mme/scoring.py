@@ -1,4 +1,4 @@
-"""MME: pairs of yes-or-no questions about one picture."""
+"""MME: pairs of yes-or-no questions about one image."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,12 +34,12 @@ def mme_scores(
 ) -> dict[str, Any]:
     """
     The benchmark's points. A task's points are accuracy + accuracy+ in percent (0..200), where accuracy+ is the share
-    of pictures both of whose questions are answered right; perception (0..2000) and cognition (0..800) are sums.
+    of images both of whose questions are answered right; perception (0..2000) and cognition (0..800) are sums.
 
     Args:
         predictions: answers.
         references: "yes" or "no".
-        question_ids: the picture of each question; two questions share one.
+        question_ids: the image of each question; two questions share one.
         categories: the task of each question, of `PERCEPTION` or `COGNITION`.
 
     Returns:
@@ -47,25 +47,25 @@ def mme_scores(
         `score`.
 
     Raises:
-        ValueError: lists of different lengths, an unknown task, or a picture without exactly two questions.
+        ValueError: lists of different lengths, an unknown task, or an image without exactly two questions.
     """
     if not predictions or len({len(predictions), len(references), len(question_ids), len(categories)}) != 1:
         raise ValueError(
             f"{len(predictions)} predictions, {len(references)} references, {len(question_ids)} question ids and "
             f"{len(categories)} categories: as many of each are needed."
         )
-    pictures: dict[str, dict[str, list[bool]]] = {}
+    images: dict[str, dict[str, list[bool]]] = {}
     for answer, truth, question, category in zip(predictions, references, question_ids, categories, strict=True):
         if category not in PERCEPTION + COGNITION:
             raise ValueError(f"The category {category!r} is none of MME's: {', '.join(PERCEPTION + COGNITION)}.")
         right = read_answer(answer) == truth.lower().strip().replace(".", "")
-        pictures.setdefault(category, {}).setdefault(question, []).append(right)
+        images.setdefault(category, {}).setdefault(question, []).append(right)
     by_task = {}
-    for category, questions in pictures.items():
+    for category, questions in images.items():
         for question, hits in questions.items():
             if len(hits) != 2:
                 raise ValueError(
-                    f"Picture {question!r} of {category!r} has {len(hits)} question(s): MME asks two about each."
+                    f"Image {question!r} of {category!r} has {len(hits)} question(s): MME asks two about each."
                 )
         pairs = list(questions.values())
         accuracy = sum(map(sum, pairs)) / (2 * len(pairs))

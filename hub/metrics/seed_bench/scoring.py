@@ -1,4 +1,4 @@
-"""SEED-Bench: multiple choice about pictures and videos."""
+"""SEED-Bench: multiple choice about images and videos."""
 
 from collections.abc import Sequence
 from typing import Any

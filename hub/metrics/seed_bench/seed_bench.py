@@ -6,7 +6,7 @@ import evaluate
 from .scoring import seed_bench_scores
 
 
-_DESCRIPTION = """Share of right choices, over all questions, for pictures and videos, and for each type of question."""
+_DESCRIPTION = """Share of right choices, over all questions, for images and videos, and for each type of question."""
 _ARGUMENTS = """
 Args:
     predictions: answers.

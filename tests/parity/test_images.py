@@ -1,9 +1,9 @@
-"""Pixel values of both picture modes, from the image processor of the converted checkpoints."""
+"""Pixel values of both image modes, from the image processor of the converted checkpoints."""
 
 import numpy as np
 import pytest
 import torch
-from parity.golden import TENSOR_FILES, assert_close, picture, read, read_json
+from parity.golden import TENSOR_FILES, assert_close, draw_image, read, read_json
 from PIL import Image
 
 
@@ -11,9 +11,9 @@ NAMES = read_json("preprocess_images")["files"]
 
 
 @pytest.mark.parametrize("mode", ["pad", "square"])
-def test_preprocessed_pictures(mode, stage1_processor, stage2_processor):
+def test_preprocessed_images(mode, stage1_processor, stage2_processor):
     processor = stage2_processor if mode == "pad" else stage1_processor
-    values = processor.image_processor([picture(name) for name in NAMES], return_tensors="pt")["pixel_values"]
+    values = processor.image_processor([draw_image(name) for name in NAMES], return_tensors="pt")["pixel_values"]
     assert_close(values, read("preprocess_images")[mode], mode)
 
 
@@ -23,7 +23,7 @@ def test_padding_to_a_square(stage2_processor):
     background = tuple(int(255 * mean) for mean in image_processor.image_mean)
     assert list(background) == facts["background"]
     for index, name in enumerate(NAMES):
-        pixels = np.asarray(picture(name)).transpose(2, 0, 1)
+        pixels = np.asarray(draw_image(name)).transpose(2, 0, 1)
         padded = image_processor.pad_to_square(pixels, background_color=background).transpose(1, 2, 0)
         assert [padded.shape[1], padded.shape[0]] == facts["padded_size"][index]
         theirs = tensors[f"padded_uint8_{index}"]
@@ -31,8 +31,8 @@ def test_padding_to_a_square(stage2_processor):
         assert torch.equal(torch.from_numpy(np.array(small)), theirs), name
 
 
-def _recorded_pictures():
-    """(file, row, picture) for every row of a recorded batch that has a picture."""
+def _recorded_images():
+    """(file, row, image) for every row of a recorded batch that has an image."""
     records = [("stage1_forward", read_json("stage1_records"))]
     records += [
         (name, read_json(name)["records"])
@@ -45,8 +45,8 @@ def _recorded_pictures():
     ]
 
 
-@pytest.mark.parametrize(("name", "row", "image"), _recorded_pictures())
-def test_pictures_of_recorded_batches(name, row, image, stage1_processor, stage2_processor):
+@pytest.mark.parametrize(("name", "row", "image"), _recorded_images())
+def test_images_of_recorded_batches(name, row, image, stage1_processor, stage2_processor):
     processor = stage1_processor if name.startswith("stage1") else stage2_processor
-    values = processor.image_processor([picture(image)], return_tensors="pt")["pixel_values"]
+    values = processor.image_processor([draw_image(image)], return_tensors="pt")["pixel_values"]
     assert_close(values[0], read(name)["pixel_values"][row], "pixel_values")

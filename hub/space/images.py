@@ -1,4 +1,4 @@
-"""Uploaded pictures: what is accepted, and where on a picture the model's patches lie."""
+"""Uploaded images: what is accepted, and where on an image the model's patches lie."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,33 +8,33 @@ from PIL import Image
 
 
 MAX_FILE_BYTES = 10 * 2**20
-# Pillow's own guard: it holds for whatever else opens a picture in this process
+# Pillow's own guard: it holds for whatever else opens an image in this process
 Image.MAX_IMAGE_PIXELS = 50_000_000
 
 
-class PictureError(ValueError):
-    """A picture that cannot be used; the message says why, for the person who chose it."""
+class ImageError(ValueError):
+    """An image that cannot be used; the message says why, for the person who chose it."""
 
 
-def read_picture(path: str | Path | None) -> Image.Image:
+def read_image(path: str | Path | None) -> Image.Image:
     """
-    A picture file as the model's processor reads it: upright, in RGB, within its limits.
+    An image file as the model's processor reads it: upright, in RGB, within its limits.
 
     Raises:
-        PictureError: there is none, it is too large, or it cannot be read.
+        ImageError: there is none, it is too large, or it cannot be read.
     """
     if path is None:
-        raise PictureError("There is no picture yet: choose one, paste one, or take an example.")
+        raise ImageError("There is no image yet: choose one, paste one, or take an example.")
     size = Path(path).stat().st_size
     if size > MAX_FILE_BYTES:
-        raise PictureError(f"The file has {size / 2**20:.1f} MB, at most {MAX_FILE_BYTES // 2**20} MB are accepted.")
+        raise ImageError(f"The file has {size / 2**20:.1f} MB, at most {MAX_FILE_BYTES // 2**20} MB are accepted.")
     try:
         return loaded().processor.read_image(path, allow_urls=False)
     except ValueError as error:
-        raise PictureError(f"The picture cannot be used: {_without_path(error)}.") from error
+        raise ImageError(f"The image cannot be used: {_without_path(error)}.") from error
     # Pillow's plugins raise many kinds of errors on damaged files
     except Exception as error:
-        raise PictureError(f"The picture is damaged and cannot be read: {_without_path(error)}.") from error
+        raise ImageError(f"The image is damaged and cannot be read: {_without_path(error)}.") from error
 
 
 def _without_path(error: Exception) -> str:
@@ -45,7 +45,7 @@ def _without_path(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Box:
-    """A rectangle on a picture, in its pixels; it may reach beyond the edges (padding)."""
+    """A rectangle on an image, in its pixels; it may reach beyond the edges (padding)."""
 
     left: float
     top: float
@@ -55,7 +55,7 @@ class Box:
 
 def seen_box(size: tuple[int, int], image_processor) -> Box:
     """
-    The part of a picture of `size` (width, height) that an image processor hands to the model: padded to a square,
+    The part of an image of `size` (width, height) that an image processor hands to the model: padded to a square,
     resized and cropped at the centre, each if the processor does so.
     """
     width, height = size

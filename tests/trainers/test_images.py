@@ -1,4 +1,4 @@
-"""Pictures of every kind, by themselves and through loading, collating and scoring."""
+"""Images of every kind, by themselves and through loading, collating and scoring."""
 
 import base64
 import io
@@ -18,7 +18,7 @@ from .conftest import IMAGE_SIZE
 RED, BLUE = (200, 10, 20), (20, 10, 200)
 
 
-def picture(colour=RED, size=(6, 4), mode="RGB"):
+def draw_image(colour=RED, size=(6, 4), mode="RGB"):
     return PILImage.new("RGB", size, colour).convert(mode)
 
 
@@ -32,17 +32,17 @@ class TestLoadImage:
     @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "1", "P", "CMYK", "I", "F"])
     def test_grey_survives_every_mode(self, mode):
         grey = 255 if mode == "1" else 153  # a colour of the palette
-        image = load_image(picture((grey,) * 3, mode=mode))
+        image = load_image(draw_image((grey,) * 3, mode=mode))
         assert image.mode == "RGB" and image.size == (6, 4)
         assert np.abs(np.asarray(image).astype(int) - grey).max() <= 1
 
     def test_values_of_every_kind(self, tmp_path):
         path = tmp_path / "a.png"
-        picture().save(path)
-        values = [picture(), path, str(path), path.read_bytes(), {"path": str(path), "bytes": None}]
-        values += [{"path": "gone.png", "bytes": path.read_bytes()}, np.asarray(picture())]
+        draw_image().save(path)
+        values = [draw_image(), path, str(path), path.read_bytes(), {"path": str(path), "bytes": None}]
+        values += [{"path": "gone.png", "bytes": path.read_bytes()}, np.asarray(draw_image())]
         for value in values:
-            assert load_image(value).tobytes() == picture().tobytes()
+            assert load_image(value).tobytes() == draw_image().tobytes()
         assert load_image(np.full((4, 6, 1), 9, np.uint8)).getpixel((0, 0)) == (9, 9, 9)
 
     @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
@@ -56,12 +56,12 @@ class TestLoadImage:
         clear.putpixel((1, 1), (*BLUE, 255))
         for source in (clear, encode(clear)):
             assert load_image(source).tobytes() == clear.convert("RGB").tobytes()
-        palette = picture(mode="P")
+        palette = draw_image(mode="P")
         gif = load_image(encode(palette, transparency=palette.getpixel((0, 0))))
         assert gif.tobytes() == palette.convert("RGB").tobytes()
 
     def test_orientation_of_the_camera(self):
-        image = picture()
+        image = draw_image()
         image.putpixel((0, 0), BLUE)
         exif = PILImage.Exif()
         exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
@@ -69,7 +69,7 @@ class TestLoadImage:
         assert upright.size == (4, 6) and upright.getpixel((3, 0)) == BLUE
 
     def test_first_frame_of_an_animation(self):
-        frames = [picture(RED), picture(BLUE)]
+        frames = [draw_image(RED), draw_image(BLUE)]
         moving = encode(frames[0], format="GIF", save_all=True, append_images=frames[1:])
         assert PILImage.open(io.BytesIO(moving)).n_frames == 2
         assert np.abs(np.asarray(load_image(moving).getpixel((0, 0))) - RED).max() <= 2
@@ -79,9 +79,9 @@ class TestLoadImage:
         (tmp_path / "cut.jpg").write_bytes(encode(noisy, format="JPEG")[:600])
         (tmp_path / "page.png").write_text("<html>")
         for name in ("cut.jpg", "page.png", "gone.png"):
-            with pytest.raises(ValueError, match=rf"row 17: picture cannot be read \(file '.*{name}'\): .*on_bad_row"):
+            with pytest.raises(ValueError, match=rf"row 17: image cannot be read \(file '.*{name}'\): .*on_bad_row"):
                 load_image({"path": str(tmp_path / name), "bytes": None}, 17)
-        with pytest.raises(ValueError, match=r"row x: picture cannot be read \(7 bytes of 'a\.png' stored"):
+        with pytest.raises(ValueError, match=r"row x: image cannot be read \(7 bytes of 'a\.png' stored"):
             load_image({"path": "a.png", "bytes": b"nothing"}, "x")
         with pytest.raises(ValueError, match="download the image first"):
             load_image("https://example.com/a.png")
@@ -92,37 +92,39 @@ class TestLoadImage:
             assert set(np.asarray(load_image(image)).ravel()) == {128}
 
     def test_colour_of_cmyk_jpegs(self):
-        image = load_image(encode(picture(mode="CMYK"), format="JPEG", quality=95))
+        image = load_image(encode(draw_image(mode="CMYK"), format="JPEG", quality=95))
         assert np.abs(np.asarray(image).astype(int) - RED).max() <= 8
 
     @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
     def test_first_frame_of_other_animations(self, kind):
-        frames = [picture(RED), picture(BLUE)]
+        frames = [draw_image(RED), draw_image(BLUE)]
         moving = encode(frames[0], format=kind, save_all=True, append_images=frames[1:], duration=100)
         assert np.abs(np.asarray(load_image(moving).getpixel((0, 0)), dtype=int) - RED).max() <= 40
 
 
 def kinds() -> dict[str, bytes]:
-    """A red picture in every shape that data sets bring, encoded; what of it must survive is that it is red."""
+    """A red image in every shape that data sets bring, encoded; what of it must survive is that it is red."""
     exif = PILImage.Exif()
     exif[0x0112] = 6
     grey = PILImage.fromarray((np.arange(24).reshape(4, 6) * 2700).astype(np.uint16))
-    frames = [picture(BLUE)]
+    frames = [draw_image(BLUE)]
     return {
-        "jpeg": encode(picture(), format="JPEG", quality=95),
-        "palette": encode(picture(mode="P")),
-        "alpha": encode(picture(mode="RGBA")),
-        "cmyk": encode(picture(mode="CMYK"), format="JPEG", quality=95),
-        "turned": encode(picture(), format="JPEG", exif=exif, quality=95),
-        "animated gif": encode(picture(), format="GIF", save_all=True, append_images=frames),
-        "animated webp": encode(picture(), format="WEBP", save_all=True, append_images=frames, duration=9, quality=100),
-        "one pixel wide": encode(picture(size=(1, 40))),
-        "one pixel high": encode(picture(size=(40, 1))),
-        "one pixel": encode(picture(size=(1, 1))),
-        "tiff": encode(picture(), format="TIFF"),
-        "bmp": encode(picture(), format="BMP"),
-        "greyscale": encode(picture((70, 70, 70), mode="L")),
-        "black and white": encode(picture((255, 255, 255), mode="1")),
+        "jpeg": encode(draw_image(), format="JPEG", quality=95),
+        "palette": encode(draw_image(mode="P")),
+        "alpha": encode(draw_image(mode="RGBA")),
+        "cmyk": encode(draw_image(mode="CMYK"), format="JPEG", quality=95),
+        "turned": encode(draw_image(), format="JPEG", exif=exif, quality=95),
+        "animated gif": encode(draw_image(), format="GIF", save_all=True, append_images=frames),
+        "animated webp": encode(
+            draw_image(), format="WEBP", save_all=True, append_images=frames, duration=9, quality=100
+        ),
+        "one pixel wide": encode(draw_image(size=(1, 40))),
+        "one pixel high": encode(draw_image(size=(40, 1))),
+        "one pixel": encode(draw_image(size=(1, 1))),
+        "tiff": encode(draw_image(), format="TIFF"),
+        "bmp": encode(draw_image(), format="BMP"),
+        "greyscale": encode(draw_image((70, 70, 70), mode="L")),
+        "black and white": encode(draw_image((255, 255, 255), mode="1")),
         "16-bit": encode(grey),
     }
 
@@ -156,7 +158,7 @@ def assembled_once(parts):
 
 
 class TestThroughTheCollator:
-    """Every kind, as a path, as bytes and as a PIL picture, gives the same pixels that the model sees."""
+    """Every kind, as a path, as bytes and as a PIL image, gives the same pixels that the model sees."""
 
     @pytest.mark.parametrize("do_pad", [False, True])
     @pytest.mark.parametrize("kind", list(kinds()))
@@ -164,16 +166,16 @@ class TestThroughTheCollator:
         processor = assembled_once[1]
         processor.image_processor.do_pad = do_pad
         data = kinds()[kind]
-        (tmp_path / "picture").write_bytes(data)
+        (tmp_path / "image").write_bytes(data)
         caption = {"caption": ["a thing"]}
         sources = {
-            "path": Dataset.from_dict({"image": [str(tmp_path / "picture")], **caption}),
+            "path": Dataset.from_dict({"image": [str(tmp_path / "image")], **caption}),
             "bytes": Dataset.from_dict({"image": [{"bytes": data, "path": None}], **caption}),
             "binary": Dataset.from_dict({"image": [data], **caption}),
             "typed": Dataset.from_dict(
                 {"images": [[data]], **caption}, Features({"images": List(Image()), "caption": Value("string")})
             ),
-            "record": [{"image": str(tmp_path / "picture"), "caption": "a thing"}],
+            "record": [{"image": str(tmp_path / "image"), "caption": "a thing"}],
             "PIL": [{"image": PILImage.open(io.BytesIO(data)), "caption": "a thing"}],
         }
         collator = AlignGPTDataCollator(processor, "instruct")
@@ -183,7 +185,7 @@ class TestThroughTheCollator:
             pixels[name] = collator([rows[0]])["pixel_values"]
         expected = processor.image_processor(load_image(data), return_tensors="pt")["pixel_values"]
         assert expected.shape == (1, 3, IMAGE_SIZE, IMAGE_SIZE) and torch.isfinite(expected).all()
-        pixels |= through_every_other_door(processor, data, tmp_path / "picture")
+        pixels |= through_every_other_door(processor, data, tmp_path / "image")
         for name, found in pixels.items():
             assert torch.equal(found, expected), name
         redness = (expected[0, 0] - expected[0, 2]).max()  # somewhere: the padding is grey
@@ -191,11 +193,11 @@ class TestThroughTheCollator:
 
 
 def test_an_orientation_that_cannot_be_read_is_left_alone():
-    data = encode(picture(), format="JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\x7f", quality=95)
+    data = encode(draw_image(), format="JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\x7f", quality=95)
     assert load_image(data).size == (6, 4)
 
 
 def test_a_decompression_bomb_is_an_error_with_a_name(monkeypatch):
     monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 10)
-    with pytest.raises(ValueError, match=r"row big: picture cannot be read.*pixels"):
-        load_image(encode(picture()), "big")
+    with pytest.raises(ValueError, match=r"row big: image cannot be read.*pixels"):
+        load_image(encode(draw_image()), "big")
