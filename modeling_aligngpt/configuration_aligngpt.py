@@ -5,7 +5,7 @@ import math
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PretrainedConfig
 
-from .compat_v4 import IS_TRANSFORMERS_4
+from .compat_v4 import portable_rope, without_old_rope
 
 
 ALIGN_MODES = ("level", "gate", "local", "global", "mean", "fixed", "random")
@@ -196,17 +196,12 @@ class AlignGPTConfig(PretrainedConfig):
             )
 
     def to_diff_dict(self):
-        """What `save_pretrained` writes: transformers 4.57 reads `rope_theta`/`rope_scaling`, 5.x `rope_parameters`."""
+        """What `save_pretrained` writes: no paths of this machine, and the names that 4.57 reads besides."""
         saved = super().to_diff_dict()
         for name in self.sub_configs:
             # where a part was loaded from is nobody else's path
             saved.get(name, {}).pop("_name_or_path", None)
-        rope = getattr(self.text_config, "rope_parameters", None)
-        if isinstance(rope, dict) and "rope_theta" in rope and isinstance(saved.get("text_config"), dict):
-            scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-            saved["text_config"]["rope_theta"] = rope["rope_theta"]
-            if scaling.get("rope_type", "default") != "default":
-                saved["text_config"]["rope_scaling"] = scaling
+        portable_rope(saved, getattr(self.text_config, "rope_parameters", None))
         return saved
 
 
@@ -235,10 +230,7 @@ def _sub_config(value, default_model_type: str, defaults: dict) -> PretrainedCon
     if isinstance(value, PretrainedConfig):
         return value
     values = dict(defaults if value is None else value)
-    if values.get("rope_parameters") is not None and not IS_TRANSFORMERS_4:
-        # written beside them for 4.57, and deprecated since
-        for name in ("rope_theta", "rope_scaling"):
-            values.pop(name, None)
+    without_old_rope(values)
     model_type = values.pop("model_type", default_model_type)
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"model_type={model_type!r} of a sub-config is unknown to this transformers version.")

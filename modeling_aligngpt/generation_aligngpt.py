@@ -4,12 +4,14 @@ from contextvars import ContextVar
 
 import torch
 from transformers.generation import GenerationMixin
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .cache_aligngpt import cache_in
 from .checks_aligngpt import check_images, check_levels, warn_without_align, warn_without_images
 from .compat_v4 import PrefillOnlyImagesMixin
 
+
+logger = logging.get_logger(__name__)
 
 # what the first pass of the `generate` that runs in this thread gave each level
 _align_weights: ContextVar[torch.Tensor | None] = ContextVar("align_weights", default=None)
@@ -41,7 +43,8 @@ class AlignGPTGenerationMixin(PrefillOnlyImagesMixin, GenerationMixin):
         if kwargs.get("prompt_mask") is None:
             kwargs["prompt_mask"] = mask
         if mask is not None and cache_in(kwargs) is None and not bool(mask[:, -1].all()):
-            # answers continue at the right end: padding on the right is moved to the left
+            # answers continue at the right end
+            logger.warning_once("Rows are padded on the right: generate moves the padding to the left.")
             order = mask.int().argsort(dim=1, stable=True)
             inputs = _reordered(inputs, order)
             for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "prompt_mask"):

@@ -28,9 +28,8 @@ from .checks_aligngpt import (
     warn_without_align,
     warn_without_images,
 )
-from .compat_v4 import run_vision_tower
+from .compat_v4 import inner_tower, run_vision_tower
 from .configuration_aligngpt import AUTO_MAP, AlignGPTConfig
-from .dummy_aligngpt import needs_dummy_image, run_dummy_image
 from .generation_aligngpt import AlignGPTGenerationMixin
 from .multiscale_aligngpt import multiscale_features
 from .outputs_aligngpt import AlignGPTCausalLMOutputWithPast, AlignGPTModelOutputWithPast
@@ -93,19 +92,23 @@ class AlignGPTPreTrainedModel(PreTrainedModel):
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Saves weights, config and code; the config names the class of every Auto class (see `AUTO_MAP`)."""
-        self.config.auto_map = dict(AUTO_MAP)
+        """Saves weights, config and code; what is saved names the class of every Auto class (see `AUTO_MAP`)."""
         if kwargs.get("state_dict") is not None and self.config.tie_word_embeddings:
             # FSDP2 and ZeRO-2 gather the head as a tensor of its own, beside the embedding that it is
             tied = set(self._tied_weights_keys or ())
             kwargs["state_dict"] = {name: value for name, value in kwargs["state_dict"].items() if name not in tied}
         sharded, conversions = type(self), self.__dict__.pop("_weight_conversions", None)
+        before = getattr(self.config, "auto_map", None)
+        self.config.auto_map = dict(AUTO_MAP)
         # FSDP2 puts a class of torch's in front, whose code would be saved; ZeRO-3's loader leaves renamings behind
         self.__class__ = next(cls for cls in sharded.__mro__ if not cls.__module__.startswith("torch."))
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
             self.__class__ = sharded
+            self.config.auto_map = before
+            if before is None:
+                del self.config.auto_map
             if conversions is not None:
                 self._weight_conversions = conversions
 
@@ -116,9 +119,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
     def __init__(self, config: AlignGPTConfig):
         super().__init__(config)
         hidden_size = config.text_config.hidden_size
-        tower = AutoModel.from_config(config.vision_config)
-        # transformers 5 flattened the towers, 4.57 nests them in `vision_model`: the inner one's keys agree
-        self.vision_tower = getattr(tower, "vision_model", tower)
+        self.vision_tower = inner_tower(AutoModel.from_config(config.vision_config))
         self.multi_modal_projector = AlignGPTMLP(
             config.projector_in_features, hidden_size, hidden_size, config.projector_hidden_act
         )
@@ -179,7 +180,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         outputs[-1].pooler_output = list(projected_ISD)
         return outputs[-1]
 
-    def get_placeholder_mask(
+    def find_token(
         self, token_id: int, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor
     ) -> torch.BoolTensor:
         """Where the row holds `token_id`, by id or, when only embeddings are given, by its embedding: `(B, T)`."""
@@ -220,9 +221,9 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         bos_token_id = self.config.text_config.bos_token_id
         if bos_token_id is not None:
             first_BT = text_BT & (text_BT.cumsum(1) == 1)
-            text_BT = text_BT & ~(first_BT & self.get_placeholder_mask(bos_token_id, input_ids, inputs_embeds))
+            text_BT = text_BT & ~(first_BT & self.find_token(bos_token_id, input_ids, inputs_embeds))
         for token_id in (self.config.image_token_id, self.config.align_token_id):
-            text_BT = text_BT & ~self.get_placeholder_mask(token_id, input_ids, inputs_embeds)
+            text_BT = text_BT & ~self.find_token(token_id, input_ids, inputs_embeds)
         count_B = text_BT.sum(1)
         total_BD = torch.einsum("bt,btd->bd", text_BT.to(inputs_embeds.dtype), inputs_embeds)
         return total_BD / count_B.clamp(min=1).unsqueeze(1), count_B
@@ -323,8 +324,8 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         align_level: int | torch.LongTensor | None,
     ) -> tuple[torch.FloatTensor, torch.FloatTensor]:
         """Replaces the embeddings at `<image>` and `<align>`; returns them with the rows' `align_weights`."""
-        image_BT = self.get_placeholder_mask(self.config.image_token_id, input_ids, inputs_embeds)
-        align_BT = self.get_placeholder_mask(self.config.align_token_id, input_ids, inputs_embeds)
+        image_BT = self.find_token(self.config.image_token_id, input_ids, inputs_embeds)
+        align_BT = self.find_token(self.config.align_token_id, input_ids, inputs_embeds)
         num_images, seq_length = image_features.shape[:2]
         if seq_length != self.config.image_seq_length:
             raise ValueError(
@@ -397,8 +398,6 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
             align_weights = inputs_embeds.new_zeros(inputs_embeds.shape[0], self.config.num_align_levels)
             if input_ids is not None:
                 warn_without_images(input_ids == self.config.image_token_id)
-            if needs_dummy_image(self):
-                inputs_embeds = run_dummy_image(self, input_ids, inputs_embeds, align_level)
 
         outputs = self.language_model(
             attention_mask=attention_mask,

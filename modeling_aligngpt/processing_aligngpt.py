@@ -1,11 +1,10 @@
 """
 Processor of AlignGPT: images and text in, `input_ids`, `attention_mask` and `pixel_values` out.
 
-Written for transformers 5; what 4.57 needs besides stands in the class `_ProcessorBase` below, and nowhere else.
+Written for transformers 5; what 4.57 needs besides stands in `compat_v4.py`.
 """
 
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,10 @@ import torch
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput, make_flat_list_of_images
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TextInput
 
+from .compat_v4 import IS_TRANSFORMERS_4, ProcessorBase
 from .configuration_aligngpt import GATE_CONTEXTS
 from .control_tokens import control_tokens, sanitized
 from .gate_prompt_aligngpt import answer_opening, first_turn, mask_up_to, without_answers
@@ -35,75 +35,7 @@ from .processing_parts import (
 )
 
 
-if hasattr(ProcessorMixin, "prepare_inputs_layout"):
-    _ProcessorBase = ProcessorMixin
-else:
-
-    class _ProcessorBase(ProcessorMixin):
-        """The part for transformers 4.57 alone: class attributes, and the hooks of transformers 5 with their caller."""
-
-        attributes = ["image_processor", "tokenizer"]
-        image_processor_class = "AutoImageProcessor"
-        tokenizer_class = "AutoTokenizer"
-
-        def __call__(self, images=None, text=None, **kwargs):
-            images, text, _, _ = self.prepare_inputs_layout(images=images, text=text)
-            self.validate_inputs(images=images, text=text)
-            return_token_types = kwargs.pop("return_mm_token_type_ids", False)
-            merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)
-            text_kwargs = {**self.text_kwargs, **merged["text_kwargs"]}
-            return_tensors = text_kwargs.pop("return_tensors", None)
-            data, replacements = {}, []
-            if images is not None:
-                images, replacements = self._process_images(images, **merged["images_kwargs"])
-                data.update(images)
-            if text is not None:
-                rows, _ = self.get_text_with_replacements(text, replacements)
-                encoded = self.tokenizer(rows, **text_kwargs)
-                self._check_special_mm_tokens(rows, encoded, modalities=["image"])
-                if return_token_types:
-                    encoded["mm_token_type_ids"] = [
-                        [int(token == self.image_token_id) for token in row] for row in encoded["input_ids"]
-                    ]
-                data = {**encoded, **data}
-            return BatchFeature(data, tensor_type=return_tensors)
-
-        def apply_chat_template(self, conversation, *args, **kwargs):
-            if kwargs.get("return_assistant_tokens_mask"):
-                raise ValueError(
-                    "transformers 4 misplaces assistant masks beside images: use transformers 5.18 or newer."
-                )
-            batched = isinstance(conversation[0], (list, tuple))
-            chats = [
-                [_with_parts(message) for message in chat] for chat in (conversation if batched else [conversation])
-            ]
-            return super().apply_chat_template(chats if batched else chats[0], *args, **kwargs)
-
-        def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-            return images, [text] if isinstance(text, str) else text and list(text), videos, audio
-
-        def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
-            if images is None and text is None:
-                raise ValueError(f"You need to provide at least one input to call {type(self).__name__}.")
-
-        def _process_images(self, images, **kwargs):
-            images = make_flat_list_of_images(images)
-            features = self.image_processor(images, **kwargs)
-            return features, [self.replace_image_token(features, index) for index in range(len(images))]
-
-        def get_text_with_replacements(self, text, images_replacements=(), *_):
-            replacements = iter(images_replacements)
-            return text, [
-                [
-                    {"type": "image", "span": found.span(), "replacement": next(replacements)}
-                    for found in re.finditer(re.escape(self.image_token), row)
-                    if images_replacements
-                ]
-                for row in text
-            ]
-
-
-class AlignGPTProcessor(_ProcessorBase):
+class AlignGPTProcessor(ProcessorBase):
     r"""
     Puts an image processor and a tokenizer together.
 
@@ -236,7 +168,7 @@ class AlignGPTProcessor(_ProcessorBase):
         asks = kwargs.get("add_generation_prompt") or kwargs.get("continue_final_message")
         if self.gate_context != "prompt" or asks or not (kwargs.get("tokenize") and kwargs.get("return_dict")):
             return False
-        if not hasattr(ProcessorMixin, "prepare_inputs_layout") or not conversation:
+        if IS_TRANSFORMERS_4 or not conversation:
             return False
         template = self._template_of(chat_template)
         if "{% generation" not in (template or "").replace("{%-", "{%"):
@@ -489,12 +421,6 @@ class AlignGPTProcessor(_ProcessorBase):
             hub.setdefault("repo_id", Path(save_directory).name)
             self.push_to_hub(**hub, token=kwargs.get("token"))
         return files
-
-
-def _with_parts(message: dict) -> dict:
-    """A message whose content is a list of parts."""
-    content = message.get("content")
-    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 
 
 def _mentions(kwargs: dict, name: str) -> bool:

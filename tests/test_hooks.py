@@ -67,6 +67,8 @@ OVERRIDDEN = {
     "transformers.trainer:Trainer.get_eval_dataloader": "self, eval_dataset",
     "transformers.trainer:Trainer.get_train_dataloader": "self",
     "transformers.trainer:Trainer.train": "self, resume_from_checkpoint, trial, ignore_keys_for_eval",
+    "transformers.trainer_callback:TrainerCallback.on_train_begin": "self, args, state, control, kwargs",
+    "transformers.trainer_callback:TrainerCallback.on_train_end": "self, args, state, control, kwargs",
     "transformers.trainer_callback:TrainerCallback.on_epoch_end": "self, args, state, control, kwargs",
     "transformers.trainer_callback:TrainerCallback.on_step_end": "self, args, state, control, kwargs",
     "trl.trainer.base_trainer:_BaseTrainer.create_model_card": "self, model_name, dataset_name, tags",

@@ -7,6 +7,7 @@ _EXPORTS = {
     "AlignGPTDataCollator": "collator",
     "AlignGPTInstructConfig": "instruct_config",
     "AlignGPTInstructTrainer": "instruct_trainer",
+    "DummyImageCallback": "dummy_image",
     "AlignGPTPretrainConfig": "pretrain_config",
     "AlignGPTPretrainTrainer": "pretrain_trainer",
     "ScoreConfig": "scoring.config",

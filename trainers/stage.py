@@ -28,6 +28,7 @@ from .checkpoints import (
 )
 from .collator import ROW_INDEX_COLUMN, AlignGPTDataCollator
 from .continuing import ContinuationError, compare_settings
+from .dummy_image import add_dummy_images
 from .eval_callback import GenerationMetrics, GenerationMixin
 from .guards import FiniteGuard, NonFiniteError, StopCallback, TrainingStopped, outlive_signals
 from .rows import ENCODED_FEATURES, prepare_rows
@@ -169,6 +170,7 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         self.supervised_head = SupervisedHead(base.model)
         gather_head(base)
+        add_dummy_images(base)
 
     # ---- what a stage is ----
 

@@ -21,6 +21,7 @@ from aligngpt_trainers import (
     AlignGPTPretrainConfig,
     AlignGPTPretrainTrainer,
 )
+from aligngpt_trainers.dummy_image import add_dummy_images
 from aligngpt_trainers.guards import NonFiniteError, TrainingStopped
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 from modeling_aligngpt.assembly import assemble
@@ -150,6 +151,7 @@ def shards(plan: dict) -> dict:
     for module in frozen:
         module.requires_grad_(False)
     add_fused_lm_head(model)
+    add_dummy_images(model)
     core = model.model
     mesh = dist.device_mesh.init_device_mesh("cpu", (dist.get_world_size(),))
     # layer by layer, as accelerate does it

@@ -150,7 +150,7 @@ def test_a_signal_to_one_process_stops_both_and_the_run_goes_on(two):
 
 def test_both_processes_share_the_evaluation(two):
     first, second = report(two, "evaluates")["metrics"]
-    assert {key for key in first if "align_weight" in key} == {f"eval_align_weight_{level}" for level in range(3)}
+    assert {key for key in first if "align_weight" in key} == {f"eval_align_weight_{level}" for level in range(4)}
     for key in first:
         if "align_weight" in key or "match" in key:
             assert first[key] == second[key]

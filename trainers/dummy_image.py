@@ -4,10 +4,56 @@ When a batch without an image runs a dummy image through tower, projector, gate 
 Processes that train together meet in collective operations: FSDP2 and ZeRO-3 gather the weights of a module when it
 runs, DDP waits for a gradient of every parameter. Where one process has images and another has text alone, the second
 would stay away from them, and both would wait for ever. A process that trains alone needs no dummy and runs none.
+
+Our trainers do it by themselves; with a plain `Trainer` or TRL's, add [`DummyImageCallback`].
 """
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
+from transformers.cache_utils import Cache
+
+
+class DummyImageCallback(TrainerCallback):
+    """Runs a dummy image for batches of text alone, for the time of a training; see this module."""
+
+    def __init__(self):
+        self._handle = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._handle = add_dummy_images(model.get_base_model() if hasattr(model, "get_base_model") else model)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._handle is not None:
+            self._handle.remove()
+
+
+def add_dummy_images(model: nn.Module):
+    """
+    Registers the dummy in front of an AlignGPT with a head.
+
+    Args:
+        model ([`AlignGPTForConditionalGeneration`]): before or after it is wrapped.
+
+    Returns:
+        A handle, whose `remove()` takes it away.
+    """
+
+    def before(inner: nn.Module, args: tuple, kwargs: dict):
+        if any(kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs")):
+            return None
+        cache: Cache | None = kwargs.get("cache") or kwargs.get("past_key_values")
+        if (cache is not None and cache.get_seq_length() > 0) or not needs_dummy_image(inner):
+            return None
+        input_ids, inputs_embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = inner.get_input_embeddings()(input_ids)
+        level = kwargs.get("align_level")
+        kwargs["inputs_embeds"] = run_dummy_image(inner, input_ids, inputs_embeds, level)
+        kwargs["input_ids"] = None
+        return args, kwargs
+
+    return model.base_model.register_forward_pre_hook(before, with_kwargs=True)
 
 
 def needs_dummy_image(model: nn.Module) -> bool:
@@ -52,6 +98,3 @@ def run_dummy_image(
         # an empty sum and not zero times a full one, which would be NaN where half precision overflows
         inputs_embeds = inputs_embeds + values.flatten()[:0].sum()
     return inputs_embeds
-
-
-__all__ = ["needs_dummy_image", "run_dummy_image"]

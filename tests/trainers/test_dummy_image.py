@@ -3,16 +3,24 @@
 import pytest
 import torch
 from modeling.test_gradients import gradients, training_batch
-from modeling.tiny import MIXED_ROWS, SIGLIP, TOP_LEVEL, make_batch, prompts, row, tiny_model
+from modeling.tiny import MIXED_ROWS, SIGLIP, TOP_LEVEL, make_batch, prompts, row
+from modeling.tiny import tiny_model as bare_model
 from safetensors.torch import load_file
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from aligngpt_trainers.dummy_image import DummyImageCallback, add_dummy_images
 from modeling_aligngpt import ALIGN_MODES
 
 
 TEXT_ROWS = [row(5, 6, 7, 8, images=0), row(9, 10, images=0)]
+
+
+def tiny_model(**kwargs):
+    model = bare_model(**kwargs)
+    add_dummy_images(model)
+    return model
 
 
 @pytest.fixture
@@ -153,3 +161,17 @@ def test_only_layers_that_are_there_are_named_for_wrapping():
     present = {type(module).__name__ for module in model.modules()}
     assert model._no_split_modules and set(model._no_split_modules) <= present
     assert {"LlamaDecoderLayer", "CLIPEncoderLayer"} <= set(model._no_split_modules)
+
+
+def test_other_trainers_add_it_as_a_callback(two_processes):
+    model = bare_model().train()
+    calls, callback = tower_runs(model), DummyImageCallback()
+    model(**training_batch(TEXT_ROWS))
+    assert calls == []
+    callback.on_train_begin(None, None, None, model=model)
+    model(**training_batch(TEXT_ROWS))
+    assert "tower" in calls
+    calls.clear()
+    callback.on_train_end(None, None, None)
+    model(**training_batch(TEXT_ROWS))
+    assert calls == []
