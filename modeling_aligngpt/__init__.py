@@ -7,6 +7,7 @@ from .auto import AutoModelForVision2Seq
 from .chat_templates import CHAT_TEMPLATES, select_chat_template
 from .compat_v4 import IS_TRANSFORMERS_4
 from .configuration_aligngpt import ALIGN_MODES, GATE_CONTEXTS, AlignGPTConfig
+from .configuration_aligngpt import VERSION as __version__
 from .modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTModel, AlignGPTPreTrainedModel
 from .processing_aligngpt import AlignGPTProcessor
 
@@ -30,5 +31,6 @@ __all__ = [
     "AlignGPTPreTrainedModel",
     "AlignGPTProcessor",
     "AutoModelForVision2Seq",
+    "__version__",
     "select_chat_template",
 ]

@@ -216,8 +216,8 @@ def _from_parts(config: AlignGPTConfig, causal_lm, tower, seed: int) -> AlignGPT
         )
         # a level starts as a random vector of the size of a token's
         inner.align_embeddings = nn.Embedding(config.num_align_levels, hidden_size)
-        nn.init.normal_(inner.align_embeddings.weight, std=float(embedding.detach().float().std()))
-    model.to(embedding.dtype)
+        nn.init.normal_(inner.align_embeddings.weight, std=float(embedding.detach().float().std()))  # type: ignore[operator]
+    model.to(embedding.dtype)  # type: ignore[arg-type]
     model.tie_weights()
     return model.eval()
 

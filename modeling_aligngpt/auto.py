@@ -4,11 +4,11 @@ from .compat_v4 import IS_TRANSFORMERS_4
 
 
 if IS_TRANSFORMERS_4:
-    from transformers import AutoModelForVision2Seq
+    from transformers import AutoModelForVision2Seq  # type: ignore[attr-defined]
 else:
     from transformers import AutoModelForImageTextToText
 
-    class AutoModelForVision2Seq:
+    class AutoModelForVision2Seq:  # type: ignore[no-redef]
         """Delegates to `AutoModelForImageTextToText`, the name of the same task since transformers 5."""
 
         def __init__(self):

@@ -72,7 +72,7 @@ def read_config(source: str | os.PathLike, role: str, revision: str | None = Non
 def backbone_of(causal_lm: nn.Module) -> nn.Module:
     """A causal language model without its head."""
     # where the prefix names what only the multimodal form has (Llama 4), `base_model` is the model itself
-    return causal_lm.model if causal_lm.base_model is causal_lm else causal_lm.base_model
+    return causal_lm.model if causal_lm.base_model is causal_lm else causal_lm.base_model  # type: ignore[return-value]
 
 
 def few_layers(config: PretrainedConfig) -> PretrainedConfig:
@@ -175,7 +175,7 @@ def check_vision_tower(config: AlignGPTConfig, source: str | os.PathLike) -> Non
             raise BackboneError(f"vision_feature_layer={layer} is not one of its {depth} layers")
         vision.num_hidden_layers = min(depth, max(2, -layer if layer < 0 else layer))
         small.vision_config = vision
-        small.text_config = AutoConfig.for_model(**_TINY_TEXT)
+        small.text_config = AutoConfig.for_model(**_TINY_TEXT)  # type: ignore[arg-type]
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             model = AlignGPTForConditionalGeneration(small).eval()

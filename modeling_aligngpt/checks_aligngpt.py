@@ -14,7 +14,7 @@ logger = logging.get_logger(__name__)
 ASYNC_DEVICES = ("cuda",)
 
 
-def require(condition: torch.BoolTensor, message, hint: str) -> None:
+def require(condition: torch.Tensor, message, hint: str) -> None:
     """
     Raises a ValueError with `message()` unless `condition` `()` holds; on CUDA the device stops with `hint`, because
     asking would synchronise. Does nothing while a graph is compiled.
@@ -27,7 +27,7 @@ def require(condition: torch.BoolTensor, message, hint: str) -> None:
         raise ValueError(message())
 
 
-def check_images(image_BT: torch.BoolTensor, num_images: int, seq_length: int) -> None:
+def check_images(image_BT: torch.Tensor, num_images: int, seq_length: int) -> None:
     """
     Whether rows have room for exactly `num_images` images, each whole within one row.
 
@@ -50,7 +50,7 @@ def check_images(image_BT: torch.BoolTensor, num_images: int, seq_length: int) -
     require(fits, message, "the <image> positions of a row do not fit the images in pixel_values")
 
 
-def check_levels(levels: torch.LongTensor, num_levels: int) -> None:
+def check_levels(levels: torch.Tensor, num_levels: int) -> None:
     """A ValueError for a level outside 0..`num_levels` - 1."""
     in_range = ((levels >= 0) & (levels < num_levels)).all()
     message = f"is out of range: levels are 0..{num_levels - 1}, 0-based."
@@ -61,7 +61,7 @@ def _can_look(values: torch.Tensor) -> bool:
     return not is_torchdynamo_compiling() and values.device.type not in (*ASYNC_DEVICES, "meta")
 
 
-def warn_without_images(image_BT: torch.BoolTensor) -> None:
+def warn_without_images(image_BT: torch.Tensor) -> None:
     """
     Says once that prompts hold `<image>` and no image came, where looking costs nothing. No error: an assistant model
     of assisted decoding is asked that way by transformers.
@@ -73,7 +73,7 @@ def warn_without_images(image_BT: torch.BoolTensor) -> None:
         )
 
 
-def warn_without_align(image_BT: torch.BoolTensor, align_BT: torch.BoolTensor) -> None:
+def warn_without_align(image_BT: torch.Tensor, align_BT: torch.Tensor) -> None:
     """Says once that a row has an image and no `<align>`, where looking costs nothing."""
     if _can_look(image_BT) and bool((image_BT.any(1) & ~align_BT.any(1)).any()):
         logger.warning_once(

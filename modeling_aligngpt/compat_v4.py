@@ -53,7 +53,7 @@ if not IS_TRANSFORMERS_4:
     ProcessorBase = ProcessorMixin
 else:
 
-    class ProcessorBase(ProcessorMixin):
+    class ProcessorBase(ProcessorMixin):  # type: ignore[no-redef]
         """The part for transformers 4.57 alone: class attributes, and the hooks of transformers 5 with their caller."""
 
         attributes = ["image_processor", "tokenizer"]

@@ -8,6 +8,9 @@ from transformers.configuration_utils import PretrainedConfig
 from .compat_v4 import portable_rope, without_old_rope
 
 
+# of the code that a saved folder brings along
+VERSION = "0.1.0"
+
 ALIGN_MODES = ("level", "gate", "local", "global", "mean", "fixed", "random")
 GATE_CONTEXTS = ("first_turn", "prompt", "sequence")
 
@@ -100,6 +103,8 @@ class AlignGPTConfig(PretrainedConfig):
         self.lm_head_bias = lm_head_bias
         self.image_seq_length = image_seq_length if image_seq_length is not None else self._tower_seq_length()
         self._check_values()
+        kwargs.pop("aligngpt_version", None)  # of what was loaded: what is saved is written by this code
+        self.aligngpt_version = VERSION
         kwargs.setdefault("tie_word_embeddings", bool(getattr(self.text_config, "tie_word_embeddings", False)))
         super().__init__(**kwargs)
 
@@ -239,4 +244,4 @@ def _sub_config(value, default_model_type: str, defaults: dict) -> PretrainedCon
 
 AlignGPTConfig.register_for_auto_class()
 
-__all__ = ["ALIGN_MODES", "AUTO_MAP", "GATE_CONTEXTS", "AlignGPTConfig"]
+__all__ = ["ALIGN_MODES", "AUTO_MAP", "GATE_CONTEXTS", "VERSION", "AlignGPTConfig"]

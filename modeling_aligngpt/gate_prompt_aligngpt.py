@@ -22,7 +22,7 @@ def answer_opening(tokenizer, chat_template: str | None) -> str | None:
     question = "Wherefore"
     chat = [{"role": "user", "content": question}, {"role": "assistant", "content": "Therefore"}]
     try:
-        texts, spans = render_jinja_template(
+        rendered: tuple[list[str], list] = render_jinja_template(  # type: ignore[assignment]
             [chat],
             chat_template=chat_template,
             return_assistant_tokens_mask=True,
@@ -30,15 +30,18 @@ def answer_opening(tokenizer, chat_template: str | None) -> str | None:
         )
     except (TemplateError, TypeError, ValueError):
         return None
-    if not spans or not spans[0] or question not in texts[0]:
+    (text,), spans = rendered
+    if not spans or not spans[0] or question not in text:
         return None
-    return texts[0][texts[0].rindex(question) + len(question) : spans[0][0][0]] or None
+    return text[text.rindex(question) + len(question) : spans[0][0][0]] or None
 
 
 def first_turn(text: str, opening: str | None) -> str | None:
     """The part of `text` in front of its first answer; `None` when there is nothing behind it."""
-    end = text.find(opening) if opening else -1
-    return None if end < 0 or end + len(opening) >= len(text) else text[: end + len(opening)]
+    if not opening or opening not in text:
+        return None
+    end = text.index(opening) + len(opening)
+    return None if end >= len(text) else text[:end]
 
 
 def mask_up_to(ids: Sequence[int], attended: Sequence[int], prefix: Sequence[int] | None) -> np.ndarray:
@@ -53,7 +56,7 @@ def mask_up_to(ids: Sequence[int], attended: Sequence[int], prefix: Sequence[int
     """
     mask = np.array(attended.tolist() if hasattr(attended, "tolist") else attended, dtype=np.int64)
     if prefix is not None:
-        places = mask.nonzero()[0]
+        places = mask.nonzero()[0].tolist()
         shared = 0
         for place, token in zip(places, prefix, strict=False):
             if ids[place] != token:

@@ -9,6 +9,7 @@ from transformers.utils import ModelOutput, logging
 from .cache_aligngpt import cache_in
 from .checks_aligngpt import check_images, check_levels, warn_without_align, warn_without_images
 from .compat_v4 import PrefillOnlyImagesMixin
+from .configuration_aligngpt import AlignGPTConfig
 
 
 logger = logging.get_logger(__name__)
@@ -19,6 +20,8 @@ _align_weights: ContextVar[torch.Tensor | None] = ContextVar("align_weights", de
 
 class AlignGPTGenerationMixin(PrefillOnlyImagesMixin, GenerationMixin):
     """`GenerationMixin` for a model whose gate reads the prompt."""
+
+    config: AlignGPTConfig
 
     def generate(self, inputs=None, generation_config=None, **kwargs):
         """
@@ -64,7 +67,7 @@ class AlignGPTGenerationMixin(PrefillOnlyImagesMixin, GenerationMixin):
             _align_weights.set(outputs.get("align_weights"))
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
 
-    def _check_prompt(self, input_ids: torch.LongTensor | None, kwargs: dict) -> None:
+    def _check_prompt(self, input_ids: torch.Tensor | None, kwargs: dict) -> None:
         """What `forward` can only assert on a GPU (see `checks_aligngpt.py`), once, before the first step."""
         pixel_values = kwargs.get("pixel_values")
         begun = any(kwargs.get(name) is not None for name in ("mm_encoder_outputs", "inputs_embeds"))
@@ -108,7 +111,7 @@ def _per_sequence(weights: torch.Tensor | None, sequences: int, mask: torch.Tens
     return weights[:: len(weights) // prompts].repeat_interleave(sequences // prompts, 0)
 
 
-def _reordered(values: torch.Tensor | None, order: torch.LongTensor) -> torch.Tensor | None:
+def _reordered(values: torch.Tensor | None, order: torch.Tensor) -> torch.Tensor | None:
     """Positions of `values` `(B, T, ...)` taken in `order` `(B, T)`; what has another shape is left as it is."""
     if values is None or values.shape[:2] != order.shape:
         return values

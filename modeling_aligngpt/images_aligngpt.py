@@ -129,7 +129,7 @@ def _open_file(file: Any, size: int, limits: ImageLimits) -> Image.Image:
         try:
             return Image.open(file, formats=formats)
         except Image.DecompressionBombError:
-            raise ValueError(f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels") from None
+            raise ValueError(f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels") from None
         except Image.UnidentifiedImageError:
             raise ValueError(f"it is damaged or of a format that is not accepted ({', '.join(FORMATS)})") from None
 

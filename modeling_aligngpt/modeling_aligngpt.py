@@ -7,18 +7,16 @@ BOS; their embeddings are replaced in [`AlignGPTModel.forward`]. Shape suffixes 
     V hidden size of the tower, N alignment levels, G hidden size of the gate.
 """
 
-from copy import copy
-
 import torch
 from torch import nn
 from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .base_aligngpt import AlignGPTPreTrainedModel
 from .cache_aligngpt import CACHE_NAME, one_cache
 from .checks_aligngpt import (
     check_images,
@@ -29,20 +27,10 @@ from .checks_aligngpt import (
     warn_without_images,
 )
 from .compat_v4 import inner_tower, run_vision_tower
-from .configuration_aligngpt import AUTO_MAP, AlignGPTConfig
+from .configuration_aligngpt import AlignGPTConfig
 from .generation_aligngpt import AlignGPTGenerationMixin
 from .multiscale_aligngpt import multiscale_features
 from .outputs_aligngpt import AlignGPTCausalLMOutputWithPast, AlignGPTModelOutputWithPast
-
-
-# What quantisation leaves as it is, by the beginnings of names: all but the layers of the language model.
-UNQUANTIZED = (
-    "model.vision_tower",
-    "model.multi_modal_projector",
-    "model.align_gate",
-    "model.align_embeddings",
-    "lm_head",
-)
 
 
 class AlignGPTMLP(nn.Module):
@@ -56,61 +44,6 @@ class AlignGPTMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.linear_2(self.act(self.linear_1(hidden_states)))
-
-
-class AlignGPTPreTrainedModel(PreTrainedModel):
-    config: AlignGPTConfig
-    config_class = AlignGPTConfig
-    base_model_prefix = "model"
-    main_input_name = "input_ids"
-    input_modalities = ("image", "text")
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["cache", "past_key_values"]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        # transformers skips a tower's own rule for missing weights in code that might overwrite loaded ones: not this
-        return False
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """
-        As transformers'; a `quantization_config` that names no module to leave out gets [`UNQUANTIZED`], which stays in
-        the config and is saved with it: kernels of 4 bits take inputs in multiples of 64, and a gate has one for each
-        image token (729 with SigLIP).
-        """
-        given = kwargs.get("quantization_config")
-        for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
-            if given is not None and not isinstance(given, dict) and getattr(given, name, ()) is None:
-                kwargs["quantization_config"] = copy(given)
-                setattr(kwargs["quantization_config"], name, list(UNQUANTIZED))
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-
-    def save_pretrained(self, save_directory, **kwargs):
-        """Saves weights, config and code; what is saved names the class of every Auto class (see `AUTO_MAP`)."""
-        if kwargs.get("state_dict") is not None and self.config.tie_word_embeddings:
-            # FSDP2 and ZeRO-2 gather the head as a tensor of its own, beside the embedding that it is
-            tied = set(self._tied_weights_keys or ())
-            kwargs["state_dict"] = {name: value for name, value in kwargs["state_dict"].items() if name not in tied}
-        sharded, conversions = type(self), self.__dict__.pop("_weight_conversions", None)
-        before = getattr(self.config, "auto_map", None)
-        self.config.auto_map = dict(AUTO_MAP)
-        # FSDP2 puts a class of torch's in front, whose code would be saved; ZeRO-3's loader leaves renamings behind
-        self.__class__ = next(cls for cls in sharded.__mro__ if not cls.__module__.startswith("torch."))
-        try:
-            super().save_pretrained(save_directory, **kwargs)
-        finally:
-            self.__class__ = sharded
-            self.config.auto_map = before
-            if before is None:
-                del self.config.auto_map
-            if conversions is not None:
-                self._weight_conversions = conversions
 
 
 class AlignGPTModel(AlignGPTPreTrainedModel):
@@ -139,7 +72,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
     @can_return_tuple
     def get_image_features(
         self,
-        pixel_values: torch.FloatTensor,
+        pixel_values: torch.Tensor,
         vision_feature_layer: int | None = None,
         vision_feature_select_strategy: str | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -160,12 +93,12 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         layer = self.config.vision_feature_layer if vision_feature_layer is None else vision_feature_layer
         strategy = vision_feature_select_strategy or self.config.vision_feature_select_strategy
         # transformers 5 keeps only the layer named here, 4.57 reads it as True
-        kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or layer
+        kwargs["output_hidden_states"] = kwargs.get("output_hidden_states") or layer  # type: ignore[typeddict-item]
         # a frozen tower needs no graph, even where gradient checkpointing makes its embeddings require one
         trains = pixel_values.requires_grad or any(p.requires_grad for p in self.vision_tower.parameters())
         outputs = []
 
-        def run_tower(images: torch.FloatTensor) -> torch.FloatTensor:
+        def run_tower(images: torch.Tensor) -> torch.Tensor:
             outputs.append(run_vision_tower(self.vision_tower, images, **kwargs))
             hidden_ISV = outputs[-1].hidden_states[layer]
             return hidden_ISV[:, self.config.num_prefix_tokens :] if strategy == "default" else hidden_ISV
@@ -180,9 +113,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         outputs[-1].pooler_output = list(projected_ISD)
         return outputs[-1]
 
-    def find_token(
-        self, token_id: int, input_ids: torch.LongTensor | None, inputs_embeds: torch.FloatTensor
-    ) -> torch.BoolTensor:
+    def find_token(self, token_id: int, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
         """Where the row holds `token_id`, by id or, when only embeddings are given, by its embedding: `(B, T)`."""
         if input_ids is not None:
             return input_ids == token_id
@@ -192,11 +123,11 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
 
     def get_prompt_mean(
         self,
-        input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.FloatTensor,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         prompt_mask: torch.Tensor | None = None,
-    ) -> tuple[torch.FloatTensor, torch.LongTensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Mean text embedding that the gate compares images with: the prompt without BOS, padding and placeholders
         (paper, section 3.3).
@@ -229,8 +160,8 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         return total_BD / count_B.clamp(min=1).unsqueeze(1), count_B
 
     def get_gate_weights(
-        self, image_features: torch.FloatTensor, image_rows: torch.LongTensor, prompt_mean: torch.FloatTensor
-    ) -> torch.FloatTensor:
+        self, image_features: torch.Tensor, image_rows: torch.Tensor, prompt_mean: torch.Tensor
+    ) -> torch.Tensor:
         """
         The gate: each image token dotted with the mean prompt embedding, then Linear, GELU, Linear, softmax (paper,
         section 3.3). A row with several images gets the mean of their weights.
@@ -252,10 +183,10 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
 
     def get_level_weights(
         self,
-        align_level: int | torch.LongTensor | None,
+        align_level: int | torch.Tensor | None,
         num_rows: int,
-        gate_weights: torch.FloatTensor | None,
-    ) -> torch.FloatTensor:
+        gate_weights: torch.Tensor | None,
+    ) -> torch.Tensor:
         """
         What each of the N levels contributes to each row's alignment vector, `(B, N)`: the level asked for, or what
         `config.align_mode` says. `gate_weights` `(B, N - 1)` is read in the modes that gate.
@@ -276,9 +207,9 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         if config.align_mode == "mean":
             return table_ND.new_full((num_rows, config.num_align_levels), 1 / config.num_align_levels)
         global_share = 0.0 if config.align_mode == "local" else 1.0
-        return torch.cat([gate_weights, gate_weights.new_full((num_rows, 1), global_share)], dim=1)
+        return torch.cat([gate_weights, gate_weights.new_full((num_rows, 1), global_share)], dim=1)  # type: ignore[list-item, union-attr]
 
-    def _checked_levels(self, align_level: int | torch.LongTensor, num_rows: int) -> torch.LongTensor:
+    def _checked_levels(self, align_level: int | torch.Tensor, num_rows: int) -> torch.Tensor:
         device, num_levels = self.align_embeddings.weight.device, self.config.num_align_levels
         if type(align_level) is int and 0 <= align_level < num_levels:
             return torch.full((num_rows,), align_level, device=device)
@@ -293,14 +224,14 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
 
     def get_align_vectors(
         self,
-        image_features: torch.FloatTensor,
-        image_rows: torch.LongTensor,
-        inputs_embeds: torch.FloatTensor,
-        input_ids: torch.LongTensor | None = None,
+        image_features: torch.Tensor,
+        image_rows: torch.Tensor,
+        inputs_embeds: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         prompt_mask: torch.Tensor | None = None,
-        align_level: int | torch.LongTensor | None = None,
-    ) -> tuple[torch.FloatTensor, torch.FloatTensor]:
+        align_level: int | torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The alignment vector of each row, `(B, D)`, and what each level contributes to it, `(B, N)`; the gate runs only
         where it decides. Arguments as in [`~AlignGPTModel.get_gate_weights`] and [`~AlignGPTModel.forward`].
@@ -316,13 +247,13 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
 
     def _insert_images(
         self,
-        input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.FloatTensor,
-        image_features: torch.FloatTensor,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor,
+        image_features: torch.Tensor,
         attention_mask: torch.Tensor | None,
         prompt_mask: torch.Tensor | None,
-        align_level: int | torch.LongTensor | None,
-    ) -> tuple[torch.FloatTensor, torch.FloatTensor]:
+        align_level: int | torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Replaces the embeddings at `<image>` and `<align>`; returns them with the rows' `align_weights`."""
         image_BT = self.find_token(self.config.image_token_id, input_ids, inputs_embeds)
         align_BT = self.find_token(self.config.align_token_id, input_ids, inputs_embeds)
@@ -348,15 +279,15 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         return inputs_embeds, weights_BN * has_image_B1
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        align_level: int | torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        align_level: int | torch.Tensor | None = None,
         prompt_mask: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
@@ -389,7 +320,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
 
         image_features = align_weights = None
         if image_outputs is not None:
-            image_features = torch.stack(tuple(image_outputs.pooler_output))
+            image_features = torch.stack(tuple(image_outputs.pooler_output))  # type: ignore[arg-type]
             image_features = image_features.to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds, align_weights = self._insert_images(
                 input_ids, inputs_embeds, image_features, attention_mask, prompt_mask, align_level
@@ -416,7 +347,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         )
 
 
-class AlignGPTForConditionalGeneration(AlignGPTGenerationMixin, AlignGPTPreTrainedModel):
+class AlignGPTForConditionalGeneration(AlignGPTGenerationMixin, AlignGPTPreTrainedModel):  # type: ignore[misc]
     """AlignGPT with a language modelling head: what is trained, published and asked."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -448,22 +379,22 @@ class AlignGPTForConditionalGeneration(AlignGPTGenerationMixin, AlignGPTPreTrain
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> BaseModelOutputWithPooling:
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """See [`AlignGPTModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]
         self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        align_level: int | torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        align_level: int | torch.Tensor | None = None,
         prompt_mask: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         cache: Cache | None = None,
@@ -516,4 +447,4 @@ class AlignGPTForConditionalGeneration(AlignGPTGenerationMixin, AlignGPTPreTrain
 AlignGPTModel.register_for_auto_class("AutoModel")
 AlignGPTForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
-__all__ = ["UNQUANTIZED", "AlignGPTForConditionalGeneration", "AlignGPTModel", "AlignGPTPreTrainedModel"]
+__all__ = ["AlignGPTForConditionalGeneration", "AlignGPTModel", "AlignGPTPreTrainedModel"]

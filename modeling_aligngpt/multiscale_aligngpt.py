@@ -13,11 +13,11 @@ from torch import nn
 
 
 def multiscale_features(
-    pixel_values: torch.FloatTensor,
+    pixel_values: torch.Tensor,
     scales: Sequence[int],
     tile_size: int,
-    features_of: Callable[[torch.FloatTensor], torch.FloatTensor],
-) -> torch.FloatTensor:
+    features_of: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
     """
     Args:
         pixel_values (`(I, 3, height, width)`): images at the largest scale, `tile_size * scales[-1]` square.
@@ -51,14 +51,14 @@ def multiscale_features(
     return torch.cat(features, dim=-1)
 
 
-def _to_tiles(images: torch.FloatTensor, scale: int) -> torch.FloatTensor:
+def _to_tiles(images: torch.Tensor, scale: int) -> torch.Tensor:
     """`(I, 3, scale * t, scale * t)` to `(I * scale * scale, 3, t, t)`, row by row of each image."""
     num_images, channels, height, width = images.shape
     tiles = images.reshape(num_images, channels, scale, height // scale, scale, width // scale)
     return tiles.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, height // scale, width // scale)
 
 
-def _from_tiles(features: torch.FloatTensor, scale: int) -> torch.FloatTensor:
+def _from_tiles(features: torch.Tensor, scale: int) -> torch.Tensor:
     """`(I * scale * scale, S, V)` to the grid of whole images, `(I, V, scale * g, scale * g)` with `g * g = S`."""
     tiles, length, channels = features.shape
     side = round(length**0.5)

@@ -22,8 +22,8 @@ class AlignGPTModelOutputWithPast(BaseModelOutputWithPast):
             for a row without an image. `None` behind a cache, where no vector is made.
     """
 
-    image_hidden_states: torch.FloatTensor | None = None
-    align_weights: torch.FloatTensor | None = None
+    image_hidden_states: torch.Tensor | None = None
+    align_weights: torch.Tensor | None = None
 
 
 @dataclass
@@ -37,8 +37,8 @@ class AlignGPTCausalLMOutputWithPast(CausalLMOutputWithPast):
         align_weights (`torch.FloatTensor` of shape `(B, N)`, *optional*): see [`AlignGPTModelOutputWithPast`].
     """
 
-    image_hidden_states: torch.FloatTensor | None = None
-    align_weights: torch.FloatTensor | None = None
+    image_hidden_states: torch.Tensor | None = None
+    align_weights: torch.Tensor | None = None
 
 
 __all__ = ["AlignGPTCausalLMOutputWithPast", "AlignGPTModelOutputWithPast"]

@@ -104,13 +104,13 @@ class AlignGPTProcessor(ProcessorBase):
             ValueError: images and placeholders differ, an image cannot be read, or truncation cuts placeholders.
         """
         for name in ("videos", "audio"):
-            if kwargs.pop(name, None) is not None:
+            if kwargs.pop(name, None) is not None:  # type: ignore[misc]
                 raise ValueError(f"{type(self).__name__} takes images and text, not {name}: leave `{name}` out.")
-        if text is not None and not _mentions(kwargs, "add_special_tokens"):
-            text = self._without_second_bos(text, kwargs)
+        if text is not None and not _mentions(kwargs, "add_special_tokens"):  # type: ignore[arg-type]
+            text = self._without_second_bos(text, kwargs)  # type: ignore[arg-type]
         output = super().__call__(images=images, text=text, **kwargs)
         if self.gate_context == "first_turn" and text is not None:
-            output["prompt_mask"] = self._first_turn_mask([text] if isinstance(text, str) else text, output, kwargs)
+            output["prompt_mask"] = self._first_turn_mask([text] if isinstance(text, str) else text, output, kwargs)  # type: ignore[arg-type]
         return output
 
     def _first_turn_mask(self, rows: list[str], output: BatchFeature, kwargs: dict):
@@ -140,7 +140,7 @@ class AlignGPTProcessor(ProcessorBase):
             self._opening_of = (template, answer_opening(self.tokenizer, template))
         return self._opening_of[1]
 
-    def apply_chat_template(self, conversation, chat_template=None, sanitize_control_tokens: bool = True, **kwargs):
+    def apply_chat_template(self, conversation, chat_template=None, sanitize_control_tokens: bool = True, **kwargs):  # type: ignore[override]
         """
         As transformers', for texts that stay text: see `control_tokens.py`.
 
@@ -158,9 +158,9 @@ class AlignGPTProcessor(ProcessorBase):
             return super().apply_chat_template(conversation, chat_template, **kwargs)
         wanted = kwargs.pop("return_assistant_tokens_mask", False)
         output = super().apply_chat_template(conversation, chat_template, return_assistant_tokens_mask=True, **kwargs)
-        output["prompt_mask"] = without_answers(output["attention_mask"], output["assistant_masks"])
+        output["prompt_mask"] = without_answers(output["attention_mask"], output["assistant_masks"])  # type: ignore[index]
         if not wanted:
-            output.pop("assistant_masks")
+            output.pop("assistant_masks")  # type: ignore[attr-defined]
         return output
 
     def _is_to_be_learned(self, conversation, chat_template: str | None, kwargs: dict) -> bool:
@@ -383,7 +383,7 @@ class AlignGPTProcessor(ProcessorBase):
             "image_token": image_token,
             "align_token": tokenizer.convert_ids_to_tokens(config.align_token_id),
             "image_seq_length": config.image_seq_length,
-            "image_suffix": infer_image_suffix(tokenizer, image_token),
+            "image_suffix": infer_image_suffix(tokenizer, image_token),  # type: ignore[arg-type]
             "gate_context": config.gate_context,
         }
         image_processor = image_processor_for(config.input_image_size, vision_tower, do_pad)

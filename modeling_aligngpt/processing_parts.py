@@ -77,7 +77,7 @@ def image_processor_for(input_image_size, vision_tower, do_pad: bool):
         settings = {name: own[name] for name in names if own.get(name) is not None}
         if "size" in own and "shortest_edge" not in own["size"]:
             settings.setdefault("do_center_crop", False)  # SigLIP: resized to its square, whatever the shape
-    height, width = pair_of(input_image_size)
+    height, width = pair_of(input_image_size)  # type: ignore[misc]
     crops = settings.setdefault("do_center_crop", True)
     settings["size"] = {"shortest_edge": max(height, width)} if crops else {"height": height, "width": width}
     settings["crop_size"] = {"height": height, "width": width}

@@ -55,7 +55,7 @@ def new_folder(output: str | os.PathLike, replace: bool = False) -> Iterator[Pat
     output = Path(output)
     occupied = output.exists() and (not output.is_dir() or any(output.iterdir()))
     if occupied and not replace:
-        raise ValueError(f"Output {str(output)!r} exists: choose another folder, or remove it.")
+        raise ValueError(f"output {str(output)!r} exists: choose another folder, or remove it.")
     if output.exists() and not output.is_dir():
         raise ValueError(f"Output {output} is a file: name a folder.")
     with lock(lock_of(output)):

@@ -98,6 +98,7 @@ ON_INSTANCES = {
     "_attn_implementation": "transformers",
     "_generate_managers": "serving",
     "_cdata": "torch",
+    "_tied_weights_keys": "model",
 }
 
 
@@ -206,7 +207,7 @@ def test_instances_have_it(name):
 
     import datasets
     import torch
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, PreTrainedModel
     from transformers.cli.serving.utils import GenerationState
 
     makers = {
@@ -215,5 +216,6 @@ def test_instances_have_it(name):
         "transformers": LlamaConfig,
         "serving": GenerationState,
         "torch": lambda: torch.zeros(1).untyped_storage(),
+        "model": lambda: PreTrainedModel,
     }
     assert hasattr(makers[ON_INSTANCES[name]](), name)

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
-from modeling_aligngpt.modeling_aligngpt import UNQUANTIZED
+from modeling_aligngpt.base_aligngpt import UNQUANTIZED
 
 
 if TYPE_CHECKING:

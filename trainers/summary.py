@@ -13,6 +13,10 @@ from accelerate.utils import is_peft_model
 from .rows import stream_totals
 
 
+# whose versions a run depends on
+PACKAGES = ("aligngpt", "torch", "transformers", "trl", "datasets", "accelerate")
+
+
 def summarize(trainer: Any) -> dict[str, Any]:
     """What a run did, in plain values: counts, losses, time and the settings that made it."""
     args, config, record = trainer.args, trainer.model.config, trainer.record
@@ -47,7 +51,9 @@ def summarize(trainer: Any) -> dict[str, Any]:
         "hyperparameters": describe_hyperparameters(trainer),
         "hardware": describe_hardware(trainer),
         "peak_memory": peak_memory(trainer),
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "datasets", "accelerate")},
+        "versions": {
+            name: version(name) for name in ("aligngpt", "torch", "transformers", "trl", "datasets", "accelerate")
+        },
     }
 
 

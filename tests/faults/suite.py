@@ -293,8 +293,8 @@ def differing(found: dict[str, str], wanted: dict[str, str]) -> str:
 
 def prepare(suite: Suite) -> dict:
     """Models and rows to try with, and what undisturbed runs make of them."""
-    from trainers.conftest import NUM_LEVELS, conversation_rows, pair_rows, save_parts, to_dataset
-    from trainers.scoring_parts import save_clip, write_pairs
+    from scoring_parts import save_clip, write_pairs
+    from stage_parts import NUM_LEVELS, conversation_rows, pair_rows, save_parts, to_dataset
 
     from modeling_aligngpt.assembly import assemble
 

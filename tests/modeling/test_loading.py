@@ -23,7 +23,7 @@ from transformers import __version__ as version
 import modeling_aligngpt
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 from modeling_aligngpt.assembly import assemble
-from modeling_aligngpt.modeling_aligngpt import UNQUANTIZED
+from modeling_aligngpt.base_aligngpt import UNQUANTIZED
 
 
 TRANSFORMERS_4 = ["transformers==4.57.6", "tokenizers>=0.22,<0.23", "huggingface_hub>=0.34,<1"]

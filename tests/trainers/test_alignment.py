@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
+from scoring_parts import config, make_pairs, save_scorers, write_pairs
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -19,8 +20,6 @@ from transformers import (
 from aligngpt_trainers.data.load import load_rows
 from aligngpt_trainers.scoring.run import score_dataset
 from aligngpt_trainers.scoring.scorer import PairScorer, cut_levels
-
-from .scoring_parts import config, make_pairs, save_scorers, write_pairs
 
 
 @pytest.fixture(scope="module")

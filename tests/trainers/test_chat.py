@@ -3,12 +3,11 @@
 import argparse
 
 import pytest
+from stage_parts import NUM_LEVELS, draw_image
 
 from aligngpt_trainers.commands import chat as chat_module
 from aligngpt_trainers.commands.chat import Chat
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
-
-from .conftest import NUM_LEVELS, draw_image
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from datasets import load_from_disk
+from stage_parts import NUM_LEVELS, conversation_rows, pair_rows, settings, snapshot, to_dataset
 
 from aligngpt_trainers import AlignGPTInstructConfig, AlignGPTInstructTrainer
 from aligngpt_trainers.commands.check import check_stage, recognise_stage
@@ -15,8 +16,6 @@ from aligngpt_trainers.commands.cli import main
 from aligngpt_trainers.commands.train import build_stage
 from aligngpt_trainers.first_batch import check_batch, log_first_batch, mark_supervised
 from modeling_aligngpt.assembly import assemble
-
-from .conftest import NUM_LEVELS, conversation_rows, pair_rows, settings, snapshot, to_dataset
 
 
 @pytest.fixture(scope="module")

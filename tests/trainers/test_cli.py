@@ -11,6 +11,7 @@ import torch
 import yaml
 from local_hub.server import HubServer
 from safetensors.torch import load_file, save_file
+from stage_parts import NUM_LEVELS, conversation_rows, draw_image, pair_rows, to_dataset
 
 from aligngpt_trainers.commands.arguments import DataArguments, PretrainModelArguments
 from aligngpt_trainers.commands.cli import COMMANDS, main
@@ -18,8 +19,6 @@ from aligngpt_trainers.commands.train import run_records
 from aligngpt_trainers.storage.folders import read_record
 from modeling_aligngpt import AlignGPTForConditionalGeneration
 from modeling_aligngpt.assembly import assemble
-
-from .conftest import NUM_LEVELS, conversation_rows, draw_image, pair_rows, to_dataset
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +86,7 @@ def test_both_stages_and_a_question(recipe, data, tmp_path, capsys):
     assert not torch.equal(first.lm_head.weight, second.lm_head.weight)
     words = ["chat", "--model", str(stage2), "--image", str(data / "red.png"), "--question", "what colour is it?"]
     assert main([*words, "--show-weights", "--max-new-tokens", "4"]) == 0
-    assert f'level {NUM_LEVELS - 1}  added  (global; align_mode "gate")' in capsys.readouterr().out
+    assert '1.000  ██████████████████████████████  (global; align_mode "gate")' in capsys.readouterr().out
 
 
 def test_continues_where_it_stopped(recipe, tmp_path, capsys):

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from stage_parts import NUM_LEVELS, conversation_rows, draw_image, message, pair_rows
 from trl.data_utils import prepare_multimodal_messages
 
 from aligngpt_trainers import AlignGPTDataCollator
 from modeling_aligngpt import CHAT_TEMPLATES
-
-from .conftest import NUM_LEVELS, conversation_rows, draw_image, message, pair_rows
 
 
 SEQ_LENGTH = 16

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from stage_parts import pair_rows, settings, to_dataset
 
 from aligngpt_shared.locks import lock, lock_of
 from aligngpt_trainers import AlignGPTPretrainConfig, AlignGPTPretrainTrainer
@@ -17,8 +18,6 @@ from aligngpt_trainers.checkpoints import CheckpointError, find_last_checkpoint
 from aligngpt_trainers.continuing import ContinuationError
 from aligngpt_trainers.guards import NonFiniteError
 from aligngpt_trainers.storage.manifest import damage
-
-from .conftest import pair_rows, settings, to_dataset
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stage_parts import NUM_LEVELS, conversation_rows, pair_rows, settings, to_dataset
 
 from aligngpt_trainers import (
     AlignGPTInstructConfig,
@@ -13,8 +14,6 @@ from aligngpt_trainers import (
     AlignGPTPretrainTrainer,
 )
 from aligngpt_trainers.eval_callback import append_records, forget_later_records, generate_answers
-
-from .conftest import NUM_LEVELS, conversation_rows, pair_rows, settings, to_dataset
 
 
 EVALUATE = {"eval_strategy": "steps", "eval_steps": 2, "eval_generations": 4, "eval_generation_tokens": 8}

@@ -3,14 +3,13 @@
 import pytest
 import torch
 from datasets import Dataset
+from stage_parts import conversation_rows, draw_image, message
 from transformers import GenerationConfig
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from aligngpt_trainers import AlignGPTDataCollator
 from modeling_aligngpt import CHAT_TEMPLATES
-
-from .conftest import conversation_rows, draw_image, message
 
 
 TEMPLATES = [name for name in CHAT_TEMPLATES if name != "plain"]

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from stage_parts import conversation_rows, message, moved, pair_rows, settings, snapshot, to_dataset
 from transformers import TrainerCallback
 
 from aligngpt_trainers import (
@@ -14,8 +15,6 @@ from aligngpt_trainers import (
 )
 from aligngpt_trainers.guards import NonFiniteError, take_row
 from modeling_aligngpt import AlignGPTForConditionalGeneration
-
-from .conftest import conversation_rows, message, moved, pair_rows, settings, snapshot, to_dataset
 
 
 BAD_WORD = "q"

@@ -8,11 +8,10 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
+from stage_parts import IMAGE_SIZE
 
 from aligngpt_trainers import AlignGPTDataCollator
 from aligngpt_trainers.data.load import load_image, load_rows
-
-from .conftest import IMAGE_SIZE
 
 
 RED, BLUE = (200, 10, 20), (20, 10, 200)

@@ -5,12 +5,11 @@ import shutil
 
 import pytest
 import torch
+from stage_parts import conversation_rows, losses, message, moved, settings, snapshot, to_dataset
 from transformers import set_seed
 
 from aligngpt_trainers import AlignGPTInstructConfig, AlignGPTInstructTrainer
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
-
-from .conftest import conversation_rows, losses, message, moved, settings, snapshot, to_dataset
 
 
 ALWAYS = {"language_model", "lm_head", "multi_modal_projector"}

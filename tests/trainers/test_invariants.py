@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from stage_parts import conversation_rows, losses, message, moved, pair_rows, settings, snapshot, to_dataset
 
 from aligngpt_trainers import (
     AlignGPTInstructConfig,
@@ -9,8 +10,6 @@ from aligngpt_trainers import (
     AlignGPTPretrainConfig,
     AlignGPTPretrainTrainer,
 )
-
-from .conftest import conversation_rows, losses, message, moved, pair_rows, settings, snapshot, to_dataset
 
 
 STAGES = {

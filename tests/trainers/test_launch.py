@@ -5,12 +5,11 @@ import json
 import pytest
 import torch
 import yaml
+from stage_parts import pair_rows, to_dataset
 
 from aligngpt_trainers.commands.cli import main
 from aligngpt_trainers.commands.launch import check_config, launch_words, split_words, take_config
 from modeling_aligngpt import AlignGPTForConditionalGeneration
-
-from .conftest import pair_rows, to_dataset
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
+from stage_parts import conversation_rows, losses, settings, snapshot, to_dataset
 from transformers import TrainerCallback, set_seed
 
 from aligngpt_trainers import (
@@ -19,8 +20,6 @@ from aligngpt_trainers import (
 )
 from aligngpt_trainers.guards import NonFiniteError, TrainingStopped
 from modeling_aligngpt import AlignGPTForConditionalGeneration
-
-from .conftest import conversation_rows, losses, settings, snapshot, to_dataset
 
 
 TARGETS = r".*\blanguage_model\..*\.(q_proj|v_proj)"

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import AutoPeftModel, PeftModel
 from safetensors.torch import load_file
+from stage_parts import conversation_rows, draw_image, to_dataset
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, TrainerCallback
 
@@ -16,8 +17,6 @@ from aligngpt_trainers.commands.cli import main
 from aligngpt_trainers.commands.train import build_stage
 from aligngpt_trainers.lora import check_lora, load_adapter, lora_targets, quantization_config
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
-
-from .conftest import conversation_rows, draw_image, to_dataset
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from stage_parts import conversation_rows, pair_rows, settings, to_dataset
 from transformers import (
     GemmaConfig,
     LlamaConfig,
@@ -26,8 +27,6 @@ from aligngpt_trainers.memory import (
     estimate_memory,
     optimizer_bytes,
 )
-
-from .conftest import conversation_rows, pair_rows, settings, to_dataset
 
 
 def size(tensors) -> int:

@@ -5,14 +5,13 @@ import shutil
 
 import pytest
 import torch
+from stage_parts import NUM_LEVELS, losses, moved, pair_rows, settings, snapshot, to_dataset
 from transformers import set_seed
 
 from aligngpt_trainers import AlignGPTPretrainConfig, AlignGPTPretrainTrainer
 from aligngpt_trainers.stage import find_last_checkpoint
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 from modeling_aligngpt.assembly import assemble
-
-from .conftest import NUM_LEVELS, losses, moved, pair_rows, settings, snapshot, to_dataset
 
 
 def trainer_for(assembled, folder, rows, **overrides) -> AlignGPTPretrainTrainer:

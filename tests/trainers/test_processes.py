@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from stage_parts import conversation_rows, losses, pair_rows, settings, to_dataset
 from trl.trainer.utils import add_fused_lm_head
 
 from aligngpt_trainers import (
@@ -18,8 +19,6 @@ from aligngpt_trainers import (
     AlignGPTPretrainTrainer,
 )
 from modeling_aligngpt import AlignGPTForConditionalGeneration
-
-from .conftest import conversation_rows, losses, pair_rows, settings, to_dataset
 
 
 SCRIPT = Path(__file__).with_name("run_processes.py")

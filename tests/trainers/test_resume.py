@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from stage_parts import conversation_rows, losses, pair_rows, settings, to_dataset
 from transformers import TrainerCallback, set_seed
 
 from aligngpt_trainers import (
@@ -21,8 +22,6 @@ from aligngpt_trainers import (
     AlignGPTPretrainTrainer,
 )
 from aligngpt_trainers.stage import CheckpointError, TrainingStopped, find_last_checkpoint
-
-from .conftest import conversation_rows, losses, pair_rows, settings, to_dataset
 
 
 STEPS = 7  # an epoch has four steps: one run is one epoch and most of a second

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 from datasets import Dataset, load_from_disk
+from stage_parts import conversation_rows, settings, to_dataset
 
 from aligngpt_trainers import AlignGPTDataCollator, AlignGPTInstructConfig
 from aligngpt_trainers.rows import prepare_rows
-
-from .conftest import conversation_rows, settings, to_dataset
 
 
 @pytest.fixture

@@ -5,12 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from stage_parts import conversation_rows, message, settings, to_dataset
 from torch.utils.data import BatchSampler
 
 from aligngpt_trainers import AlignGPTInstructConfig, AlignGPTInstructTrainer
 from aligngpt_trainers.sampling import GroupedSampler, make_sampler, padding_waste
-
-from .conftest import conversation_rows, message, settings, to_dataset
 
 
 ROWS, BATCH = 500, 4

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, load_from_disk
 from PIL import Image as PILImage
+from scoring_parts import config, make_pairs, run_child, save_scorers, start_child, write_pairs
 
 from aligngpt_trainers.commands.cli import main
 from aligngpt_trainers.data.load import load_rows
@@ -23,8 +24,6 @@ from aligngpt_trainers.scoring import run as scoring
 from aligngpt_trainers.scoring.levels import balance_levels, cut_levels
 from aligngpt_trainers.scoring.run import score_dataset
 from aligngpt_trainers.scoring.scorer import PairScorer
-
-from .scoring_parts import config, make_pairs, run_child, save_scorers, start_child, write_pairs
 
 
 @pytest.fixture(scope="module")

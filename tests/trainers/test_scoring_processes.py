@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 from accelerate import PartialState
 from datasets import load_from_disk
+from scoring_parts import child_command, config, save_scorers, write_pairs
 
 from aligngpt_trainers.scoring.run import score_dataset
 from aligngpt_trainers.scoring.scorer import PairScorer
-
-from .scoring_parts import child_command, config, save_scorers, write_pairs
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,12 @@ import pytest
 from datasets import Dataset, Image, load_dataset, load_from_disk
 from local_hub.client import run_command
 from local_hub.server import HubServer
+from scoring_parts import config, save_scorers, write_pairs
 
 from aligngpt_trainers.data.load import load_rows
 from aligngpt_trainers.scoring.run import score_dataset
 from aligngpt_trainers.scoring.scorer import PairScorer
 from aligngpt_trainers.scoring.stream_blocks import RecordStream, StreamSource
-
-from .scoring_parts import config, save_scorers, write_pairs
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from stage_parts import NUM_LEVELS, conversation_rows, settings, to_dataset
 from transformers import AutoModelForImageTextToText, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from aligngpt_trainers import AlignGPTInstructConfig, AlignGPTInstructTrainer
@@ -19,8 +20,6 @@ from aligngpt_trainers.commands import cli
 from aligngpt_trainers.storage.saved_model import SavedModelError, check_saved
 from modeling_aligngpt import AlignGPTForConditionalGeneration
 from modeling_aligngpt.assembly import assemble
-
-from .conftest import NUM_LEVELS, conversation_rows, settings, to_dataset
 
 
 SCRIPT = Path(__file__).with_name("run_sharded.py")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value, load_dataset
+from stage_parts import NUM_LEVELS, conversation_rows, draw_image, losses, pair_rows, settings, to_dataset
 from torch.utils.data import DataLoader
 
 from aligngpt_trainers import (
@@ -21,8 +22,6 @@ from aligngpt_trainers.data.conversations import caption_of
 from aligngpt_trainers.data.load import load_rows
 from aligngpt_trainers.data.sources import open_source
 from aligngpt_trainers.rows import prepare_rows, stream_totals
-
-from .conftest import NUM_LEVELS, conversation_rows, draw_image, losses, pair_rows, settings, to_dataset
 
 
 @pytest.fixture(autouse=True)

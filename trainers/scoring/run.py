@@ -21,6 +21,7 @@ import torch
 import transformers
 
 from aligngpt_shared.locks import lock
+from modeling_aligngpt.configuration_aligngpt import VERSION
 
 from ..data.load import read_rows
 from .config import RECORD, ScoreConfig, read_edges, warn_of_other_scorer
@@ -202,7 +203,10 @@ def _finish(
         "dataset_revision": config.dataset_revision,
         **source.facts,
         "rows": _count_rows(source, scores),
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers, datasets, np)},
+        "versions": {
+            "aligngpt": VERSION,
+            **{module.__name__: module.__version__ for module in (torch, transformers, datasets, np)},
+        },
     }
     record = json.loads(json.dumps(record))  # as it will be read again
     write_output(Path(config.output), source, blocks, scores, record, config, partial)

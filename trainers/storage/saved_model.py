@@ -1,10 +1,9 @@
-"""A save is read back before it is called done: its names, shapes and code are those that its own config asks for."""
+"""A save is read back before it is called done: by the loader itself, without taking up memory."""
 
-import json
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
+from transformers.utils import logging
 
 from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration
 
@@ -15,54 +14,42 @@ class SavedModelError(ValueError):
 
 def check_saved(folder: Path) -> None:
     """
-    Compares the headers of a folder's weights with the model that its `config.json` describes (built without memory),
-    and looks for the code that `auto_map` names. An adapter's weights are only opened.
+    Opens every file of weights, loads the model that a folder's `config.json` describes onto the meta device, and looks
+    for the code that `auto_map` names. An adapter's weights are only opened.
 
     Raises:
         SavedModelError: naming file and weights.
     """
     config = AlignGPTConfig.from_pretrained(folder)
     _check_code(folder, config.auto_map)
-    found = weights_of(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise SavedModelError(f"{folder.name} holds no weights.")
+    for path in files:
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except Exception as error:
+            raise SavedModelError(f"{path.name} cannot be read ({error}).") from error
     if (folder / "adapter_config.json").is_file():
-        if not found:
-            raise SavedModelError(f"{folder.name} holds no weights.")
         return
-    with torch.device("meta"):
-        model = AlignGPTForConditionalGeneration(config)
-    tied = set(model.all_tied_weights_keys) if config.tie_word_embeddings else set()
-    wanted = {name: list(value.shape) for name, value in model.state_dict().items() if name not in tied}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        _, report = AlignGPTForConditionalGeneration.from_pretrained(
+            folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    mismatched = {name for name, *_ in report["mismatched_keys"]}
     for what, names in (
-        ("lacks", wanted.keys() - found.keys()),
-        ("holds besides", found.keys() - wanted.keys()),
-        ("has in another shape", [name for name in wanted.keys() & found.keys() if found[name] != wanted[name]]),
+        ("lacks", report["missing_keys"]),
+        ("holds besides", report["unexpected_keys"]),
+        ("has in another shape", mismatched),
     ):
         if names:
             some = ", ".join(sorted(names)[:3])
-            raise SavedModelError(
-                f"{folder.name} {what} {len(names)} weights ({some}): it would load as another model."
-            )
-
-
-def weights_of(folder: Path) -> dict[str, list[int]]:
-    """Names and shapes of all weights in a folder.
-
-    Raises:
-        SavedModelError: a file cannot be read.
-    """
-    found: dict[str, list[int]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt") as file:
-                found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        except Exception as error:
-            raise SavedModelError(f"{path.name} cannot be read ({error}).") from error
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        if named != found.keys():
-            raise SavedModelError(f"{index.name} names other weights than the files hold.")
-    return found
+            raise SavedModelError(f"{folder.name} {what} {len(names)} weights ({some}): another model would load.")
 
 
 def _check_code(folder: Path, auto_map: dict[str, str] | None) -> None:
