@@ -15,6 +15,7 @@ test: $(VENV)/.installed-dev browser
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The wheel without constraints, outside of the repository, on the newest releases that its bounds admit
 wheel: $(VENV)/.installed-dev

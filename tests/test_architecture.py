@@ -124,3 +124,31 @@ def test_every_room_is_there_and_small_enough_to_see():
     assert sizes.keys() == ROOMS.keys()
     sizes.pop("aligngpt_hub.metrics")  # nine of a kind, each in a folder that is published alone
     assert max(sizes.values()) <= 24, sizes
+
+
+def drawing() -> str:
+    """The rooms' imports as a Mermaid graph; `modeling_aligngpt` and `aligngpt_shared`, which most use, as one."""
+    folders = {
+        name: name.replace("aligngpt_trainers", "trainers").replace("aligngpt_hub", "hub").replace("aligngpt_", "")
+        for name in ROOMS
+    }
+    core = {"modeling_aligngpt": "core", "aligngpt_shared": "core"}
+    nodes = {name: core.get(name, folders[name].replace(".", "_")) for name in ROOMS}
+    edges = {(nodes[room(name)], nodes[room(module)]) for name in MODULES for module, _ in imports(name)}
+    labels = {node: folders[name].replace(".", "/") for name, node in nodes.items()}
+    labels["core"] = "modeling_aligngpt, shared"
+    lines = ["graph TD"]
+    lines += [f'    {node}["{label}"]' for node, label in sorted(labels.items())]
+    lines += [f"    {one} --> {other}" for one, other in sorted(edges) if one != other]
+    return "\n".join(lines)
+
+
+def test_the_drawing_is_of_these_imports():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert f"```mermaid\n{drawing()}\n```" in page, f"put this into docs/architecture.md:\n{drawing()}"
+
+
+def test_every_file_of_the_models_folder_is_in_its_tour():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    names = {path.name for path in (ROOT / "modeling_aligngpt").glob("*.py")} - {"__init__.py"}
+    assert not [name for name in names if f"`{name}`" not in page]
