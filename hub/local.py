@@ -6,6 +6,8 @@ import os
 import socket
 from pathlib import Path
 
+from aligngpt_shared.references import is_hub_id
+
 
 QUICKSTART = Path("runs/quickstart/instruct")
 
@@ -34,7 +36,7 @@ def find_local_model(model: str | None, revision: str | None = None) -> str:
         return str(QUICKSTART)
     folder = Path(model)
     if not folder.exists():
-        if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        if not is_hub_id(model):
             raise ValueError(f"--model {model}: there is no such folder, and it is not a Hub id (USER/NAME).")
         return model
     if not (folder / "config.json").is_file():

@@ -92,7 +92,7 @@ def warn_about_labels(config, input_ids, labels, prompt_mask, align_level) -> No
     """
     if is_torchdynamo_compiling():
         return
-    gates = align_level is None and config.align_mode in ("gate", "local", "random")
+    gates = align_level is None and config.uses_gate
     if gates and prompt_mask is None and config.gate_context != "sequence":
         logger.warning_once(
             "labels came without a prompt_mask: the gate reads the answers, which it does not see when it is used. "

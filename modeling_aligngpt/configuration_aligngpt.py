@@ -132,6 +132,11 @@ class AlignGPTConfig(PretrainedConfig):
         return special + (getattr(self.vision_config, "num_register_tokens", None) or 0)
 
     @property
+    def uses_gate(self) -> bool:
+        """Whether the gate decides, unless the caller names a level."""
+        return self.align_mode in ("gate", "local", "random")
+
+    @property
     def head_scale(self) -> float:
         """
         What the language model multiplies its logits by, in front of a soft cap. Each family names it differently;

@@ -237,7 +237,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         where it decides. Arguments as in [`~AlignGPTModel.get_gate_weights`] and [`~AlignGPTModel.forward`].
         """
         gate_weights = None
-        if align_level is None and self.config.align_mode in ("gate", "local", "random"):
+        if align_level is None and self.config.uses_gate:
             prompt_mean_BD, _ = self.get_prompt_mean(input_ids, inputs_embeds, attention_mask, prompt_mask)
             gate_weights = self.get_gate_weights(image_features, image_rows, prompt_mean_BD)
         weights_BN = self.get_level_weights(align_level, inputs_embeds.shape[0], gate_weights)

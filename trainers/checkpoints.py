@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from datasets import IterableDataset
-from safetensors import SafetensorError
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from aligngpt_shared.files import move_folder
+from aligngpt_shared.records import SUMMARY as SUMMARY_NAME
+from aligngpt_shared.records import versioned
 
 from .continuing import write_settings
 from .guards import NonFiniteError
 from .storage.manifest import damage, write_manifest
-from .storage.saved_model import SavedModelError, check_saved
+from .storage.saved_model import check_saved
 
 
 logger = logging.get_logger(__name__)
 
-SUMMARY_NAME = "training_summary.json"
 RECORD_NAME = "run_record.json"
 STATE_NAME = "trainer_state.json"
 STAGING_SUFFIX = ".tmp"
@@ -73,7 +73,8 @@ class CheckpointMixin:
             if args.should_save:
                 write_manifest(self._staging / name, args.checkpoint_digests)
                 move_folder(self._staging / name, run_dir / name)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        # a full disk is another error for every library, tokenizers' own a bare Exception
+        except Exception as error:
             raise self._save_error(name, error) from error
         finally:
             if args.should_save:
@@ -144,7 +145,7 @@ class CheckpointMixin:
             self.accelerator.wait_for_everyone()
             self.save_model(str(beside))
             self.save_state()
-            summary = {**self.summary(), **(extra or {})}
+            summary = versioned({**self.summary(), **(extra or {})})
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 if is_peft_model(self.model):
@@ -162,7 +163,7 @@ class CheckpointMixin:
                         shutil.rmtree(output_dir / path.name, ignore_errors=True)
                     os.replace(path, output_dir / path.name)
                 beside.rmdir()
-        except (OSError, RuntimeError, SafetensorError, SavedModelError) as error:
+        except Exception as error:
             if self.args.should_save:
                 shutil.rmtree(beside, ignore_errors=True)
             raise self._save_error("The trained model", error) from error

@@ -19,7 +19,6 @@ from .collator import IGNORE_INDEX, ROW_INDEX_COLUMN
 
 
 GENERATIONS_NAME = "generations.jsonl"
-GATED_MODES = ("gate", "local", "random")
 
 # Takes the records of `generate_answers`, gives metrics by name.
 GenerationMetrics = Callable[[list[dict[str, Any]]], dict[str, float]]
@@ -120,7 +119,7 @@ def _answer(trainer: Any, model: torch.nn.Module, row: dict[str, Any], max_new_t
         generated = model.generate(
             **prompt, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=True
         )
-    gates = num_images and config.align_mode in GATED_MODES
+    gates = num_images and config.uses_gate
     weights = generated.align_weights[0].float().tolist() if gates else None
     answer = tokenizer.decode(generated.sequences[0, begin:], skip_special_tokens=True).strip()
     reference = tokenizer.decode(input_ids[begin:end], skip_special_tokens=True).strip()

@@ -11,7 +11,6 @@ import torch
 
 from modeling_aligngpt import AlignGPTForConditionalGeneration
 
-from .eval_callback import GATED_MODES
 from .instruct_config import AlignGPTInstructConfig
 from .stage import StageTrainer
 
@@ -60,12 +59,12 @@ class AlignGPTInstructTrainer(StageTrainer):
     def trainable_modules(self, model: AlignGPTForConditionalGeneration) -> list[torch.nn.Module]:
         # in the other modes the gate has no gradient
         modules = [model.model.language_model, model.lm_head, model.model.multi_modal_projector]
-        if model.config.align_mode in GATED_MODES:
+        if model.config.uses_gate:
             modules.append(model.model.align_gate)
         return modules
 
     def uses_gate(self) -> bool:
-        return self.model.config.align_mode in GATED_MODES
+        return self.model.config.uses_gate
 
     def check_adapter(self, peft_config: Any, args: AlignGPTInstructConfig):
         if peft_config is None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from aligngpt_shared.references import is_hub_id
 from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
 from modeling_aligngpt.base_aligngpt import UNQUANTIZED
 
@@ -191,8 +192,7 @@ def load_adapter(
         raise ValueError(f"{adapter} holds no config.json, which says what the adapter was trained for.")
     peft_config = PeftConfig.from_pretrained(folder)
     base = str(base or peft_config.base_model_name_or_path or "")
-    is_path = os.path.isabs(base) or base.count("/") != 1 or base.startswith(".")
-    if is_path and not os.path.isdir(base):
+    if not is_hub_id(base) and not os.path.isdir(base):
         raise ValueError(f"{adapter}: its base model {base!r} is not there; name where it is now with `base`.")
     config = AlignGPTConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):

@@ -112,11 +112,3 @@ def make_sampler(
         return None
     has_images = np.asarray(rows["num_images"]) > 0 if group_by == "modality_length" else None
     return GroupedSampler(np.asarray(rows["length"]), batch_size, world_size, has_images, seed, drop_last)
-
-
-def padding_waste(lengths: Sequence[int], order: Sequence[int], batch_size: int) -> float:
-    """Share of padding in the batches that an order of rows gives, from 0 to 1."""
-    ordered = np.asarray(lengths)[list(order)]
-    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-    padded = sum(int(batch.max()) * len(batch) for batch in batches)
-    return 1 - int(ordered.sum()) / padded if padded else 0.0

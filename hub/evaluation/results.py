@@ -1,6 +1,5 @@
 """`evaluation_results.json`: what was measured, how, and the paper's figures beside it."""
 
-import json
 import os
 import subprocess
 from collections.abc import Sequence
@@ -10,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from aligngpt_shared.files import write_json
+from aligngpt_shared.records import EVALUATION as RESULTS_NAME
+from aligngpt_shared.records import read_record, versioned
 
 from .tasks import BENCHMARKS, BY_NAME, Benchmark
-
-
-RESULTS_NAME = "evaluation_results.json"
 
 
 class Results:
@@ -33,11 +31,16 @@ class Results:
 
     def __init__(self, folder: str | os.PathLike, identity: dict[str, Any], seed: int, overwrite: bool = False):
         self.path = Path(folder) / RESULTS_NAME
-        self.content: dict[str, Any] = {**identity, "code_version": code_version(), "seed": seed, "results": []}
+        self.content: dict[str, Any] = {
+            **versioned(identity),
+            "code_version": code_version(),
+            "seed": seed,
+            "results": [],
+        }
         self.content |= {"details": {}, "runs": {}}
         if self.path.is_file() and not overwrite:
             try:
-                before = json.loads(self.path.read_text(encoding="utf-8"))
+                before = read_record(self.path)
                 changed = [name for name in identity if before.get(name) != identity[name]]
             except (ValueError, AttributeError) as error:
                 raise ValueError(f"{self.path} cannot be read ({error}): move it away, or --overwrite.") from error

@@ -1,15 +1,13 @@
 """Folders that a conversion reads: on disk, or from the Hub."""
 
 import os
-import re
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
+from aligngpt_shared.references import is_hub_id
+
 from .format import find_weight_files
-
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def locate(reference: str | os.PathLike, role: str, near: Path | None = None) -> Path:
@@ -29,7 +27,7 @@ def locate(reference: str | os.PathLike, role: str, near: Path | None = None) ->
     for root in roots:
         if text and (root / text).exists():
             return root / text
-    if _HUB_ID.fullmatch(text):
+    if is_hub_id(text):
         return _download(text)
     raise ValueError(f"The {role} {text!r} is neither a folder here nor a Hub id.")
 

@@ -6,7 +6,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, EvalResultEntry
 
-from .run_records import hub_link, is_hub_id
+from aligngpt_shared.references import is_hub_id
+
+from .run_records import hub_link
 
 
 def _rows_of(evaluation: Mapping[str, Any]) -> list[dict[str, Any]]:

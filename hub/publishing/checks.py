@@ -43,7 +43,6 @@ MODEL_FILES = (
     "alignment.json", ".eval_results/*.yaml", ".gitattributes", "original/*.json", "original/*.safetensors",
     "original/tokenizer.model", *TOKENIZER_FILES, *CARD_FILES,
 )  # fmt: skip
-DATA_FILES = ("*.parquet", "*/*.parquet", "alignment.json", "dropped.jsonl", ".gitattributes", *CARD_FILES)
 
 TEXT_SUFFIXES = {".json", ".jsonl", ".py", ".md", ".txt", ".jinja", ".yaml", ".yml", ".toml", ".cfg", ".csv", ""}
 # a vocabulary holds pieces of paths that are nobody's

@@ -20,13 +20,15 @@ from datasets.utils.metadata import MetadataConfigs
 from huggingface_hub import DatasetCard, DatasetCardData
 from tqdm.auto import tqdm
 
+from aligngpt_shared.records import ALIGNMENT, read_record
+from aligngpt_shared.references import is_hub_id
 from modeling_aligngpt.images_aligngpt import image_size, read_image
 
 from .card import PAPER, TAGS, describe_rows, levels_text, list_levels
 from .checks import check_contents, find_paths
 from .figures import draw_histogram
 from .model import add_hub_arguments, describe, hub_settings
-from .run_records import ALIGNMENT, hub_link, is_hub_id
+from .run_records import hub_link
 from .secret_scan import find_secrets
 from .upload import Upload, check_repo_id, upload_checked_folder
 
@@ -129,7 +131,7 @@ def _read_alignment(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder} holds no {ALIGNMENT}: give the output folder of `aligngpt score`.")
     try:
-        alignment = json.loads(path.read_text(encoding="utf-8"))
+        alignment = read_record(path)
         if not list_levels(alignment):
             raise ValueError("edges and counts do not fit together")
     except (ValueError, TypeError, AttributeError) as error:

@@ -17,10 +17,12 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants
 
+from aligngpt_shared.references import is_hub_id
+
 from .card import write_card
 from .checks import check_code, check_complete, check_contents, select_files
 from .fresh_load import check_loads
-from .run_records import Records, is_hub_id, read_records
+from .run_records import Records, read_records
 from .upload import Upload, check_repo_id, check_signed_in, download_text, hub_errors, upload_checked_folder
 
 

@@ -1,15 +1,15 @@
 """What a model folder records about itself, read for its card: config, training summaries, results."""
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aligngpt_shared.records import ALIGNMENT, EVALUATION, SUMMARY, known
+from aligngpt_shared.references import is_hub_id
 
-SUMMARY, EVALUATION, ALIGNMENT = "training_summary.json", "evaluation_results.json", "alignment.json"
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
 # keys of `sources` by the role of what they name
 _MODELS = {"language_model": "language model", "vision_tower": "vision tower", "model": "starting model"}
 
@@ -67,11 +67,6 @@ class Records:
         return bool(self.stages or self.evaluation or self.alignment)
 
 
-def is_hub_id(name: str | None) -> bool:
-    """Whether a name may be USER/NAME on the Hub."""
-    return name is not None and _HUB_ID.fullmatch(name) is not None
-
-
 def hub_link(name: str | None, revision: str | None = None, dataset: bool = False) -> str:
     """A Hub id as a link to its page, another name as it is."""
     if not name:
@@ -116,7 +111,7 @@ def _read(files: Mapping[str, Path], name: str) -> dict[str, Any]:
         raise ValueError(f"{name} is no valid JSON ({error}): was it written to the end?") from error
     if not isinstance(value, dict):
         raise ValueError(f"{name} must hold a JSON object, not a {type(value).__name__}.")
-    return value
+    return known(value, name)
 
 
 def _sources(stages: list[dict[str, Any]]) -> list[Source]:

@@ -22,6 +22,10 @@ from aligngpt_trainers.scoring.run import score_dataset
 from aligngpt_trainers.scoring.scorer import PairScorer, cut_levels
 
 
+def score_pairs(scorer, images, texts) -> np.ndarray:
+    return scorer.score(*scorer.preprocess(images, texts)[:2]).cpu().numpy()
+
+
 @pytest.fixture(scope="module")
 def scorers(tmp_path_factory):
     return save_scorers(tmp_path_factory.mktemp("scorers"))
@@ -51,11 +55,11 @@ class TestScorer:
             logits, model = plain_logits(name, images, texts)
             bias = model.logit_bias if kind == "siglip" else 0
             expected = ((logits - bias) / model.logit_scale.exp()).detach().numpy()
-            scores = PairScorer(name, device="cpu").score_pairs(images, texts)
+            scores = score_pairs(PairScorer(name, device="cpu"), images, texts)
             assert scores.dtype == np.float32 and np.ptp(scores) > 1e-3
             np.testing.assert_allclose(scores, expected, atol=2e-6)
             # a pair's score does not hang on its company: padding is the full length for SigLIP, masked for CLIP
-            alone = [PairScorer(name, device="cpu").score_pairs([images[i]], [texts[i]])[0] for i in range(1, 9)]
+            alone = [score_pairs(PairScorer(name, device="cpu"), [images[i]], [texts[i]])[0] for i in range(1, 9)]
             np.testing.assert_allclose(alone, expected[1:9], atol=2e-6)
 
     def test_captions_beyond_the_text_model_are_cut_and_counted(self, scorers):
@@ -71,8 +75,8 @@ class TestScorer:
     def test_lower_precision_stays_near(self, scorers):
         images, texts = make_pairs(20)
         for name in scorers.values():
-            exact = PairScorer(name, device="cpu").score_pairs(images, texts)
-            rough = PairScorer(name, device="cpu", dtype="bfloat16").score_pairs(images, texts)
+            exact = score_pairs(PairScorer(name, device="cpu"), images, texts)
+            rough = score_pairs(PairScorer(name, device="cpu", dtype="bfloat16"), images, texts)
             assert rough.dtype == np.float32 and 0 < np.abs(exact - rough).max() < 0.03
 
     def test_what_cannot_score_is_refused(self, scorers, tmp_path):

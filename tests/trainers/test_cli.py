@@ -322,3 +322,18 @@ def test_streams_need_a_number_of_steps(recipe, capsys):
     assert "streaming needs max_steps" in failure(capsys, "pretrain", "--config", recipe(streaming=True))
     assert main(["pretrain", "--config", recipe(streaming=True, max_steps=2, shuffle_buffer=4)]) == 0
     assert "2 steps of 8" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_a_sentence_for_every_library(monkeypatch, capsys):
+    """tokenizers raises a bare Exception, safetensors an error of its own; anything else keeps its traceback."""
+    from safetensors import SafetensorError
+
+    from aligngpt_trainers.commands import cli
+
+    for error in (Exception("No space left on device (os error 28)"), SafetensorError("I/O error")):
+        monkeypatch.setattr(cli, "_run", lambda *_, error=error: (_ for _ in ()).throw(error))
+        assert cli.main(["score"]) == 2
+        assert capsys.readouterr().err == f"error: {error}\n"
+    monkeypatch.setattr(cli, "_run", lambda *_: (_ for _ in ()).throw(KeyError("a")))
+    with pytest.raises(KeyError):
+        cli.main(["score"])

@@ -9,10 +9,18 @@ from stage_parts import conversation_rows, message, settings, to_dataset
 from torch.utils.data import BatchSampler
 
 from aligngpt_trainers import AlignGPTInstructConfig, AlignGPTInstructTrainer
-from aligngpt_trainers.sampling import GroupedSampler, make_sampler, padding_waste
+from aligngpt_trainers.sampling import GroupedSampler, make_sampler
 
 
 ROWS, BATCH = 500, 4
+
+
+def padding_waste(lengths, order, batch_size: int) -> float:
+    """Share of padding in the batches that an order of rows gives, from 0 to 1."""
+    ordered = np.asarray(lengths)[list(order)]
+    batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    padded = sum(int(batch.max()) * len(batch) for batch in batches)
+    return 1 - int(ordered.sum()) / padded if padded else 0.0
 
 
 @pytest.fixture

@@ -89,8 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return _run(command, words)
-    # what users can cause: values, files (a full disk is safetensors' own error) and missing optional packages
-    except (ValueError, OSError, ImportError, SafetensorError) as error:
+    except Exception as error:
+        # what users can cause: values, files and missing optional packages; a full disk is safetensors' own error, and
+        # of tokenizers a bare Exception
+        known = (ValueError, OSError, ImportError, SafetensorError)
+        if not isinstance(error, known) and "(os error" not in str(error):
+            raise
         if debug:
             traceback.print_exc()
         print(f"error: {_message(error)}", file=sys.stderr)

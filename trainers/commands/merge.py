@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from aligngpt_shared.files import new_folder
+from aligngpt_shared.records import SUMMARY
 
 from ..lora import load_adapter
 from .settings import parse_settings
@@ -59,7 +60,7 @@ def merge_command(argv: Sequence[str]) -> None:
 
 def copy_summary(source: Path, target: Path, base: str) -> None:
     """The training summary of an adapter, with a note that it was merged, for the whole model's folder."""
-    path = source / "training_summary.json"
+    path = source / SUMMARY
     if not path.is_file():
         return
     summary = json.loads(path.read_text(encoding="utf-8"))

@@ -12,6 +12,8 @@ from accelerate.utils import patch_environment
 from datasets import Dataset, IterableDataset
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from aligngpt_shared.records import ALIGNMENT, SUMMARY
+from aligngpt_shared.references import is_hub_id
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 from modeling_aligngpt.assembly import assemble
 
@@ -219,7 +221,7 @@ def _load(args: ModelArguments, config: StageConfig) -> tuple[AlignGPTForConditi
         )
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(f"{args.model} holds no config.json: give a finished model, such as stage 1's output_dir.")
-    if not path.is_dir() and (path.is_absolute() or args.model.count("/") != 1 or args.model.startswith((".", "~"))):
+    if not path.is_dir() and not is_hub_id(args.model):
         raise ValueError(f"model {args.model!r}: there is no such folder.")
     model, info = AlignGPTForConditionalGeneration.from_pretrained(
         args.model,
@@ -263,11 +265,11 @@ def run_records(stage: str, model_args: ModelArguments, data_args: DataArguments
             sources[key] = getattr(model_args, key, None)
     records = {"sources": {name: _public_name(value) for name, value in sources.items() if value is not None}}
     if stage == "pretrain":
-        alignment = read_record(data_args.dataset, "alignment.json", data_args.dataset_revision, "dataset")
+        alignment = read_record(data_args.dataset, ALIGNMENT, data_args.dataset_revision, "dataset")
         if alignment is not None:
             records["alignment"] = {name: alignment[name] for name in ALIGNMENT_FACTS if name in alignment}
     else:
-        earlier = read_record(model_args.model, "training_summary.json", model_args.model_revision)
+        earlier = read_record(model_args.model, SUMMARY, model_args.model_revision)
         # a model that has been through stage 2 passes on what it knows of stage 1
         first = earlier if earlier is None or earlier.get("stage") == "pretrain" else earlier.get("pretrain")
         if first is not None:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
+from aligngpt_shared.records import ALIGNMENT as RECORD
+
 from .levels import METHODS
 
 
 logger = logging.getLogger(__name__)
 
-RECORD = "alignment.json"
 SAMPLING = ("all", "balanced")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

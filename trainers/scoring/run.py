@@ -21,6 +21,7 @@ import torch
 import transformers
 
 from aligngpt_shared.locks import lock
+from aligngpt_shared.records import versioned
 from modeling_aligngpt.configuration_aligngpt import VERSION
 
 from ..data.load import read_rows
@@ -208,7 +209,7 @@ def _finish(
             **{module.__name__: module.__version__ for module in (torch, transformers, datasets, np)},
         },
     }
-    record = json.loads(json.dumps(record))  # as it will be read again
+    record = json.loads(json.dumps(versioned(record)))  # as it will be read again
     write_output(Path(config.output), source, blocks, scores, record, config, partial)
     shutil.rmtree(partial)
     print_summary(record, Path(config.output))

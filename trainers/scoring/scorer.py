@@ -8,7 +8,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -122,10 +121,6 @@ class PairScorer:
         text_features = _features(self.model.get_text_features(**self._to_device(text_inputs)))
         return torch.nn.functional.cosine_similarity(image_features, text_features, dim=-1)
 
-    def score_pairs(self, images: list, texts: list[str]) -> np.ndarray:
-        """[batch] float32 cosine similarities of RGB images and texts, pair by pair."""
-        return self.score(*self.preprocess(images, texts)[:2]).cpu().numpy()
-
     def identity(self) -> dict[str, Any]:
         """What makes the scores: the model's name, Hub revision or weights' hash, dtype and preprocessing."""
         revision = getattr(self.model.config, "_commit_hash", None)
@@ -147,8 +142,8 @@ class PairScorer:
 
 
 def _features(output: Any) -> torch.Tensor:
-    """[batch, width] float32: transformers 5 returns an output object here, transformers 4 the tensor itself."""
-    return (output if isinstance(output, torch.Tensor) else output.pooler_output).float()
+    """[batch, width] float32."""
+    return output.pooler_output.float()
 
 
 def _hash_weights(folder: Path) -> str:

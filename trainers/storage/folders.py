@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from aligngpt_shared.references import is_hub_id
+
 
 # Formats of other libraries and copies of the same weights, which transformers does not read.
 NOT_NEEDED = ["*.h5", "*.msgpack", "*.onnx", "*.ot", "*.gguf", "*.pth", "original/*", "onnx/*", "openvino/*", "*.md"]
@@ -44,7 +46,7 @@ def read_record(source: str | None, name: str, revision: str | None = None, kind
     if os.path.isdir(source):
         path = Path(source, name)
         return _read(path) if path.is_file() else None
-    if source.count("/") != 1:
+    if not is_hub_id(source):
         return None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
