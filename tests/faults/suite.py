@@ -293,7 +293,7 @@ def differing(found: dict[str, str], wanted: dict[str, str]) -> str:
     return ", ".join(names[:5]) or "nothing"
 
 
-def prepare(suite: Suite) -> dict:
+def prepare(suite: Suite, short: bool = False) -> dict:
     """Models and rows to try with, and what undisturbed runs make of them."""
     from scoring_parts import save_clip, write_pairs
     from stage_parts import NUM_LEVELS, conversation_rows, pair_rows, save_parts, to_dataset
@@ -314,10 +314,12 @@ def prepare(suite: Suite) -> dict:
         *("--learning_rate=0.01", "--save_total_limit=2", "--gradient_checkpointing=false"),
     ]
     stage1, lora = folder / "stage1", ["--use_peft", "--lora_r=4"]
+    # processes that decode take seconds to start
+    workers = ["--num_workers=0"] if short else []
     commands = {
         "score": lambda out: [
             *("score", f"--dataset={pairs}", f"--scorer={scorer}", f"--output={out}", "--device=cpu"),
-            *("--batch_size=8", "--shard_size=16", "--num_align_levels=4"),
+            *("--batch_size=8", "--shard_size=16", "--num_align_levels=4", *workers),
         ],
         "pretrain": lambda out: [
             *("pretrain", f"--model={folder / 'model'}", f"--dataset={folder / 'pairs'}", f"--output_dir={out}", *run)
@@ -401,7 +403,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder, HubServer(Path(folder) / "hub") as hub:
         os.environ.update(hub.env(token=hub.token), HF_HUB_OFFLINE="0", PYTHONPATH=str(ROOT / "tests"))
         suite = Suite(Path(folder), hub, random.Random(args.seed))
-        world = prepare(suite)
+        world = prepare(suite, args.short)
         if args.short:
             for name in ("instruct, LoRA", "convert", "export"):
                 del world["commands"][name]

@@ -7,9 +7,15 @@ import pytest
 import torch
 from modeling.tiny import ALIGN, IMAGE, MIXED_ROWS, make_batch, prompts, row, tiny_model
 from safetensors import safe_open
-from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForMultimodalLM, CLIPVisionModel
 
-from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTModel, AutoModelForVision2Seq
+from modeling_aligngpt import (
+    AlignGPTForConditionalGeneration,
+    AlignGPTModel,
+    AlignGPTPreTrainedModel,
+    AutoModelForVision2Seq,
+)
 from modeling_aligngpt.configuration_aligngpt import AUTO_MAP
 
 
@@ -137,3 +143,23 @@ def test_missing_weights_follow_each_part_s_own_rule_and_loaded_ones_stay():
         elif value.is_floating_point() and value.numel() > 256:
             # CLIP draws its layers by width and depth, not with one standard deviation
             assert value.std().item() == pytest.approx(drawn.state_dict()[name].std().item(), rel=0.25), name
+
+
+def test_why_is_custom_code_is_answered_with_no(tmp_path, monkeypatch):
+    """Missing weights of a tower are drawn by its own rule; for "custom code" transformers takes a plain one."""
+    tiny_model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    missing = [name for name in weights if name.startswith("model.vision_tower.encoder")]
+    save_file({k: v for k, v in weights.items() if k not in missing}, tmp_path / "model.safetensors", {"format": "pt"})
+    name = "model.vision_tower.encoder.layers.0.self_attn.out_proj.weight"
+    stds = {}
+    for answer in (False, True):
+        monkeypatch.setattr(AlignGPTPreTrainedModel, "is_custom_code", classmethod(lambda cls, answer=answer: answer))
+        loaded = AlignGPTForConditionalGeneration.from_pretrained(tmp_path)
+        stds[answer] = float(loaded.state_dict()[name].std())
+    monkeypatch.undo()
+    torch.manual_seed(0)
+    clip = CLIPVisionModel(loaded.config.vision_config).state_dict()
+    wanted = float(next(v for k, v in clip.items() if k.endswith("layers.0.self_attn.out_proj.weight")).std())
+    assert not AlignGPTPreTrainedModel.is_custom_code()
+    assert stds[False] == pytest.approx(wanted, rel=0.2) and stds[True] < wanted / 5
