@@ -91,7 +91,7 @@ def use_everything(bin_folder: Path, work: Path) -> None:
     print("\n".join(shown.splitlines()[-14:]))
     (work / "readme.py").write_text(python_blocks((ROOT / "README.md").read_text()))
     print(run([bin_folder / "python", "readme.py"], work, **offline))
-    question = ["--image", "runs/quickstart/pictures/level-0.png", "--question", "what is the background?"]
+    question = ["--image", "runs/quickstart/images/level-0.png", "--question", "what is the background?"]
     model = "runs/quickstart/instruct"
     print(run([aligngpt, "chat", "--model", model, *question], work, **offline))
     levels = ["--data", "runs/quickstart/data/conversations", "--limit", "4", "--output", "runs/levels"]
