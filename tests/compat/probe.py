@@ -53,7 +53,7 @@ def parity(model, reference: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 def beams(model, processor) -> torch.Tensor:
     """Three beams over a batch with one image a row."""
-    images = [fresh_process.image(seed) for seed in range(2)]
+    images = [fresh_process.draw_image(seed) for seed in range(2)]
     text = ["<image>\nWhat is it?", "<image>\nCompare the two ends of it at some length."]
     processor.tokenizer.padding_side = "left"
     inputs = processor(images=images, text=text, padding=True, return_tensors="pt")

@@ -105,7 +105,7 @@ def here(saved):
 
 
 def answer(model, processor) -> list[int]:
-    inputs = processor(images=fresh_process.image(0), text=f"<image>\n{QUESTION}", return_tensors="pt")
+    inputs = processor(images=fresh_process.draw_image(0), text=f"<image>\n{QUESTION}", return_tensors="pt")
     return model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
 
 
