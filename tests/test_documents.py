@@ -52,7 +52,7 @@ def test_wrong_lines_are_found():
         "aligngpt score --dataset x --output y",  # --scorer is required
         "aligngpt pretrain --config vicuna-7b/pretrian",
         "aligngpt pretrain --config vicuna-7b/pretrain --lerning_rate 1",
-        "aligngpt chat --model x --image y",
+        "aligngpt chat --model x --photo y",
         "aligngpt publish x --accelerate_config ddp",
         "aligngpt instruct --config vicuna-7b/instruct --accelerate_config multi_gpu",
         "alinggpt chat",
