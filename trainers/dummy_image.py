@@ -8,6 +8,8 @@ would stay away from them, and both would wait for ever. A process that trains a
 Our trainers do it by themselves; with a plain `Trainer` or TRL's, add [`DummyImageCallback`].
 """
 
+import inspect
+
 import torch
 from torch import nn
 from transformers import TrainerCallback
@@ -40,6 +42,7 @@ def add_dummy_images(model: nn.Module):
     """
 
     def before(inner: nn.Module, args: tuple, kwargs: dict):
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         if any(kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs")):
             return None
         cache: Cache | None = kwargs.get("cache") or kwargs.get("past_key_values")
@@ -51,8 +54,9 @@ def add_dummy_images(model: nn.Module):
         level = kwargs.get("align_level")
         kwargs["inputs_embeds"] = run_dummy_image(inner, input_ids, inputs_embeds, level)
         kwargs["input_ids"] = None
-        return args, kwargs
+        return (), kwargs
 
+    names = list(inspect.signature(model.base_model.forward).parameters)
     return model.base_model.register_forward_pre_hook(before, with_kwargs=True)
 
 

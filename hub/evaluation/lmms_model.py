@@ -95,6 +95,8 @@ class AlignGPTLmms(lmms):
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "align_level": align_level,
             "align_mode": config.align_mode,
+            # of each answer's `align_weights`
+            "num_align_levels": levels,
         }
         self.store: AnswerStore | None = None
         if answers:

@@ -33,7 +33,7 @@ def run_benchmarks(
         lm: an `AlignGPTLmms`.
         benchmarks: which.
         output: folder that gets `evaluation_results.json` and `evaluation/`: `answers-TASK.jsonl` (prompt, answer and
-            gate weights of each sample), `judgements-TASK.jsonl`, `submission-TASK.json`.
+            share of each level, by sample), `judgements-TASK.jsonl`, `submission-TASK.json`.
         limit: only the first so many samples of each.
         data: local folders of data sets by task name.
         judge: scores the judged benchmarks; without it their answers are kept for later.

@@ -259,6 +259,8 @@ def read_answers(path: str | Path) -> tuple[list[list[float]], list[str]]:
         ValueError: no such file, or a line that is no answer.
     """
     weights, names = [], []
+    # files of before all N shares were kept hold the local levels alone, and do not say how many levels there are
+    local = None
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
@@ -267,8 +269,10 @@ def read_answers(path: str | Path) -> tuple[list[list[float]], list[str]]:
         try:
             row = json.loads(line)
             if "identity" in row:
+                levels = row["identity"].get("num_align_levels")
+                local = None if levels is None else levels - 1
                 continue
-            weights.append([float(weight) for weight in row["align_weights"]][:-1])
+            weights.append([float(weight) for weight in row["align_weights"]][:local])
             names.append(row["task"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"--answers {path}, line {number}: no answer of `aligngpt evaluate` ({error}).") from error

@@ -278,12 +278,14 @@ def test_texts_of_models_cannot_break_the_page(tmp_path):
 
 def test_kept_answers_of_an_evaluation_are_weights_by_benchmark(tmp_path, capsys):
     path = tmp_path / "answers-pope.jsonl"
-    rows = [{"identity": {}}] + [
-        {"task": task, "align_weights": [weight, 1 - weight, 1], "answer": "x"}
-        for task, weight in (("pope", 0.2), ("pope", 0.4), ("mme", 0.9))
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert read_answers(path) == ([[0.2, 0.8], [0.4, 0.6], [0.9, 1 - 0.9]], ["pope", "pope", "mme"])
+    # all shares, as they are kept; and the local levels alone, as files of before there was that hold them
+    for identity, top in (({"num_align_levels": 3}, [1]), ({}, [])):
+        rows = [{"identity": identity}] + [
+            {"task": task, "align_weights": [weight, 1 - weight, *top], "answer": "x"}
+            for task, weight in (("pope", 0.2), ("pope", 0.4), ("mme", 0.9))
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert read_answers(path) == ([[0.2, 0.8], [0.4, 0.6], [0.9, 1 - 0.9]], ["pope", "pope", "mme"])
     assert cli.main(["levels", "--answers", str(path), "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out
     assert "0.300 ± 0.100" in printed and "mme" in printed

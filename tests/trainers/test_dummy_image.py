@@ -172,6 +172,9 @@ def test_other_trainers_add_it_as_a_callback(two_processes):
     model(**training_batch(TEXT_ROWS))
     assert "tower" in calls
     calls.clear()
+    model.model(training_batch(TEXT_ROWS)["input_ids"])  # by position
+    assert "tower" in calls
+    calls.clear()
     callback.on_train_end(None, None, None)
     model(**training_batch(TEXT_ROWS))
     assert calls == []
