@@ -16,8 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from aligngpt_shared.files import move_folder
-from aligngpt_shared.records import SUMMARY as SUMMARY_NAME
-from aligngpt_shared.records import versioned
+from aligngpt_shared.records import SUMMARY, versioned
 
 from .continuing import write_settings
 from .guards import NonFiniteError
@@ -153,12 +152,12 @@ class CheckpointMixin:
                 # a pickle with this machine's paths; the summary holds what matters of it
                 (beside / "training_args.bin").unlink(missing_ok=True)
                 lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in summary.items())
-                (beside / SUMMARY_NAME).write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+                (beside / SUMMARY).write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
                 check_saved(beside)
-                (output_dir / SUMMARY_NAME).unlink(missing_ok=True)
+                (output_dir / SUMMARY).unlink(missing_ok=True)
                 for stale in _model_files(output_dir):
                     stale.unlink()
-                for path in sorted(beside.iterdir(), key=lambda path: path.name == SUMMARY_NAME):
+                for path in sorted(beside.iterdir(), key=lambda path: path.name == SUMMARY):
                     if path.is_dir():
                         shutil.rmtree(output_dir / path.name, ignore_errors=True)
                     os.replace(path, output_dir / path.name)
@@ -260,7 +259,7 @@ def check_output(args: Any, resumed_from: str | None, remove: bool = True) -> No
     if resumed_from is not None:
         return
     finished = [
-        name for name in (SUMMARY_NAME, "model.safetensors", "adapter_model.safetensors") if (folder / name).exists()
+        name for name in (SUMMARY, "model.safetensors", "adapter_model.safetensors") if (folder / name).exists()
     ]
     if args.overwrite:
         for path in _checkpoints(folder) if remove else ():

@@ -17,7 +17,6 @@ from aligngpt_shared.locks import lock, lock_of
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
 from .checkpoints import (
-    SUMMARY_NAME,
     CheckpointError,
     CheckpointMixin,
     check_output,
@@ -42,7 +41,6 @@ logger = logging.get_logger(__name__)
 
 __all__ = [
     "IMAGE_ASPECT_RATIOS",
-    "SUMMARY_NAME",
     "CheckpointError",
     "ContinuationError",
     "NonFiniteError",

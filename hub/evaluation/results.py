@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from aligngpt_shared.files import write_json
-from aligngpt_shared.records import EVALUATION as RESULTS_NAME
-from aligngpt_shared.records import read_record, versioned
+from aligngpt_shared.records import EVALUATION, read_record, versioned
 
 from .tasks import BENCHMARKS, BY_NAME, Benchmark
 
@@ -30,7 +29,7 @@ class Results:
     """
 
     def __init__(self, folder: str | os.PathLike, identity: dict[str, Any], seed: int, overwrite: bool = False):
-        self.path = Path(folder) / RESULTS_NAME
+        self.path = Path(folder) / EVALUATION
         self.content: dict[str, Any] = {
             **versioned(identity),
             "code_version": code_version(),

@@ -16,7 +16,7 @@ from stage_parts import NUM_LEVELS, conversation_rows, draw_image, pair_rows, to
 from aligngpt_trainers.commands.arguments import DataArguments, PretrainModelArguments
 from aligngpt_trainers.commands.cli import COMMANDS, main
 from aligngpt_trainers.commands.train import run_records
-from aligngpt_trainers.storage.folders import read_record
+from aligngpt_trainers.storage.folders import find_record
 from modeling_aligngpt import AlignGPTForConditionalGeneration
 from modeling_aligngpt.assembly import assemble
 
@@ -314,8 +314,8 @@ def test_records_are_handed_on(recipe, data, tmp_path, capsys):
         assert summaries[name]["pretrain"] == summaries["stage1"]
         assert "pretrain" not in summaries[name]["pretrain"]
     (tmp_path / "stage1" / "training_summary.json").write_text("{broken")
-    assert read_record(str(tmp_path / "stage1"), "training_summary.json") is None
-    assert read_record("nobody/nothing", "training_summary.json") is None
+    assert find_record(str(tmp_path / "stage1"), "training_summary.json") is None
+    assert find_record("nobody/nothing", "training_summary.json") is None
 
 
 def test_streams_need_a_number_of_steps(recipe, capsys):

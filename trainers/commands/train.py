@@ -25,7 +25,7 @@ from ..lora import ADAPTER_CONFIG, check_lora, lora_config, quantization_config,
 from ..pretrain_config import AlignGPTPretrainConfig
 from ..pretrain_trainer import AlignGPTPretrainTrainer
 from ..stage import StageConfig, StageTrainer
-from ..storage.folders import at_revision, read_record
+from ..storage.folders import at_revision, find_record
 from .arguments import DTYPES, DataArguments, ModelArguments, PretrainModelArguments
 from .extras import check_loggers
 from .init import checked_overrides
@@ -265,11 +265,11 @@ def run_records(stage: str, model_args: ModelArguments, data_args: DataArguments
             sources[key] = getattr(model_args, key, None)
     records = {"sources": {name: _public_name(value) for name, value in sources.items() if value is not None}}
     if stage == "pretrain":
-        alignment = read_record(data_args.dataset, ALIGNMENT, data_args.dataset_revision, "dataset")
+        alignment = find_record(data_args.dataset, ALIGNMENT, data_args.dataset_revision, "dataset")
         if alignment is not None:
             records["alignment"] = {name: alignment[name] for name in ALIGNMENT_FACTS if name in alignment}
     else:
-        earlier = read_record(model_args.model, SUMMARY, model_args.model_revision)
+        earlier = find_record(model_args.model, SUMMARY, model_args.model_revision)
         # a model that has been through stage 2 passes on what it knows of stage 1
         first = earlier if earlier is None or earlier.get("stage") == "pretrain" else earlier.get("pretrain")
         if first is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from aligngpt_shared.records import ALIGNMENT as RECORD
+from aligngpt_shared.records import ALIGNMENT
 
 from .levels import METHODS
 
@@ -126,15 +126,15 @@ def read_edges(config: ScoreConfig) -> tuple[list[float] | None, dict | None]:
         return [float(edge) for edge in given], None
     except (TypeError, ValueError):
         path = Path(given[0])
-    path = path / RECORD if path.is_dir() else path
+    path = path / ALIGNMENT if path.is_dir() else path
     if len(given) > 1 or not path.is_file():
-        raise ValueError(f"edges {config.edges!r}: neither numbers nor an existing {RECORD}.")
+        raise ValueError(f"edges {config.edges!r}: neither numbers nor an existing {ALIGNMENT}.")
     try:
         earlier = json.loads(path.read_text(encoding="utf-8"))
         return [float(edge) for edge in earlier["edges"]], earlier
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"edges: {path} is no {RECORD} of an earlier run ({type(error).__name__}: {error})."
+            f"edges: {path} is no {ALIGNMENT} of an earlier run ({type(error).__name__}: {error})."
         ) from error
 
 

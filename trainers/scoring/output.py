@@ -18,8 +18,9 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from aligngpt_shared.files import move_folder
+from aligngpt_shared.records import ALIGNMENT
 
-from .config import RECORD, ScoreConfig
+from .config import ScoreConfig
 from .levels import balance_levels, cut_levels, draw_histogram, mean_of_levels
 from .llava_json import write_json
 from .processes import keeping_progress
@@ -211,7 +212,7 @@ def write_output(
             if config.json_output:
                 write_json(Path(config.json_output), rows, scores.values, scores.levels, config)
             _with_levels(rows, scores, config).save_to_disk(str(beside))
-            (beside / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            (beside / ALIGNMENT).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             move_folder(beside, output)
         except OSError:
             shutil.rmtree(beside, ignore_errors=True)

@@ -21,11 +21,11 @@ import torch
 import transformers
 
 from aligngpt_shared.locks import lock
-from aligngpt_shared.records import versioned
+from aligngpt_shared.records import ALIGNMENT, versioned
 from modeling_aligngpt.configuration_aligngpt import VERSION
 
 from ..data.load import read_rows
-from .config import RECORD, ScoreConfig, read_edges, warn_of_other_scorer
+from .config import ScoreConfig, read_edges, warn_of_other_scorer
 from .output import (
     FATES,
     Scores,
@@ -43,7 +43,7 @@ from .source import KINDS, WholeSource, kind_of, refuse_other_rows
 from .stream_blocks import RecordStream, StreamSource
 
 
-__all__ = ["RECORD", "ScoreConfig", "score_dataset"]
+__all__ = ["ScoreConfig", "score_dataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -163,9 +163,9 @@ def _open_partial(partial: Path, settings: dict[str, Any], config: ScoreConfig) 
             return None
         if not config.overwrite:
             if output.exists():
-                if not changed and (output / RECORD).is_file():
+                if not changed and (output / ALIGNMENT).is_file():
                     shutil.rmtree(partial)
-                    return json.loads((output / RECORD).read_text(encoding="utf-8"))
+                    return json.loads((output / ALIGNMENT).read_text(encoding="utf-8"))
                 raise ValueError(f"output {config.output!r} exists: choose another folder or set overwrite.")
             raise ValueError(
                 f"{partial} keeps the progress of a run with other settings ({', '.join(changed)} changed). Delete "

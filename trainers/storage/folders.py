@@ -31,7 +31,7 @@ def at_revision(source: str, revision: str | None, what: str) -> str:
     return snapshot_download(source, revision=revision, ignore_patterns=skip)
 
 
-def read_record(source: str | None, name: str, revision: str | None = None, kind: str = "model") -> dict | None:
+def find_record(source: str | None, name: str, revision: str | None = None, kind: str = "model") -> dict | None:
     """
     A JSON file that lies with a model or data set, in a folder or on the Hub; `None` where there is none.
 
