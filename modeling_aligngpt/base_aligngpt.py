@@ -37,6 +37,20 @@ class AlignGPTPreTrainedModel(PreTrainedModel):
         return False
 
     @classmethod
+    def is_backend_compatible(cls) -> bool:
+        """
+        Asked by engines that would run this class inside of their own (vLLM's and SGLang's transformers backends).
+
+        Raises:
+            ValueError: always. They embed images apart from the prompt, so the gate would not see it.
+        """
+        raise ValueError(
+            "AlignGPT cannot run in this engine's transformers backend: its gate compares images with the prompt, which "
+            'is not there. For vLLM install `pip install aligngpt` beside it, which brings a class of its own; for other '
+            "engines write a plain LLaVA with `aligngpt export`."
+        )
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """
         As transformers'; a `quantization_config` that names no module to leave out gets [`UNQUANTIZED`], which stays in

@@ -15,6 +15,9 @@ What all of them do:
 
 `plain` is the stage-1 format: one image and its caption, no user text, a newline at the end and no EOS.
 `mistral` is laid out as by Mistral's tokenizers V2 and V3. `image_token` and `align_token` may be given as variables.
+
+Llama's sentencepiece tokenizers mark the start of a text, which the text behind a placeholder is to the authors' code.
+[`with_suffix`] writes that mark into a template, for engines that tokenise what the template gives.
 """
 
 import logging
@@ -39,6 +42,8 @@ _USER_WRITTEN = "\U000f0000"
 _READ_MESSAGES = """
 {%- set image_token = image_token | default('<image>') -%}
 {%- set align_token = align_token | default('<align>') -%}
+{%- set image_suffix = '' -%}
+{%- set head_suffix = '' -%}
 {%- set chat = namespace(system=none, images=0, turns=[], next='user') -%}
 {%- for message in messages -%}
   {%- set role = message['role'] -%}
@@ -90,7 +95,9 @@ _READ_MESSAGES = """
     {%- set chat.next = 'user' -%}
   {%- else -%}
     {%- if raw.images -%}
-      {%- set read.text = ((image_token ~ '\\n') * raw.images ~ read.text.strip()).strip() -%}
+      {%- set text = read.text.strip() -%}
+      {%- set read.text = (image_token ~ image_suffix ~ '\\n') * (raw.images - 1) ~ image_token -%}
+      {%- set read.text = read.text ~ (image_suffix ~ '\\n' ~ text if text else '') -%}
     {%- endif -%}
     {%- set chat.images = chat.images + raw.images -%}
     {%- set chat.turns = chat.turns + [{'role': role, 'content': read.text}] -%}
@@ -105,10 +112,11 @@ _READ_MESSAGES = """
 
 _VICUNA_V1 = """
 {%- set system = chat.system if chat.system is not none else "VICUNA_SYSTEM" -%}
-{{- (bos_token or '') ~ align ~ system ~ (' ' if system else '') -}}
+{%- set head = (bos_token or '') ~ align -%}
+{{- head ~ (head_suffix if head else '') ~ system ~ (' ' if system else '') -}}
 {%- for turn in chat.turns -%}
   {%- if turn['role'] == 'user' -%}
-    {{- 'USER: ' ~ turn['content'] ~ ' ' -}}
+    {{- 'USER: ' ~ turn['content'] ~ (image_suffix if turn['content'].endswith(image_token) else '') ~ ' ' -}}
   {%- else -%}
     {{- 'ASSISTANT:' -}}
     {%- generation -%}{{- ' ' ~ turn['content'] ~ eos_token -}}{%- endgeneration -%}
@@ -121,9 +129,9 @@ _LLAMA_2 = """
 {%- set system = chat.system if chat.system is not none else "LLAMA_2_SYSTEM" -%}
 {%- for turn in chat.turns -%}
   {%- if turn['role'] == 'user' -%}
-    {{- (bos_token or '') ~ (align if loop.first else '') ~ '[INST] ' -}}
+    {{- (bos_token or '') ~ (align ~ head_suffix if loop.first else '') ~ '[INST] ' -}}
     {%- if loop.first and system -%}{{- '<<SYS>>\\n' ~ system | trim ~ '\\n<</SYS>>\\n\\n' -}}{%- endif -%}
-    {{- turn['content'] | trim ~ ' [/INST]' -}}
+    {{- turn['content'] | trim ~ (image_suffix if turn['content'].endswith(image_token) else '') ~ ' [/INST]' -}}
   {%- else -%}
     {%- generation -%}{{- ' ' ~ turn['content'] | trim ~ ' ' ~ eos_token -}}{%- endgeneration -%}
   {%- endif -%}
@@ -173,10 +181,12 @@ _LLAMA_3 = """
 """
 
 _MISTRAL = """
-{{- (bos_token or '') ~ align -}}
+{%- set head = (bos_token or '') ~ align -%}
+{{- head ~ (head_suffix if head else '') -}}
 {%- for turn in chat.turns -%}
   {%- if turn['role'] == 'user' -%}
-    {{- '[INST] ' ~ (chat.system ~ '\\n\\n' if loop.first and chat.system else '') ~ turn['content'] ~ '[/INST]' -}}
+    {{- '[INST] ' ~ (chat.system ~ '\\n\\n' if loop.first and chat.system else '') ~ turn['content'] -}}
+    {{- (image_suffix if turn['content'].endswith(image_token) else '') ~ '[/INST]' -}}
   {%- else -%}
     {%- generation -%}{{- ' ' ~ turn['content'] | trim ~ eos_token -}}{%- endgeneration -%}
   {%- endif -%}
@@ -270,6 +280,20 @@ def select_chat_template(tokenizer) -> str:
     return "vicuna_v1"
 
 
+def with_suffix(template: str, suffix: str, tokenizer) -> str:
+    """
+    A template of this module that writes `suffix` (see [`~processing_parts.infer_image_suffix`]) where the processor
+    would: behind `<image>`, and behind BOS and `<align>` in front of text.
+    """
+    if not suffix:
+        return template
+    # where the format begins with a token of its own, no text stands behind BOS
+    head = "" if "[INST]" in template and "[INST]" in tokenizer.get_added_vocab() else suffix
+    for name, value in (("image_suffix", suffix), ("head_suffix", head)):
+        template = template.replace(f"{{%- set {name} = '' -%}}", f"{{%- set {name} = '{value}' -%}}")
+    return template
+
+
 def stop_token(name: str, tokenizer) -> str:
     """
     The token that ends an answer in the template `name`, which generation has to stop at: a family's own end of turn
@@ -280,4 +304,4 @@ def stop_token(name: str, tokenizer) -> str:
     return _STOP_TOKENS.get(name, tokenizer.eos_token)
 
 
-__all__ = ["CHAT_TEMPLATES", "select_chat_template", "stop_token"]
+__all__ = ["CHAT_TEMPLATES", "select_chat_template", "stop_token", "with_suffix"]

@@ -15,6 +15,7 @@ from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TextInput
 
+from .chat_templates import with_suffix
 from .compat_v4 import IS_TRANSFORMERS_4, ProcessorBase
 from .configuration_aligngpt import GATE_CONTEXTS
 from .control_tokens import control_tokens, sanitized
@@ -297,9 +298,15 @@ class AlignGPTProcessor(ProcessorBase):
         if self.image_suffix:
             no_text = tuple(self.tokenizer.get_added_vocab())
             # the suffix belongs to the text behind it: an answer that begins there is supervised from the suffix on
-            for start in {start for start in starts if start < len(row) and not row.startswith(no_text, start)}:
+            starts = [start for start in starts if start < len(row) and not row.startswith(no_text, start)]
+            for start in () if self._has_suffix(row, head) else set(starts):
                 edits.append((start, start + 1, self.image_suffix + row[start], "text"))
         return apply_edits(row, edits)
+
+    def _has_suffix(self, row: str, head: int) -> bool:
+        """Whether a chat template has written `image_suffix` already; only a template writes BOS or `<align>`."""
+        behind_image = self.align_token in row and f"{self.image_token}{self.image_suffix}\n" in row
+        return behind_image or (head > 0 and row.startswith(self.image_suffix, head))
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """Positions that images of these sizes take (for vLLM)."""
@@ -378,12 +385,13 @@ class AlignGPTProcessor(ProcessorBase):
             ValueError: as [`AlignGPTProcessor.validate_with`].
         """
         image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+        suffix = infer_image_suffix(tokenizer, image_token)  # type: ignore[arg-type]
         arguments = {
-            "chat_template": chat_template,
+            "chat_template": chat_template and with_suffix(chat_template, suffix, tokenizer),
             "image_token": image_token,
             "align_token": tokenizer.convert_ids_to_tokens(config.align_token_id),
             "image_seq_length": config.image_seq_length,
-            "image_suffix": infer_image_suffix(tokenizer, image_token),  # type: ignore[arg-type]
+            "image_suffix": suffix,
             "gate_context": config.gate_context,
         }
         image_processor = image_processor_for(config.input_image_size, vision_tower, do_pad)

@@ -31,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--part", required=True, choices=("clip", "llama"))
     train.add_argument("--output", required=True, help="model folder to write")
     train.add_argument("--steps", type=int, help="optimiser steps (default: what the shipped part was trained for)")
+    train.add_argument("--drills", type=int, help="of the Llama: steps of drills behind those (see drills.py)")
     train.add_argument("--batch-size", type=int)
     train.add_argument("--learning-rate", type=float)
     train.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""Train the tiny Llama of `parts/llama` on text alone (see `scene_text`)."""
+"""Train the tiny Llama of `parts/llama` on text alone: texts of `scene_text` first, then the drills of `drills`."""
 
 import random
 import string
@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from aligngpt_shared.files import new_folder
 
 from .captions import NUMBERS
+from .drills import PHASES, draw_phase
 from .optimizer import build_optimizer
 from .questions import QUESTION_TYPES, draw_questions
 from .scene_text import (
@@ -101,7 +102,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         tie_word_embeddings=True,  # what is read is what is written: copying is learned in a fifth of the steps
         initializer_range=0.06,
     )
-    config._attn_implementation = "eager"
+    config._attn_implementation = "sdpa"
     return LlamaForCausalLM(config)
 
 
@@ -137,17 +138,27 @@ def embed(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tens
 
 
 class TextBatches(torch.utils.data.Dataset):
-    """Batch `i` is drawn from (seed, i) and tells training scenes only."""
+    """Batch `i` is drawn from (seed, i) and tells training scenes only: `steps` of texts, then the drills' phases."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, steps: int, batch_size: int, seed: int):
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, steps: int, drills: int, batch_size: int, seed: int):
         self.tokenizer, self.steps, self.batch_size, self.seed = tokenizer, steps, batch_size, seed
+        # the phases, shortened alike where fewer steps are wanted
+        share = drills / sum(length for _, length in PHASES)
+        self.phases = [
+            (name, step / max(1, round(length * share)))
+            for name, length in PHASES
+            for step in range(round(length * share))
+        ]
 
     def __len__(self) -> int:
-        return self.steps
+        return self.steps + len(self.phases)
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
         rng = random.Random(f"llama/{self.seed}/{step}")
-        return encode(self.tokenizer, draw_texts(self.batch_size, rng))
+        if step < self.steps:
+            return encode(self.tokenizer, draw_texts(self.batch_size, rng))
+        name, done = self.phases[step - self.steps]
+        return encode(self.tokenizer, draw_phase(name, done, self.batch_size, rng))
 
 
 def soften(embeds: torch.Tensor, generator: torch.Generator, strength: float) -> torch.Tensor:
@@ -209,20 +220,22 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
 
 def train(
     output: Path,
-    steps: int = 1600,
+    steps: int = 1000,
+    drills: int = 860,
     batch_size: int = 32,
     learning_rate: float = 2e-3,
     softness: float = 0.25,
     seed: int = 0,
-    save_every: int = 1000,
+    save_every: int = 500,
 ) -> dict[str, float]:
     """Pretrain the tiny Llama and save it.
 
     Args:
         output: the folder to write.
-        steps: optimiser steps.
+        steps: optimiser steps on texts.
+        drills: optimiser steps on drills behind them, with a schedule of their own.
         batch_size: conversations per step; twice as many captions.
-        learning_rate: peak of the cosine schedule.
+        learning_rate: peak of the cosine schedules.
         softness: `soften`'s strength.
         seed: seeds weights and data.
         save_every: steps between evaluations; the model is saved each time.
@@ -234,20 +247,21 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer)
-    optimizer, schedule = build_optimizer(list(model.parameters()), learning_rate, steps, longest_warmup=200)
-    loader = torch.utils.data.DataLoader(
-        TextBatches(tokenizer, steps, batch_size, seed), batch_size=None, num_workers=1, prefetch_factor=4
-    )
+    batches = TextBatches(tokenizer, steps, drills, batch_size, seed)
+    total = len(batches)
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=4)
     started, figures = time.time(), {}
-    progress = tqdm(enumerate(loader, start=1), total=steps, desc="llama", mininterval=10)
+    progress = tqdm(enumerate(loader, start=1), total=total, desc="llama", mininterval=10)
     for step, batch in progress:
+        if step in (1, steps + 1):
+            length = steps if step == 1 and steps else total - steps
+            optimizer, schedule = build_optimizer(list(model.parameters()), learning_rate, length, longest_warmup=200)
         model.train()
         embeds = embed(model, batch)
         prompt = (batch["labels"] == -100).unsqueeze(-1)
         embeds = torch.where(prompt, soften(embeds, generator, softness), embeds)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), batch["labels"][:, 1:].flatten())
+        logits = model(inputs_embeds=embeds, attention_mask=batch["attention_mask"]).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -255,10 +269,10 @@ def train(
         schedule.step()
         if step % 50 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
-        if step % save_every == 0 or step == steps:
+        if step % save_every == 0 or step == total:
             cells, told = evaluate(model, tokenizer), evaluate(model, tokenizer, told=True)
             figures = {**cells, **{f"told_{key}": value for key, value in told.items()}}
             figures = {key: round(value, 3) for key, value in figures.items()}
             save(model, tokenizer, output)
-            tqdm.write(f"llama: step {step}/{steps}, {time.time() - started:.0f} s, {figures}")
+            tqdm.write(f"llama: step {step}/{total}, {time.time() - started:.0f} s, {figures}")
     return figures

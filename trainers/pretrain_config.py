@@ -1,5 +1,6 @@
 """Settings of stage 1, alignment-level-aware pre-training."""
 
+import math
 from dataclasses import dataclass, field
 
 from .stage_config import IMAGE_ASPECT_RATIOS, StageConfig
@@ -11,6 +12,11 @@ class AlignGPTPretrainConfig(StageConfig):
     Settings of [`AlignGPTPretrainTrainer`]: those of [`StageConfig`] and TRL's [`SFTConfig`], with the paper's values
     for stage 1 as defaults (learning rate 1e-3; 8 images x 4 accumulation steps on each of 8 GPUs; images resized
     and cropped).
+
+    Args:
+        image_token_penalty (`float`): weight of a term that keeps image tokens as long as the language model's words:
+            the mean squared logarithm of their length over that of a word. A high learning rate makes them many
+            times as long, and the words next to them less often right. Not in the paper; 0 leaves it out.
     """
 
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate of AdamW."})
@@ -22,3 +28,12 @@ class AlignGPTPretrainConfig(StageConfig):
         default="square",
         metadata={"help": "`square`: resize and crop. `pad`: pad to a square first.", "choices": IMAGE_ASPECT_RATIOS},
     )
+    image_token_penalty: float = field(
+        default=0.0,
+        metadata={"help": "Weight of a term that keeps image tokens as long as words; not in the paper. 0: none."},
+    )
+
+    def __post_init__(self):
+        if not 0 <= self.image_token_penalty < math.inf:
+            raise ValueError(f"image_token_penalty={self.image_token_penalty} cannot be: it must be at least 0.")
+        super().__post_init__()

@@ -1,9 +1,12 @@
 """
 Stage 1, alignment-level-aware pre-training (paper, section 3.2): projector and level embeddings learn from pairs.
 
-What is overridden of TRL's SFTTrainer stands in [`StageTrainer`]; this stage adds nothing to the list.
+What is overridden of TRL's SFTTrainer stands in [`StageTrainer`]; this stage adds `compute_loss`, for the term that
+`image_token_penalty` weighs.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +31,7 @@ class AlignGPTPretrainTrainer(StageTrainer):
     """
 
     stage = "pretrain"
+    _mean_word_length: torch.Tensor | None = None
 
     def configure_stage(self, model: AlignGPTForConditionalGeneration, args: AlignGPTPretrainConfig):
         model.config.align_mode = "level"
@@ -41,3 +45,37 @@ class AlignGPTPretrainTrainer(StageTrainer):
 
     def trainable_modules(self, model: AlignGPTForConditionalGeneration) -> list[torch.nn.Module]:
         return [model.model.multi_modal_projector, model.model.align_embeddings]
+
+    # ---- image tokens at the scale of words (`image_token_penalty`) ----
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        weight = self.args.image_token_penalty
+        if not weight or not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self._projected() as image_tokens:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        scale = torch.cat([tokens.flatten(0, -2) for tokens in image_tokens]).float().norm(dim=-1) / self._word_length()
+        self._metrics["train"]["image_token_scale"].append(scale.mean().item())
+        # a loss that is summed over all answers of a step is not divided by its batches later on
+        share = 1 if num_items_in_batch is None else 1 / self.current_gradient_accumulation_steps
+        term = weight * share * scale.log().square().mean()
+        return (result[0] + term, result[1]) if return_outputs else result + term
+
+    @contextmanager
+    def _projected(self) -> Iterator[list[torch.Tensor]]:
+        """What the projector gives while the block runs."""
+        found: list[torch.Tensor] = []
+        hook = self.model.model.multi_modal_projector.register_forward_hook(lambda *call: found.append(call[2]))
+        try:
+            yield found
+        finally:
+            hook.remove()
+
+    def _word_length(self) -> torch.Tensor:
+        """Mean length of the language model's embeddings, which this stage does not change."""
+        if self._mean_word_length is None:
+            embedding = self.model.get_input_embeddings()
+            with torch.no_grad():
+                words = embedding(torch.arange(embedding.num_embeddings, device=embedding.weight.device))
+                self._mean_word_length = words.float().norm(dim=-1).mean()
+        return self._mean_word_length

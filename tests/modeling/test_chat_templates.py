@@ -6,16 +6,20 @@ from pathlib import Path
 
 import pytest
 from jinja2.exceptions import TemplateError
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from modeling_aligngpt import AlignGPTProcessor
 from modeling_aligngpt.chat_templates import (
     CHAT_TEMPLATES,
     LLAMA_2_SYSTEM,
     VICUNA_SYSTEM,
     select_chat_template,
     stop_token,
+    with_suffix,
 )
+from modeling_aligngpt.processing_parts import image_processor_for, infer_image_suffix
 
 
 GOLDEN = Path(os.environ.get("ALIGNGPT_GOLDEN") or Path(__file__).parents[1] / "fixtures" / "golden")
@@ -362,3 +366,44 @@ def test_selection_of_an_unknown_family(caplog):
         select_chat_template(make_tokenizer())
     with pytest.raises(ValueError, match="'alpaca' is not one of vicuna_v1"):
         stop_token("alpaca", make_tokenizer())
+
+
+SUFFIX_CHATS = [
+    [("user", "<image>\nwhat is it?")],
+    [("user", "<image>")],
+    [("user", "<image>\n<image>\nwhat are they?"), ("assistant", "two"), ("user", "and now?")],
+    [("user", "hello"), ("assistant", "hi"), ("user", "<image>\nwhat is it?"), ("assistant", " a cat"), ("user", "no")],
+    [("system", "Be short."), ("user", "<image> what is it?")],
+    [("user", " only text ")],
+    [("system", ""), ("user", "only text")],
+]
+
+
+@pytest.mark.parametrize("name", ["vicuna_v1", "llama_2", "mistral", "phi", "chatml"])
+@pytest.mark.parametrize("chat", SUFFIX_CHATS)
+def test_suffix_in_the_template_is_what_the_processor_writes(name, chat):
+    """An engine tokenises what the template gives; the processor edits it. Both get the same ids."""
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "base_llm")
+    tokenizer.add_tokens(["<image>", "<align>", "<|user|>", "<|end|>", "<|assistant|>"], special_tokens=True)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    processor = AlignGPTProcessor(
+        image_processor_for(8, None, do_pad=True),
+        tokenizer,
+        image_seq_length=3,
+        image_suffix=infer_image_suffix(tokenizer),
+    )
+    assert processor.image_suffix == " "
+    messages = [{"role": role, "content": text} for role, text in chat]
+    images = [Image.new("RGB", (8, 8))] * sum(text.count("<image>") for _, text in chat)
+
+    def ids(template):
+        text = processor.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+        return text, processor(images=images or None, text=text, add_special_tokens=False)["input_ids"][0]
+
+    edited = ids(CHAT_TEMPLATES[name])[1]
+    text, again = ids(with_suffix(CHAT_TEMPLATES[name], " ", tokenizer))
+    engine = tokenizer(text.replace("<image>", "<image>" * 3), add_special_tokens=False)["input_ids"]
+    assert again == edited
+    assert engine == edited

@@ -39,6 +39,7 @@ COMMANDS = {
     "merge": (f"{_HERE}.merge:merge_command", "merge a LoRA adapter into a model of its own"),
     "chat": (f"{_HERE}.chat", "talk with a model about images in the terminal"),
     "convert": ("aligngpt_hub.original.convert", "convert the authors' checkpoints to this format, and back"),
+    "export": ("aligngpt_hub.engines.export", "write a model as a plain LLaVA, for other engines"),
     "publish": ("aligngpt_hub.publishing.model", "publish a trained model to the Hub, with code and card"),
     "publish-data": ("aligngpt_hub.publishing.dataset", "publish a scored data set to the Hub, with its card"),
     "space": ("aligngpt_hub.demo.space", "make a Gradio Space for a model"),

@@ -11,7 +11,7 @@ PACKAGE = "aligngpt"
 # Command -> its extra; the others (chat, convert) need the core alone.
 EXTRAS = {
     **dict.fromkeys(("init", "score", "check", "pretrain", "instruct", "merge"), "train"),
-    **dict.fromkeys(("publish", "publish-data", "levels"), "train"),
+    **dict.fromkeys(("export", "publish", "publish-data", "levels"), "train"),
     "evaluate": "eval",
     "demo": "demo",
     "serve": "demo",

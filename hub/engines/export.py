@@ -1,0 +1,111 @@
+"""`aligngpt export`: an AlignGPT as a plain LLaVA, for engines that run no code of ours."""
+
+import argparse
+from pathlib import Path
+
+
+from aligngpt_shared.files import new_folder, write_json
+
+from ..original.locate import locate
+
+
+CALIBRATED = "calibrated"
+RECORD = "export.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    parser.add_argument("--model", required=True, help="an AlignGPT: folder or Hub id")
+    parser.add_argument("--output", required=True, type=Path, help="folder to write, absent or empty")
+    parser.add_argument("--format", choices=("llava",), default="llava", help="what to write (default: %(default)s)")
+    parser.add_argument(
+        "--align-level",
+        default=None,
+        help=f"the level that answers everything (default: the top one), or `{CALIBRATED}`: the gate's mean weights over "
+        "--data",
+    )
+    parser.add_argument("--data", help="conversations about images, in any of training's layouts: what the cost is for")
+    parser.add_argument("--split", help="split of the data (default: as training takes it)")
+    # the reader of training's files, from the command line, which knows both packages
+    parser.set_defaults(load_rows=None)
+    parser.add_argument("--limit", type=int, default=256, help="rows of the data at most (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=16, help="rows at once (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `aligngpt export`; the exit code."""
+    # torch's and transformers' imports wait for a command that is to be run
+    from modeling_aligngpt import AlignGPTConfig
+
+    from .llava import check_exportable, write_llava
+    from .llava_check import check_equal, compare, talks_of
+
+    for name in ("limit", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
+    source = locate(args.model, "model")
+    config = AlignGPTConfig.from_pretrained(source)
+    check_exportable(config)
+    if args.align_level == CALIBRATED and not args.data:
+        raise ValueError(f"--align-level {CALIBRATED} needs --data: conversations that the gate is averaged over.")
+    talks = []
+    if args.data:
+        rows = args.load_rows(args.data, split=args.split)
+        talks = talks_of(list(rows.select(range(min(args.limit, len(rows))))))
+    with new_folder(args.output) as folder:
+        weights, vector = _weights(args, config, source, talks)
+        write_llava(source, folder, weights)
+        check = check_equal(source, folder, weights)
+        cost = compare(source, folder, talks, args.batch_size) if talks else None
+        record = {"of": Path(args.model).name, "level_weights": weights, "check": check, "cost": cost}
+        write_json(folder / RECORD, record)
+        card = _card(args, vector, weights, check, cost)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    print(f"Wrote a LLaVA to {args.output}: {vector}")
+    print(f"Largest difference of logits {check['largest_difference']:.1e}, largest logit {check['largest_logit']:.1f}.")
+    if cost:
+        print(
+            f"On {cost['rows']} conversations: {cost['same_answers']:.1%} of the first answers equal the gate's; loss "
+            f"{cost['loss']:.4f}, with the gate {cost['loss_of_the_gate']:.4f}."
+        )
+    return 0
+
+
+def _weights(args: argparse.Namespace, config, source: Path, talks: list) -> tuple[list[float], str]:
+    """What each level contributes, and a sentence about it."""
+    from .llava import level_weights
+    from .llava_check import mean_level_weights
+
+    if args.align_level != CALIBRATED:
+        top = config.num_align_levels - 1
+        text = str(top) if args.align_level is None else args.align_level
+        if not text.isdecimal():
+            raise ValueError(f"--align-level {text}: give a level, 0 to {top}, or `{CALIBRATED}`.")
+        level = int(text)
+        return level_weights(config, level), f"level {level} of {top + 1}{', the top one' if level == top else ''}."
+    if not config.uses_gate:
+        raise ValueError(f"--align-level {CALIBRATED}: this model has no gate (align_mode={config.align_mode!r}).")
+    from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
+
+    model = AlignGPTForConditionalGeneration.from_pretrained(source).eval()
+    weights = mean_level_weights(model, AlignGPTProcessor.from_pretrained(source), talks, args.batch_size)
+    del model
+    return weights, f"the gate's mean weights over {len(talks)} questions of {Path(args.data).name}."
+
+
+def _card(args: argparse.Namespace, vector: str, weights: list[float], check: dict, cost: dict | None) -> str:
+    import jinja2
+
+    from aligngpt_shared.references import is_hub_id
+
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=False)
+    on_hub = is_hub_id(args.model) and not Path(args.model).exists()
+    return environment.get_template("llava_card.md.jinja").render(
+        name=args.output.name,
+        base_model=args.model if on_hub else None,
+        source=args.model if on_hub else Path(args.model).name,
+        vector=vector,
+        weights=weights,
+        check=check,
+        cost=cost,
+        data=Path(args.data).name if args.data else None,
+    )
