@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: quickstart test lint wheel compat lowest faults clean browser
+.PHONY: quickstart test lint wheel compat lowest faults engines engines-smoke clean browser
 
 quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/python -m aligngpt_playground quickstart --output runs/quickstart
@@ -35,6 +35,32 @@ faults: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults/test_bad_inputs.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/suite.py --minutes $(MINUTES)
 
+# vLLM in an environment of its own beside transformers; benchmarks/vllm.md. Both models are made here: the quickstart's,
+# and a tiny one with a sentencepiece tokenizer
+ENGINES := $(VENV)-engines
+PROMPTS ?= 512
+
+engines: $(ENGINES)/.installed runs/quickstart/results.json $(VENV)/.installed-dev
+	$(BIN)/python tests/engines/make_models.py runs/engines
+	$(ENGINES)/bin/python tests/engines/vllm_check.py --model runs/quickstart/instruct --model runs/engines/sentencepiece \
+		--prompts $(PROMPTS) --compiled --output runs/engines/vllm.json
+
+# what CI runs: 96 prompts, one model, not compiled
+engines-smoke: $(ENGINES)/.installed $(VENV)/.installed-dev
+	$(BIN)/python tests/engines/make_models.py runs/engines
+	$(ENGINES)/bin/python tests/engines/vllm_check.py --model runs/engines/levels --prompts 96
+
+runs/quickstart/results.json:
+	$(MAKE) quickstart
+
+$(ENGINES)/.installed: pyproject.toml tests/engines/requirements.txt
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/python -m pip install --quiet --upgrade pip
+	# without their requirements, which name builds for CUDA
+	$(ENGINES)/bin/python -m pip install --quiet --no-deps -r tests/engines/requirements.txt
+	$(ENGINES)/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
 # The demo is tested in a real browser: the system's, or Debian's where packages may be installed (a container, CI)
 browser:
 	@command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
@@ -59,4 +85,4 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt $(VENV)/bin/python
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(ENGINES) runs

@@ -29,6 +29,7 @@ from .checks_aligngpt import (
 from .compat_v4 import inner_tower, run_vision_tower
 from .configuration_aligngpt import AlignGPTConfig
 from .generation_aligngpt import AlignGPTGenerationMixin
+from .judging_aligngpt import AlignGPTJudgeMixin
 from .multiscale_aligngpt import multiscale_features
 from .outputs_aligngpt import AlignGPTCausalLMOutputWithPast, AlignGPTModelOutputWithPast
 
@@ -347,7 +348,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         )
 
 
-class AlignGPTForConditionalGeneration(AlignGPTGenerationMixin, AlignGPTPreTrainedModel):  # type: ignore[misc]
+class AlignGPTForConditionalGeneration(AlignGPTJudgeMixin, AlignGPTGenerationMixin, AlignGPTPreTrainedModel):  # type: ignore[misc]
     """AlignGPT with a language modelling head: what is trained, published and asked."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -382,6 +383,15 @@ class AlignGPTForConditionalGeneration(AlignGPTGenerationMixin, AlignGPTPreTrain
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """See [`AlignGPTModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, **kwargs)
+
+    def logits_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits `(..., vocab_size)` of the language model's last hidden states `(..., D)`."""
+        logits = self.lm_head(hidden_states)
+        if (scale := self.config.head_scale) != 1.0:
+            logits = logits * scale  # Cohere, Granite, Falcon-H1
+        if (cap := getattr(self.config.text_config, "final_logit_softcapping", None)) is not None:
+            logits = cap * torch.tanh(logits / cap)  # Gemma 2
+        return logits
 
     @can_return_tuple
     def forward(  # type: ignore[misc]
@@ -423,11 +433,7 @@ class AlignGPTForConditionalGeneration(AlignGPTGenerationMixin, AlignGPTPreTrain
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        if (scale := self.config.head_scale) != 1.0:
-            logits = logits * scale  # Cohere, Granite, Falcon-H1
-        if (cap := getattr(self.config.text_config, "final_logit_softcapping", None)) is not None:
-            logits = cap * torch.tanh(logits / cap)  # Gemma 2
+        logits = self.logits_of(outputs.last_hidden_state[:, kept, :])
         loss = None
         if labels is not None:
             loss = self.loss_function(

@@ -21,6 +21,7 @@ from .configuration_aligngpt import GATE_CONTEXTS
 from .control_tokens import control_tokens, sanitized
 from .gate_prompt_aligngpt import answer_opening, first_turn, mask_up_to, without_answers
 from .images_aligngpt import LIMITS, ImageLimits, read_image
+from .judging_aligngpt import judge_inputs
 from .processing_parts import (
     apply_edits,
     image_processor_for,
@@ -163,6 +164,25 @@ class AlignGPTProcessor(ProcessorBase):
         if not wanted:
             output.pop("assistant_masks")  # type: ignore[attr-defined]
         return output
+
+    def judge_inputs(
+        self, images: list, texts: list[str], question: str | None = None, return_parts: bool = False
+    ) -> BatchFeature:
+        """
+        What [`AlignGPTForConditionalGeneration.judge`] takes.
+
+        Args:
+            images, texts: an image and a text for each row.
+            question: what the texts answer (a model after stage 2); `None`: they are captions in stage 1's format.
+            return_parts: tell sentences apart.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels` (and `parts`) `(batch, sequence)`, `pixel_values`.
+
+        Raises:
+            ValueError: as many texts as images are not there, or a text is empty.
+        """
+        return judge_inputs(self, images, texts, question, return_parts)
 
     def _is_to_be_learned(self, conversation, chat_template: str | None, kwargs: dict) -> bool:
         """Whether conversations end with their answers, and the gate has to be kept from reading those."""

@@ -86,8 +86,11 @@ class AlignGPTForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP
         super().__init__()
         config: AlignGPTConfig = vllm_config.model_config.hf_config
         self.config = config
-        self.placeholders = [config.image_token_id, config.align_token_id]
-        self.configure_mm_token_handling(config.text_config.vocab_size, self.placeholders)
+        placeholders = [config.image_token_id, config.align_token_id]
+        self.configure_mm_token_handling(config.text_config.vocab_size, placeholders)
+        # what transformers' generation leaves out: placeholders, and rows of the table that are no token
+        generation = vllm_config.model_config.try_get_generation_config()
+        self.suppressed = generation.get("suppress_tokens") or placeholders
         text_config = config.text_config
         names = text_config.architectures or [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[text_config.model_type]]
         with self._mark_tower_model(vllm_config, "image"):
@@ -143,10 +146,10 @@ class AlignGPTForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP
         return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Logits `(T, vocab_size)`; no answer holds a placeholder, as in transformers."""
+        """Logits `(T, vocab_size)`, those of `suppress_tokens` left out as in transformers."""
         logits = self.language_model.compute_logits(hidden_states)
         if logits is not None:
-            logits[:, self.placeholders] = -torch.inf
+            logits[:, self.suppressed] = -torch.inf
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

@@ -27,11 +27,26 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda:0, ...")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--fetch-urls", action="store_true", help="also load images from web addresses")
+    parser.add_argument(
+        "--backend",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="who answers: one request at a time by transformers (default), or many at once by vLLM",
+    )
+    parser.add_argument("--vllm-options", default="", metavar='"--x y"', help="further options of vLLM's own server")
 
 
 def run(args: argparse.Namespace):
     """`aligngpt serve`; serves until it is stopped."""
     find_local_model(args.model, args.revision)
+    if args.backend == "vllm":
+        from .vllm import run_vllm
+
+        if args.device != "auto":
+            raise ValueError("--device has no effect with --backend vllm, which takes the device it was built for.")
+        return run_vllm(args)
+    if args.vllm_options:
+        raise ValueError("--vllm-options has no effect without --backend vllm.")
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
         raise ImportError("Serving needs fastapi and uvicorn: pip install 'aligngpt[demo]'.")
     import uvicorn

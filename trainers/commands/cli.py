@@ -46,6 +46,7 @@ COMMANDS = {
     "demo": ("aligngpt_hub.demo.command", "start the Gradio demo here"),
     "serve": ("aligngpt_hub.serving.command", "serve a model by an OpenAI-compatible interface"),
     "evaluate": ("aligngpt_hub.evaluation.command", "run the paper's benchmarks by lmms-eval"),
+    "judge": ("aligngpt_hub.levels.judge", "say how well texts fit their images, by the alignment levels"),
     "levels": ("aligngpt_hub.levels.command", "report what the alignment levels do in a model"),
 }
 
@@ -119,7 +120,7 @@ def _run(command: str, words: list[str]) -> int:
 
         return launch_words(command, words)
     target, description = COMMANDS[command]
-    check_extra(command)
+    check_extra(command, words)
     name, _, function = target.partition(":")
     module = importlib.import_module(name)
     if function:

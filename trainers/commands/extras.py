@@ -1,6 +1,7 @@
 """Which extra of this package a command needs, and one line about what is missing or of another version."""
 
 import importlib.util
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 
 from packaging.requirements import Requirement
@@ -11,7 +12,7 @@ PACKAGE = "aligngpt"
 # Command -> its extra; the others (chat, convert) need the core alone.
 EXTRAS = {
     **dict.fromkeys(("init", "score", "check", "pretrain", "instruct", "merge"), "train"),
-    **dict.fromkeys(("export", "publish", "publish-data", "levels"), "train"),
+    **dict.fromkeys(("export", "publish", "publish-data", "judge", "levels"), "train"),
     "evaluate": "eval",
     "demo": "demo",
     "serve": "demo",
@@ -36,14 +37,17 @@ def requirements_of(extra: str | None) -> list[Requirement]:
     return found
 
 
-def check_extra(command: str) -> None:
+def check_extra(command: str, words: Sequence[str] = ()) -> None:
     """
     Refuses a command whose packages are not there, or not as this version of the project was tested with.
+
+    Args:
+        command, words: the command and what stands behind it; another engine brings packages of its own.
 
     Raises:
         ImportError: naming the packages, the versions found and wanted, and what to install.
     """
-    extra = EXTRAS.get(command)
+    extra = None if command == "serve" and "vllm" in " ".join(words).replace("=", " ").split() else EXTRAS.get(command)
     wrong = []
     for requirement in requirements_of(extra):
         try:

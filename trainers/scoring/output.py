@@ -270,10 +270,9 @@ def print_summary(record: dict[str, Any], output: Path):
         print(f"{level:>5}  {interval:<20} {count:>9,} {count / total:>7.2%}  {'-' if mean is None else f'{mean:.4f}'}")
     rows = record["rows"]
     left_out = ", ".join(f"{rows[name]:,} {name.replace('_', ' ')}" for name in FATES[1:])
-    print(
-        f"{rows['scored']:,} of {rows['read']:,} rows scored; {left_out}; {rows['captions_cut']:,} captions cut at "
-        f"{record['preprocessing']['max_text_tokens']} tokens."
-    )
+    limit = record["preprocessing"]["max_text_tokens"]
+    cut = "" if limit is None else f"; {rows['captions_cut']:,} captions cut at {limit} tokens"
+    print(f"{rows['scored']:,} of {rows['read']:,} rows scored; {left_out}{cut}.")
     print(f"{rows['written']:,} pairs in {output}; {DROPPED} lists what was left out, {HISTOGRAM} shows the scores.")
     empty = [str(level) for level, count in enumerate(record["counts"]) if not count]
     if empty:

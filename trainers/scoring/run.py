@@ -37,7 +37,7 @@ from .output import (
     write_output,
 )
 from .processes import Processes, keeping_progress
-from .scorer import PairScorer
+from .scorer import make_scorer
 from .shards import finished_blocks, score_blocks
 from .source import KINDS, WholeSource, kind_of, refuse_other_rows
 from .stream_blocks import RecordStream, StreamSource
@@ -75,7 +75,7 @@ def score_dataset(config: ScoreConfig) -> dict[str, Any]:
                 _refuse_existing(config, partial)
         with processes.together():
             source = _open_source(config, partial)
-            scorer = PairScorer(
+            scorer = make_scorer(
                 config.scorer, revision=config.scorer_revision, dtype=config.dtype, device=processes.device
             )
         with processes.together():

