@@ -45,9 +45,9 @@ class AlignGPTPreTrainedModel(PreTrainedModel):
             ValueError: always. They embed images apart from the prompt, so the gate would not see it.
         """
         raise ValueError(
-            "AlignGPT cannot run in this engine's transformers backend: its gate compares images with the prompt, which "
-            'is not there. For vLLM install `pip install aligngpt` beside it, which brings a class of its own; for other '
-            "engines write a plain LLaVA with `aligngpt export`."
+            "AlignGPT cannot run in this engine's transformers backend: its gate compares images with the prompt, "
+            "which is not there. For vLLM run `pip install aligngpt` beside it, which brings a class of its own; for "
+            "other engines write a plain LLaVA with `aligngpt export`."
         )
 
     @classmethod

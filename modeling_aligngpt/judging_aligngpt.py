@@ -1,9 +1,9 @@
 """
 The levels as a judge of texts: how well does a text fit an image?
 
-A model after stage 1 knows what texts of each level look like beside their image, so the likelihoods of one text at all
-levels say, by Bayes' rule, of which level it is: p(level | image, text) is proportional to p(text | image, level) under a
-flat prior. What makes a text likely at every level (its style, its length) falls out.
+A model after stage 1 knows what texts of each level look like beside their image. So the likelihoods of one text at
+all levels say of which level it is: under a flat prior p(level | image, text) is proportional to
+p(text | image, level). What makes a text likely at every level (its style, its length) falls out.
 
 Shape suffixes: B rows, T positions, N levels, P parts of a text.
 """

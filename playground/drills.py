@@ -8,8 +8,8 @@ each, then the same at a growing distance, then whole chats with some drills amo
 import random
 
 from .captions import NUMBERS
-from .questions import Question
-from .scene_text import ANSWER, BOS, CELLS, GIVEN, IM_END, IM_START, Segment, cell_words, draw_texts
+from .questions import Question, all_questions
+from .scene_text import ANSWER, BOS, CELLS, GIVEN, IM_END, IM_START, Segment, cell_words, chat_text, draw_texts
 from .scenes import PLACES, Scene, draw_scene
 from .sprites import CATEGORIES, OBJECTS, plural, with_article
 
@@ -65,20 +65,39 @@ def drill_text(rng: random.Random, gap: int, forms: tuple[str, ...]) -> list[Seg
     return text
 
 
-LISTS, GAPS, CHATS = "lists", "gaps", "chats"
-PHASES = ((LISTS, 180), (GAPS, 180), (CHATS, 500))
-"""What follows the texts of `scene_text`, and for how many steps."""
+def neighbour_text(rng: random.Random) -> list[Segment]:
+    """A scene and what stands beside, above or below each of its objects, in the form of a chat."""
+    scene = draw_scene(rng)
+    while not (questions := all_questions(scene, rng).get("relation", [])):
+        scene = draw_scene(rng)
+    rng.shuffle(questions)
+    return chat_text(scene, rng, questions)
+
+
+TEXTS, LISTS, GAPS, CHATS, NEIGHBOURS = "texts", "lists", "gaps", "chats", "neighbours"
+COURSES = (
+    (2e-3, ((TEXTS, 1000),)),
+    (2e-3, ((LISTS, 180), (GAPS, 180), (CHATS, 500))),
+    (1e-3, ((NEIGHBOURS, 250),)),
+)
+"""What the Llama is taught, and for how many steps; each course has a learning-rate schedule with a peak of its own."""
 
 
 def draw_phase(phase: str, done: float, n: int, rng: random.Random) -> list[list[Segment]]:
     """
-    Draw a batch of one of `PHASES`.
+    Draw a batch of one of the phases of `COURSES`.
 
     Args:
         phase: its name. done: which share of its steps is done, 0 to 1.
         n: conversations or drills; captions are twice as many.
         rng: source of the choices.
     """
+    if phase == TEXTS:
+        return draw_texts(n, rng)
+    if phase == NEIGHBOURS:
+        texts = [neighbour_text(rng) for _ in range(n // 2)]
+        texts += [drill_text(rng, 6, ("where", "yesno", "count")) for _ in range(n // 8)]
+        return texts + draw_texts(n - len(texts), rng)
     if phase == CHATS:
         drills = round(n * (0.55 - 0.45 * done))
         return [drill_text(rng, 6, ("where", "where", "yesno", "count")) for _ in range(drills)] + draw_texts(
@@ -89,5 +108,7 @@ def draw_phase(phase: str, done: float, n: int, rng: random.Random) -> list[list
         if phase == LISTS:
             texts.append(drill_text(rng, 0, ("list",)))
         else:
-            texts.append(drill_text(rng, rng.randint(0, min(6, 1 + int(6 * done))), ("list", "where", "yesno", "count")))
+            texts.append(
+                drill_text(rng, rng.randint(0, min(6, 1 + int(6 * done))), ("list", "where", "yesno", "count"))
+            )
     return texts

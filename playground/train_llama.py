@@ -2,7 +2,6 @@
 
 import random
 import string
-import time
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from aligngpt_shared.files import new_folder
 
 from .captions import NUMBERS
-from .drills import PHASES, draw_phase
+from .drills import COURSES, draw_phase
 from .optimizer import build_optimizer
 from .questions import QUESTION_TYPES, draw_questions
 from .scene_text import (
@@ -28,7 +27,6 @@ from .scene_text import (
     UNKNOWN,
     Segment,
     chat_text,
-    draw_texts,
     told_text,
 )
 from .scenes import BACKGROUNDS, draw_scenes
@@ -138,27 +136,25 @@ def embed(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tens
 
 
 class TextBatches(torch.utils.data.Dataset):
-    """Batch `i` is drawn from (seed, i) and tells training scenes only: `steps` of texts, then the drills' phases."""
+    """The batches of a course: batch `i` is drawn from (seed, `first` + i), and tells training scenes only."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, steps: int, drills: int, batch_size: int, seed: int):
-        self.tokenizer, self.steps, self.batch_size, self.seed = tokenizer, steps, batch_size, seed
-        # the phases, shortened alike where fewer steps are wanted
-        share = drills / sum(length for _, length in PHASES)
-        self.phases = [
-            (name, step / max(1, round(length * share)))
-            for name, length in PHASES
-            for step in range(round(length * share))
-        ]
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        phases: list[tuple[str, int]],
+        batch_size: int,
+        seed: str,
+        first: int = 0,
+    ):
+        self.tokenizer, self.batch_size, self.seed, self.first = tokenizer, batch_size, seed, first
+        self.steps = [(name, step / steps) for name, steps in phases for step in range(steps)]
 
     def __len__(self) -> int:
-        return self.steps + len(self.phases)
+        return len(self.steps)
 
     def __getitem__(self, step: int) -> dict[str, torch.Tensor]:
-        rng = random.Random(f"llama/{self.seed}/{step}")
-        if step < self.steps:
-            return encode(self.tokenizer, draw_texts(self.batch_size, rng))
-        name, done = self.phases[step - self.steps]
-        return encode(self.tokenizer, draw_phase(name, done, self.batch_size, rng))
+        rng = random.Random(f"{self.seed}/{self.first + step}")
+        return encode(self.tokenizer, draw_phase(*self.steps[step], self.batch_size, rng))
 
 
 def soften(embeds: torch.Tensor, generator: torch.Generator, strength: float) -> torch.Tensor:
@@ -220,43 +216,53 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
 
 def train(
     output: Path,
-    steps: int = 1000,
-    drills: int = 860,
+    share: float = 1.0,
     batch_size: int = 32,
-    learning_rate: float = 2e-3,
     softness: float = 0.25,
     seed: int = 0,
-    save_every: int = 500,
 ) -> dict[str, float]:
-    """Pretrain the tiny Llama and save it.
+    """Pretrain the tiny Llama, course by course, and save it after each.
 
     Args:
         output: the folder to write.
-        steps: optimiser steps on texts.
-        drills: optimiser steps on drills behind them, with a schedule of their own.
+        share: of the steps of `COURSES`.
         batch_size: conversations per step; twice as many captions.
-        learning_rate: peak of the cosine schedules.
         softness: `soften`'s strength.
         seed: seeds weights and data.
-        save_every: steps between evaluations; the model is saved each time.
 
     Returns:
         The figures of `evaluate`, for scenes in cell words and (`told_...`) in sentences.
     """
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer)
-    batches = TextBatches(tokenizer, steps, drills, batch_size, seed)
-    total = len(batches)
+    tokenizer, first = build_tokenizer(), 0
+    model, generator, drawn = build_model(tokenizer), torch.Generator().manual_seed(seed), f"llama/{seed}"
+    for number, (learning_rate, course) in enumerate(COURSES):
+        if number == 2:
+            # this course begins with what is saved, in float16: it can be taken alone
+            model = LlamaForCausalLM.from_pretrained(output, dtype=torch.float32, attn_implementation="sdpa")
+            generator, drawn, first = torch.Generator().manual_seed(seed + 2), f"llama/{seed}/2", 0
+        phases = [(name, max(1, round(steps * share))) for name, steps in course]
+        batches = TextBatches(tokenizer, phases, batch_size, drawn, first)
+        train_course(model, batches, learning_rate, softness, generator)
+        first += len(batches)
+        figures = {**evaluate(model, tokenizer)}
+        figures |= {f"told_{key}": value for key, value in evaluate(model, tokenizer, told=True).items()}
+        figures = {key: round(value, 3) for key, value in figures.items()}
+        save(model, tokenizer, output)
+        tqdm.write(f"llama: {', '.join(name for name, _ in phases)}: {figures}")
+    return figures
+
+
+def train_course(
+    model: LlamaForCausalLM, batches: TextBatches, learning_rate: float, softness: float, generator: torch.Generator
+) -> None:
+    """Train on all batches once, under a schedule of their own."""
+    steps = len(batches)
+    optimizer, schedule = build_optimizer(list(model.parameters()), learning_rate, steps, longest_warmup=200)
     loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=1, prefetch_factor=4)
-    started, figures = time.time(), {}
-    progress = tqdm(enumerate(loader, start=1), total=total, desc="llama", mininterval=10)
+    model.train()
+    progress = tqdm(enumerate(loader, start=1), total=steps, desc="llama", mininterval=10)
     for step, batch in progress:
-        if step in (1, steps + 1):
-            length = steps if step == 1 and steps else total - steps
-            optimizer, schedule = build_optimizer(list(model.parameters()), learning_rate, length, longest_warmup=200)
-        model.train()
         embeds = embed(model, batch)
         prompt = (batch["labels"] == -100).unsqueeze(-1)
         embeds = torch.where(prompt, soften(embeds, generator, softness), embeds)
@@ -269,10 +275,3 @@ def train(
         schedule.step()
         if step % 50 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
-        if step % save_every == 0 or step == total:
-            cells, told = evaluate(model, tokenizer), evaluate(model, tokenizer, told=True)
-            figures = {**cells, **{f"told_{key}": value for key, value in told.items()}}
-            figures = {key: round(value, 3) for key, value in figures.items()}
-            save(model, tokenizer, output)
-            tqdm.write(f"llama: step {step}/{total}, {time.time() - started:.0f} s, {figures}")
-    return figures

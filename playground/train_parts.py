@@ -1,5 +1,6 @@
 """Train the tiny parts kept in `parts/` (`python -m aligngpt_playground train-parts`)."""
 
+import inspect
 import os
 from pathlib import Path
 
@@ -30,4 +31,7 @@ def train_part(part: str, output: str | os.PathLike, **settings) -> dict[str, fl
         from .train_clip import train
     else:
         from .train_llama import train
+    unknown = sorted(settings.keys() - inspect.signature(train).parameters.keys())
+    if unknown:
+        raise ValueError(f"{part} has no setting {unknown[0]}: see `train_{part}.train`")
     return train(output, **settings)

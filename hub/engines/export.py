@@ -3,7 +3,6 @@
 import argparse
 from pathlib import Path
 
-
 from aligngpt_shared.files import new_folder, write_json
 
 from ..original.locate import locate
@@ -20,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--align-level",
         default=None,
-        help=f"the level that answers everything (default: the top one), or `{CALIBRATED}`: the gate's mean weights over "
-        "--data",
+        help=f"the level that answers everything (default: the top one), or `{CALIBRATED}`: the gate's mean weights "
+        "over --data",
     )
     parser.add_argument("--data", help="conversations about images, in any of training's layouts: what the cost is for")
     parser.add_argument("--split", help="split of the data (default: as training takes it)")
@@ -61,7 +60,9 @@ def run(args: argparse.Namespace) -> int:
         card = _card(args, vector, weights, check, cost)
         (folder / "README.md").write_text(card, encoding="utf-8")
     print(f"Wrote a LLaVA to {args.output}: {vector}")
-    print(f"Largest difference of logits {check['largest_difference']:.1e}, largest logit {check['largest_logit']:.1f}.")
+    print(
+        f"Largest difference of logits {check['largest_difference']:.1e}, largest logit {check['largest_logit']:.1f}."
+    )
     if cost:
         print(
             f"On {cost['rows']} conversations: {cost['same_answers']:.1%} of the first answers equal the gate's; loss "

@@ -1,4 +1,4 @@
-"""What vLLM calls when it starts (entry point `vllm.general_plugins`): AlignGPT's class, under the name in the config."""
+"""What vLLM calls when it starts (entry point `vllm.general_plugins`): AlignGPT's class, under its name."""
 
 ARCHITECTURE = "AlignGPTForConditionalGeneration"
 

@@ -94,7 +94,9 @@ def _judge(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Iterator[di
     with tqdm(total=len(pairs), desc="texts", disable=len(pairs) <= args.batch_size) as progress:
         while start < len(order):
             question = None if is_caption else pairs[order[start]]["question"]
-            batch = [i for i in order[start : start + args.batch_size] if is_caption or pairs[i]["question"] == question]
+            batch = [
+                i for i in order[start : start + args.batch_size] if is_caption or pairs[i]["question"] == question
+            ]
             inputs = probe.processor.judge_inputs(
                 [pairs[i]["image"] for i in batch], [pairs[i]["text"] for i in batch], question, args.sentences
             ).to(probe.device)

@@ -1,4 +1,4 @@
-"""`aligngpt serve --backend vllm`: vLLM's own OpenAI-compatible server, which batches; it needs vLLM and the core alone."""
+"""`aligngpt serve --backend vllm`: vLLM's own OpenAI-compatible server, which batches. It needs vLLM and the core."""
 
 import importlib.util
 import shlex

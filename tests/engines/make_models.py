@@ -10,12 +10,12 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from demo_model import save_demo_model  # noqa: E402
-from modeling.tiny import randomize  # noqa: E402
+from demo_model import save_demo_model
+from modeling.tiny import randomize
 
-from aligngpt_shared.files import new_folder  # noqa: E402
-from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTConfig, AlignGPTForConditionalGeneration  # noqa: E402
-from modeling_aligngpt.processing_aligngpt import AlignGPTProcessor  # noqa: E402
+from aligngpt_shared.files import new_folder
+from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTConfig, AlignGPTForConditionalGeneration
+from modeling_aligngpt.processing_aligngpt import AlignGPTProcessor
 
 
 TOKENIZER = Path(__file__).parents[1] / "fixtures" / "golden" / "base_llm"
@@ -45,9 +45,7 @@ def save_sentencepiece_model(folder: Path) -> None:
     )
     torch.manual_seed(0)
     model = randomize(AlignGPTForConditionalGeneration(config))
-    processor = AlignGPTProcessor.from_parts(
-        tokenizer, config, chat_template=CHAT_TEMPLATES["vicuna_v1"], do_pad=True
-    )
+    processor = AlignGPTProcessor.from_parts(tokenizer, config, chat_template=CHAT_TEMPLATES["vicuna_v1"], do_pad=True)
     assert processor.image_suffix == " "
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

@@ -50,9 +50,7 @@ def asked(processor, image):
 @pytest.mark.parametrize("level", ["0", "7"])
 def test_the_export_answers_as_the_model_at_its_level(world, tmp_path, name, level):
     output = tmp_path / "llava"
-    assert (
-        cli.main(["export", "--model", str(world / name), "--output", str(output), "--align-level", level]) == 0
-    )
+    assert cli.main(["export", "--model", str(world / name), "--output", str(output), "--align-level", level]) == 0
     assert not list(output.glob("*.py")), "it needs no code"
     assert json.loads((output / "config.json").read_text())["model_type"] == "llava"
     model = AlignGPTForConditionalGeneration.from_pretrained(world / name).eval()
@@ -90,9 +88,7 @@ def test_a_mixture_is_the_gates_mean_and_its_cost_is_measured(world, tmp_path, c
     model = AlignGPTForConditionalGeneration.from_pretrained(world / "bpe").eval()
     processor = AlignGPTProcessor.from_pretrained(world / "bpe")
     with torch.inference_mode():
-        shares = [
-            model(**asked(processor, Image.open(world / f"{index}.png"))).align_weights[0] for index in range(4)
-        ]
+        shares = [model(**asked(processor, Image.open(world / f"{index}.png"))).align_weights[0] for index in range(4)]
     assert record["level_weights"] == pytest.approx(torch.stack(shares).mean(0).tolist(), abs=1e-4)
     assert record["cost"]["rows"] == 4 and 0 <= record["cost"]["same_answers"] <= 1
     assert record["check"]["largest_difference"] < 1e-4

@@ -8,10 +8,12 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, CLI
 
 from aligngpt_playground import draw_scenes, exact_caption, parts_path, render
 from aligngpt_playground.__main__ import main
+from aligngpt_playground.drills import BETWEEN, NAMES_A_DRILL, drill_text, neighbour_text
 from aligngpt_playground.questions import QUESTION_TYPES, draw_questions
-from aligngpt_playground.scene_text import ANSWER, CELLS, chat_text, draw_texts, plain_text
+from aligngpt_playground.scene_text import ANSWER, CELLS, GIVEN, chat_text, draw_texts, plain_text
+from aligngpt_playground.sprites import OBJECTS, plural
 from aligngpt_playground.train_clip import MAX_TEXT_TOKENS, REGION_WORDS, SceneBatches, evaluate, normalise
-from aligngpt_playground.train_llama import FIDELITY_WORDS, TextBatches, encode
+from aligngpt_playground.train_llama import FIDELITY_WORDS, TextBatches, build_tokenizer, encode
 from aligngpt_playground.train_llama import evaluate as evaluate_llama
 from aligngpt_shared.files import new_folder
 from modeling_aligngpt import CHAT_TEMPLATES, select_chat_template
@@ -165,8 +167,8 @@ def test_pretraining_text_is_laid_out_as_the_templates_do(llama):
 
 def test_pretraining_trains_on_answers_alone_and_is_reproducible(llama):
     tokenizer = llama[1]
-    first, again = (TextBatches(tokenizer, 3, 4, seed=2)[1] for _ in range(2))
-    other = TextBatches(tokenizer, 3, 4, seed=3)[1]
+    first, again = (TextBatches(tokenizer, [("texts", 3)], 4, seed="2")[1] for _ in range(2))
+    other = TextBatches(tokenizer, [("texts", 3)], 4, seed="3")[1]
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert first["input_ids"].shape != other["input_ids"].shape or not torch.equal(
         first["input_ids"], other["input_ids"]
@@ -186,7 +188,8 @@ def test_pretraining_trains_on_answers_alone_and_is_reproducible(llama):
 @pytest.mark.parametrize("part", ["clip", "llama"])
 def test_train_parts_command(part, tmp_path, capsys):
     output = tmp_path / part
-    command = ["train-parts", "--part", part, "--output", str(output), "--steps", "2", "--batch-size", "4"]
+    short = ["--steps", "2"] if part == "clip" else ["--share", "0.001"]
+    command = ["train-parts", "--part", part, "--output", str(output), *short, "--batch-size", "4"]
     assert main(command) == 0
     assert "{" in capsys.readouterr().out
     loader = CLIPModel if part == "clip" else AutoModelForCausalLM
@@ -194,6 +197,41 @@ def test_train_parts_command(part, tmp_path, capsys):
     shipped = loader.from_pretrained(parts_path(part), dtype=torch.float32)
     assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in shipped.state_dict().items()}
     assert [path.name for path in tmp_path.iterdir()] == [part]
+
+
+def test_a_setting_of_the_other_part_is_refused(tmp_path, capsys):
+    command = ["train-parts", "--part", "llama", "--output", str(tmp_path / "llama"), "--steps", "2"]
+    assert main(command) == 2
+    assert "llama has no setting steps" in capsys.readouterr().err
+    assert not (tmp_path / "llama").exists()
+
+
+@pytest.mark.parametrize("gap", [0, 3, 6])
+@pytest.mark.parametrize("form", ["list", "where", "yesno", "count"])
+def test_drills_ask_for_what_the_scene_holds(gap, form):
+    """Names of the scene are found where they are, others are not there; the answer stands `gap` tokens behind."""
+    tokenizer = build_tokenizer()
+    for seed in range(20):
+        segments = drill_text(random.Random(seed), gap, (form,))
+        (cells,) = [text for text, kind in segments if kind == CELLS]
+        asked = [text for text, kind in segments[4:] if kind == GIVEN and text.strip() != "<|im_end|>"]
+        answers = [text for text, kind in segments if kind == ANSWER]
+        assert len(asked) == len(answers) == NAMES_A_DRILL
+        for question, answer in zip(asked, answers, strict=True):
+            ids = tokenizer(question, add_special_tokens=False)["input_ids"]
+            between = tokenizer("".join(BETWEEN[:gap]), add_special_tokens=False)["input_ids"]
+            assert ids[len(ids) - gap :] == between and len(between) == gap
+            words = question.split("?")[0].split()
+            names = {name for name in OBJECTS if name in words or plural(name) in words}
+            # a share of the cells is replaced by the background: what is named there is there
+            if names & set(cells.split()):
+                assert answer not in ("no", "zero"), (question, answer, cells)
+
+
+def test_neighbours_are_asked_for_in_chats():
+    for seed in range(5):
+        questions = [text for text, kind in neighbour_text(random.Random(seed)) if "assistant" in text]
+        assert questions and all(text.startswith("what is ") for text in questions)
 
 
 def test_train_parts_never_replaces_something_else(tmp_path, capsys):

@@ -48,6 +48,7 @@ COMMANDS = {
     "evaluate": ("aligngpt_hub.evaluation.command", "run the paper's benchmarks by lmms-eval"),
     "judge": ("aligngpt_hub.levels.judge", "say how well texts fit their images, by the alignment levels"),
     "levels": ("aligngpt_hub.levels.command", "report what the alignment levels do in a model"),
+    "doctor": (f"{_HERE}.doctor", "list versions, devices, and what is missing for which command"),
 }
 
 USAGE = """\

@@ -9,7 +9,7 @@ from packaging.utils import canonicalize_name
 
 
 PACKAGE = "aligngpt"
-# Command -> its extra; the others (chat, convert) need the core alone.
+# Command -> its extra; the others (chat, convert, doctor) need the core alone.
 EXTRAS = {
     **dict.fromkeys(("init", "score", "check", "pretrain", "instruct", "merge"), "train"),
     **dict.fromkeys(("export", "publish", "publish-data", "judge", "levels"), "train"),
@@ -48,6 +48,13 @@ def check_extra(command: str, words: Sequence[str] = ()) -> None:
         ImportError: naming the packages, the versions found and wanted, and what to install.
     """
     extra = None if command == "serve" and "vllm" in " ".join(words).replace("=", " ").split() else EXTRAS.get(command)
+    if wrong := missing_packages(extra):
+        name = PACKAGE if extra is None else f"{PACKAGE}[{extra}]"
+        raise ImportError(f'`aligngpt {command}` needs {", ".join(wrong)}: pip install "{name}".')
+
+
+def missing_packages(extra: str | None) -> list[str]:
+    """What an extra (or the core, `None`) asks for and is not there, or of another version; each with what is wanted."""
     wrong = []
     for requirement in requirements_of(extra):
         try:
@@ -57,9 +64,7 @@ def check_extra(command: str, words: Sequence[str] = ()) -> None:
             continue
         if not requirement.specifier.contains(found, prereleases=True):
             wrong.append(f"{requirement.name}{_range(requirement)} ({found} is installed)")
-    if wrong:
-        name = PACKAGE if extra is None else f"{PACKAGE}[{extra}]"
-        raise ImportError(f'`aligngpt {command}` needs {", ".join(wrong)}: pip install "{name}".')
+    return wrong
 
 
 def _range(requirement: Requirement) -> str:

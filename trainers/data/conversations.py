@@ -18,8 +18,41 @@ ACCEPTED = (
 Message = dict[str, Any]
 
 
+UNREADABLE, EMPTY, UNUSABLE = REASON_KINDS = ("unreadable", "empty", "unusable")
+"""Kinds of reasons: an image that is missing or broken, a record without a text, anything else."""
+
+
+class Reason(str):
+    """Why a record cannot be used, with its `kind`, one of `REASON_KINDS`."""
+
+    kind: str
+
+    def __new__(cls, text: str, kind: str = UNUSABLE):
+        reason = super().__new__(cls, text)
+        reason.kind = kind
+        return reason
+
+    def kept(self) -> str:
+        """Kind and text in one string, for a file; [`Reason.read`] reads it back."""
+        return f"{self.kind}: {self}"
+
+    @classmethod
+    def read(cls, kept: str) -> "Reason":
+        kind, colon, text = kept.partition(": ")
+        return cls(text, kind) if colon and kind in REASON_KINDS else cls(kept)
+
+
 class BadRow(ValueError):
-    """A record that cannot become a training row; the message is the reason."""
+    """A record that cannot become a training row; the message is the reason, `kind` one of `REASON_KINDS`."""
+
+    def __init__(self, message: str, kind: str = UNUSABLE):
+        super().__init__(message)
+        self.kind = kind
+
+
+def reason_of(error: Exception) -> Reason:
+    """What an error says about its record."""
+    return Reason(str(error), getattr(error, "kind", UNUSABLE))
 
 
 def find_layout(columns: Any) -> tuple[str, ...] | None:
@@ -130,7 +163,7 @@ def to_messages(record: dict[str, Any], layout: tuple[str, ...], num_images: int
     _check_order([message["role"] for message in messages])
     for number, message in enumerate(messages):
         if message["role"] == "assistant" and not message["content"]:
-            raise BadRow(f"message {number}: empty answer")
+            raise BadRow(f"message {number}: empty answer", EMPTY)
         for block in message["content"]:
             if block["type"] == "image" and message["role"] != "user":
                 raise BadRow(f"message {number}: an image in a {message['role']} message")

@@ -8,6 +8,8 @@ from PIL import Image
 
 from modeling_aligngpt.images_aligngpt import LIMITS, ImageLimits, read_image
 
+from .conversations import UNREADABLE, BadRow
+
 
 def _describe(value: Any) -> str:
     """How an error message names an image."""
@@ -42,9 +44,10 @@ def load_image(value: Any, row: int | str | None = None, limits: ImageLimits = L
         return read_image(value, limits)
     except Exception as error:
         where = "image" if row is None else f"row {row}: image"
-        raise ValueError(
+        raise BadRow(
             f"{where} cannot be read ({_describe(value)}): {type(error).__name__}: {error}. Repair or remove the "
-            f'file, or leave such rows out with on_bad_row="skip".'
+            f'file, or leave such rows out with on_bad_row="skip".',
+            UNREADABLE,
         ) from error
 
 

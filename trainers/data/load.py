@@ -30,7 +30,7 @@ from datasets.table import InMemoryTable, Table, concat_tables
 from tqdm.auto import tqdm
 
 from .arrow_writer import TableWriter
-from .conversations import BadRow
+from .conversations import UNREADABLE, BadRow, reason_of
 from .images import load_image, resolve_path
 from .records import (
     IMAGE_COLUMNS,
@@ -195,12 +195,12 @@ def _convert(
         report.total += 1
         try:
             if problems:
-                raise BadRow("; ".join(problems))
+                raise BadRow("; ".join(problems), UNREADABLE)
             messages, found = convert_record(record, len(images))
             report.kept.append(number)
             yield {"images": images, "messages": messages, **found}
         except (BadRow, TypeError, ValueError) as error:
-            report.dropped.append((number, record.get("id"), str(error)))
+            report.dropped.append((number, record.get("id"), reason_of(error)))
             yield {"images": [], "messages": []}
 
 

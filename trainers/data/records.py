@@ -9,7 +9,7 @@ import PIL.Image
 import PIL.ImageOps
 from datasets import Features, Image, List, Value
 
-from .conversations import ACCEPTED, LAYOUTS, BadRow, find_layout, to_messages
+from .conversations import ACCEPTED, EMPTY, LAYOUTS, BadRow, find_layout, to_messages
 from .images import resolve_path
 
 
@@ -39,7 +39,7 @@ def convert_record(record: dict[str, Any], num_images: int) -> tuple[list[dict],
     """Messages of a record, and its id, finished score and finished level where it has them; BadRow if unusable."""
     layout = find_layout({column for column in record if record[column] is not None})
     if layout is None:
-        raise BadRow(f"has only {', '.join(record)}; accepted are {ACCEPTED}")
+        raise BadRow(f"has only {', '.join(record)}; accepted are {ACCEPTED}", EMPTY)
     return to_messages(record, layout, num_images), _optional(record)
 
 

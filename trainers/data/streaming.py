@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, Features, Image, IterableDataset, List
 from torch.utils.data import get_worker_info
 
-from .conversations import BadRow
+from .conversations import UNREADABLE, BadRow
 from .records import (
     IMAGE_COLUMNS,
     MESSAGES,
@@ -117,7 +117,7 @@ def _row(record: dict[str, Any], features: Features, folder: Path | str | None, 
     """One row; BadRow, TypeError or ValueError where it cannot be used."""
     images, problems = encode_images(record, folder, check)
     if problems:
-        raise BadRow("; ".join(problems))
+        raise BadRow("; ".join(problems), UNREADABLE)
     messages, found = convert_record(record, len(images))
     for column in ("clip_score", "align_level"):
         if column in features and column not in found and has_image(messages):

@@ -20,19 +20,19 @@ from datasets import Dataset
 from aligngpt_shared.files import move_folder
 from aligngpt_shared.records import ALIGNMENT
 
+from ..data.conversations import REASON_KINDS, Reason
 from .config import ScoreConfig
 from .levels import balance_levels, cut_levels, draw_histogram, mean_of_levels
 from .llava_json import write_json
 from .processes import keeping_progress
 from .shards import read_shards
-from .source import KINDS, kind_of
 
 
 logger = logging.getLogger(__name__)
 
 DROPPED, HISTOGRAM = "dropped.jsonl", "histogram.png"
 # what became of a row, as stored for each: 0 is in the output
-FATES = ("written", *KINDS, "below_min_score", "left_out_by_sampling")
+STATUSES = ("written", *REASON_KINDS, "below_min_score", "left_out_by_sampling")
 
 
 @dataclass
@@ -41,19 +41,19 @@ class Scores:
 
     Attributes:
         values: [rows] float32, NaN where there is none.
-        fates: [rows] uint8, index into `FATES`.
+        statuses: [rows] uint8, index into `STATUSES`.
         captions_cut: how many captions were longer than the text model takes.
         levels: [rows] int, -1 for rows that are not in the output; None before the cut.
     """
 
     values: np.ndarray
-    fates: np.ndarray
+    statuses: np.ndarray
     captions_cut: int
     levels: np.ndarray | None = None
 
-    def count(self, fate: str) -> int:
+    def count(self, status: str) -> int:
         """How many rows it befell."""
-        return int(np.count_nonzero(self.fates == FATES.index(fate)))
+        return int(np.count_nonzero(self.statuses == STATUSES.index(status)))
 
 
 def gather_scores(folder: Path, blocks: list[str]) -> Scores:
@@ -67,14 +67,14 @@ def gather_scores(folder: Path, blocks: list[str]) -> Scores:
         if table["error"].null_count < len(table):
             for position, reason in enumerate(table["error"].to_pylist()):
                 if reason is not None:
-                    scores.fates[place + position] = FATES.index(kind_of(reason))
+                    scores.statuses[place + position] = STATUSES.index(Reason.read(reason).kind)
         place += len(table)
     return scores
 
 
 def refuse_unscored(source: Any, scores: Scores, folder: Path, blocks: list[str], on_bad_row: str):
     """Raises at rows without a score where the settings say so, and at scores that are not finite."""
-    counts = {kind: scores.count(kind) for kind in KINDS}
+    counts = {kind: scores.count(kind) for kind in REASON_KINDS}
     total, missing = len(scores.values), sum(counts.values())
     if missing and (on_bad_row == "raise" or missing == total):
         shown = []
@@ -94,7 +94,7 @@ def refuse_unscored(source: Any, scores: Scores, folder: Path, blocks: list[str]
             + more
             + ("" if missing == total else remedy)
         )
-    broken = np.flatnonzero((scores.fates == 0) & ~np.isfinite(scores.values))
+    broken = np.flatnonzero((scores.statuses == 0) & ~np.isfinite(scores.values))
     if len(broken):
         raise ValueError(
             f"row {source.number(int(broken[0]))}: the score is not finite; with a 16-bit dtype, score in float32."
@@ -102,7 +102,7 @@ def refuse_unscored(source: Any, scores: Scores, folder: Path, blocks: list[str]
 
 
 def assign_levels(scores: Scores, config: ScoreConfig, edges: list[float] | None) -> dict[str, Any]:
-    """Filters, cuts and balances; fills `scores.levels` and `scores.fates`.
+    """Filters, cuts and balances; fills `scores.levels` and `scores.statuses`.
 
     Returns:
         What the record says about it: method, edges, counts, mean scores, filter and sampling.
@@ -112,9 +112,9 @@ def assign_levels(scores: Scores, config: ScoreConfig, edges: list[float] | None
     """
     if config.min_score is not None:
         with np.errstate(invalid="ignore"):
-            low = (scores.fates == 0) & (scores.values < config.min_score)
-        scores.fates[low] = FATES.index("below_min_score")
-    good = scores.fates == 0
+            low = (scores.statuses == 0) & (scores.values < config.min_score)
+        scores.statuses[low] = STATUSES.index("below_min_score")
+    good = scores.statuses == 0
     if not good.any():
         best = np.nanmax(scores.values)
         raise ValueError(f"No pair scores {config.min_score} or more (the best has {best:.4f}): lower min_score.")
@@ -130,7 +130,7 @@ def assign_levels(scores: Scores, config: ScoreConfig, edges: list[float] | None
             "seed": config.seed,
             "counts_before": before.tolist(),
         }
-        scores.fates[np.flatnonzero(good)[~kept]] = FATES.index("left_out_by_sampling")
+        scores.statuses[np.flatnonzero(good)[~kept]] = STATUSES.index("left_out_by_sampling")
         if counts.sum() < 0.5 * before.sum():
             logger.warning(
                 "Balanced sampling keeps %d of %d pairs, because the smallest levels hold few. More remain with "
@@ -165,7 +165,7 @@ def dropped_rows(
         min_score: of the filter.
     """
     unread = (
-        {"row": number, "id": None if name is None else str(name), "kind": kind_of(reason), "reason": reason}
+        {"row": number, "id": None if name is None else str(name), "kind": reason.kind, "reason": str(reason)}
         for number, name, reason in source.report.dropped
     )
     ids = rows.select_columns(["id"]).with_format("arrow") if rows is not None and "id" in rows.column_names else None
@@ -173,15 +173,17 @@ def dropped_rows(
     def unused() -> Iterator[dict[str, Any]]:
         place = 0
         for table in read_shards(folder, blocks):
-            places = np.flatnonzero(scores.fates[place : place + len(table)])
+            places = np.flatnonzero(scores.statuses[place : place + len(table)])
             if len(places):
                 reasons = table["error"].take(places).to_pylist()
                 names = ids[places + place]["id"].to_pylist() if ids is not None else [None] * len(places)
                 for position, reason, name in zip((places + place).tolist(), reasons, names, strict=True):
-                    kind = FATES[scores.fates[position]]
+                    kind = STATUSES[scores.statuses[position]]
                     if reason is None:
                         reason = f"score {scores.values[position]:.6f}"
                         reason += f" below min_score {min_score}" if kind == "below_min_score" else " in a full level"
+                    else:
+                        reason = str(Reason.read(reason))
                     yield {"row": source.number(position), "id": name, "kind": kind, "reason": reason}
             place += len(table)
 
@@ -269,7 +271,7 @@ def print_summary(record: dict[str, Any], output: Path):
         mean = record["mean_scores"][level]
         print(f"{level:>5}  {interval:<20} {count:>9,} {count / total:>7.2%}  {'-' if mean is None else f'{mean:.4f}'}")
     rows = record["rows"]
-    left_out = ", ".join(f"{rows[name]:,} {name.replace('_', ' ')}" for name in FATES[1:])
+    left_out = ", ".join(f"{rows[name]:,} {name.replace('_', ' ')}" for name in STATUSES[1:])
     limit = record["preprocessing"]["max_text_tokens"]
     cut = "" if limit is None else f"; {rows['captions_cut']:,} captions cut at {limit} tokens"
     print(f"{rows['scored']:,} of {rows['read']:,} rows scored; {left_out}{cut}.")

@@ -24,10 +24,11 @@ from aligngpt_shared.locks import lock
 from aligngpt_shared.records import ALIGNMENT, versioned
 from modeling_aligngpt.configuration_aligngpt import VERSION
 
+from ..data.conversations import REASON_KINDS
 from ..data.load import read_rows
 from .config import ScoreConfig, read_edges, warn_of_other_scorer
 from .output import (
-    FATES,
+    STATUSES,
     Scores,
     assign_levels,
     gather_scores,
@@ -39,7 +40,7 @@ from .output import (
 from .processes import Processes, keeping_progress
 from .scorer import make_scorer
 from .shards import finished_blocks, score_blocks
-from .source import KINDS, WholeSource, kind_of, refuse_other_rows
+from .source import WholeSource, refuse_other_rows
 from .stream_blocks import RecordStream, StreamSource
 
 
@@ -217,16 +218,16 @@ def _finish(
 
 
 def _count_rows(source: WholeSource | StreamSource, scores: Scores) -> dict[str, int]:
-    """How many rows were read, scored and written, how many met each other fate, how many captions were cut."""
-    fates = {fate: scores.count(fate) for fate in FATES}
+    """How many rows were read, scored and written, how many have each other status, how many captions were cut."""
+    statuses = {status: scores.count(status) for status in STATUSES}
     for _, _, reason in source.report.dropped:
-        fates[kind_of(reason)] += 1
+        statuses[reason.kind] += 1
     read = len(scores.values) + len(source.report.dropped)
-    written = fates.pop("written")
+    written = statuses.pop("written")
     return {
         "read": read,
-        "scored": read - sum(fates[kind] for kind in KINDS),
+        "scored": read - sum(statuses[kind] for kind in REASON_KINDS),
         "written": written,
-        **fates,
+        **statuses,
         "captions_cut": scores.captions_cut,
     }

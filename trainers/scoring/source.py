@@ -16,12 +16,11 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
-from ..data.conversations import caption_of
+from ..data.conversations import caption_of, reason_of
 from ..data.load import RowReport, load_image
 from .scorer import PairPreprocessor
 
 
-KINDS = ("unreadable", "empty", "unusable")
 # of an embedded image, how many bytes from either end go into the digest of the data
 ENDS = 4096
 
@@ -34,15 +33,6 @@ class Span:
     start: int
     stop: int
     last: bool
-
-
-def kind_of(reason: str) -> str:
-    """Which of `KINDS` a reason of `read_rows` or `load_image` is."""
-    if "no such image file" in reason or "unusable image value" in reason or "cannot be read" in reason:
-        return "unreadable"
-    if "empty answer" in reason or reason.startswith("has only"):
-        return "empty"
-    return "unusable"
 
 
 def spans_of(block: str, rows: int, batch_size: int) -> Iterator[Span]:
@@ -129,7 +119,7 @@ class Batches(torch.utils.data.Dataset):
                     images.append(load_image(row["images"][0]))
                     texts.append(text)
                 except ValueError as error:
-                    reasons[position] = str(error)
+                    reasons[position] = reason_of(error).kept()
         inputs = None
         if images:
             prepared, words, cut = self.preprocess(images, texts)

@@ -22,7 +22,7 @@ from datasets import Dataset, Features, Image, IterableDataset, List, Value, con
 from datasets.download.streaming_download_manager import xopen
 from huggingface_hub import HfApi
 
-from ..data.conversations import BadRow
+from ..data.conversations import UNREADABLE, BadRow, reason_of
 from ..data.load import RowReport
 from ..data.records import IMAGE_COLUMNS, MESSAGES, convert_record, encode_images
 from ..data.sources import Records, open_source, read_records
@@ -114,7 +114,7 @@ def _convert(record: dict[str, Any], folder: str | Path | None) -> dict[str, Any
     try:
         images, problems = encode_images(_with_remote_images(record), folder, check=True)
         if problems:
-            raise BadRow("; ".join(problems))
+            raise BadRow("; ".join(problems), UNREADABLE)
         messages, _ = convert_record(record, len(images))
         row["images"] = [{"bytes": image["bytes"], "path": image["path"]} for image in images]
         row["messages"] = [
@@ -122,7 +122,7 @@ def _convert(record: dict[str, Any], folder: str | Path | None) -> dict[str, Any
             for message in messages
         ]
     except (BadRow, TypeError, ValueError) as error:
-        row["reason"] = str(error)
+        row["reason"] = reason_of(error).kept()
     return row
 
 
@@ -144,7 +144,7 @@ def _fetch(image: Any) -> Any:
         with xopen(path, "rb") as file:
             return {"bytes": file.read(), "path": path.partition("::")[0].rpartition("/")[2]}
     except Exception as error:
-        raise BadRow(f"image cannot be read (file {path!r}): {type(error).__name__}: {error}") from error
+        raise BadRow(f"image cannot be read (file {path!r}): {type(error).__name__}: {error}", UNREADABLE) from error
 
 
 def spool_block(records: Iterable[dict[str, Any]], folder: str | Path | None, target: Path) -> int:
