@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: quickstart test lint wheel compat lowest faults engines engines-smoke clean browser
+.PHONY: quickstart test lint wheel compat lowest faults engines engines-smoke docs clean browser
 
 quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/python -m aligngpt_playground quickstart --output runs/quickstart
@@ -34,6 +34,10 @@ MINUTES ?= 60
 faults: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/faults/test_bad_inputs.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/suite.py --minutes $(MINUTES)
+
+# The site: all pages, and a reference made of the code; broken links and settings without a text fail it
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python docs/site/build.py
 
 # vLLM in an environment of its own beside transformers; benchmarks/vllm.md. Both models are made here: the quickstart's,
 # and a tiny one with a sentencepiece tokenizer

@@ -1,8 +1,8 @@
 """
 How well the levels judge captions, beside the score that they were cut from and beside likelihood; benchmarks/judge.md.
 
-For each seed and size a world is drawn, scored, and stage 1 trained by the quickstart's recipe; then held-out captions of
-all kinds are judged. Finished runs are kept in the output folder and not made again.
+For each seed and size a world is drawn and scored, and stage 1 trained by the quickstart's recipe; then held-out
+captions of all kinds are judged. Finished runs are kept in the output folder and not made again.
 
     python benchmarks/judge.py --output runs/judge --seeds 21 22 23 24 25 --pairs 1000 3600
 """

@@ -25,7 +25,7 @@ SETTINGS = {
     "init": ("aligngpt_trainers.commands.init", ("InitArguments",)),
     "score": ("aligngpt_trainers.scoring.config", ("ScoreConfig",)),
     "pretrain": ("aligngpt_trainers.commands.train", ("PretrainModelArguments", "DataArguments")),
-    "instruct": ("aligngpt_trainers.commands.train", ("InstructModelArguments", "DataArguments")),
+    "instruct": ("aligngpt_trainers.commands.train", ("ModelArguments", "DataArguments")),
     "merge": ("aligngpt_trainers.commands.merge", ("MergeArguments",)),
 }
 CLASSES = {
@@ -190,6 +190,25 @@ def _setting_row(where: str, field: dataclasses.Field) -> str:
     return f"| `{field.name}` | {default} | {text.replace('|', chr(92) + '|')} |"
 
 
+def finish(output: Path) -> None:
+    """
+    Names what the theme leaves without a name, for screen readers and keyboards; nothing is fetched from elsewhere.
+
+    Raises:
+        SystemExit: a page names another machine's script or style.
+    """
+    for page in output.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        foreign = re.findall(r"<(?:script|link)[^>]+(?:src|href)=[\"']?(https?://[^\"' >]+)", text)
+        if foreign:
+            raise SystemExit(f"{page.relative_to(output)} fetches {foreign[0]}: keep it with the site.")
+        dialog = 'data-md-component="search" role="dialog"'
+        text = text.replace(dialog, f'{dialog} aria-label="Search"')
+        page.write_text(
+            re.sub(r"(<pre[^>]*>(?:<span></span>)?)<code>", r'\1<code tabindex="0">', text), encoding="utf-8"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "site", help="folder to write (%(default)s)")
@@ -217,7 +236,8 @@ def main() -> None:
     )
     if done.returncode:
         raise SystemExit("the site was not built: see above.")
-    print(f"the site is in {args.output}: open index.html")
+    finish(args.output)
+    print(f"the site is in {args.output}; to read it: python -m http.server --directory {args.output}")
 
 
 if __name__ == "__main__":

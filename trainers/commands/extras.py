@@ -54,7 +54,7 @@ def check_extra(command: str, words: Sequence[str] = ()) -> None:
 
 
 def missing_packages(extra: str | None) -> list[str]:
-    """What an extra (or the core, `None`) asks for and is not there, or of another version; each with what is wanted."""
+    """What an extra (or the core, `None`) asks for and does not find; each with the version that is wanted."""
     wrong = []
     for requirement in requirements_of(extra):
         try:
