@@ -90,8 +90,9 @@ class AlignGPTJudgeMixin:
             scores_BT[judged_BT] = found
             by_level.append(scores_BT)
         scores_BTN = torch.stack(by_level, dim=-1)
-        judgement = AlignGPTJudgement(log_likelihoods=scores_BTN.sum(1), num_tokens=num_tokens_B)
-        judgement.probabilities = judgement.log_likelihoods.softmax(-1)
+        scores_BN = scores_BTN.sum(1)
+        judgement = AlignGPTJudgement(log_likelihoods=scores_BN, num_tokens=num_tokens_B)
+        judgement.probabilities = scores_BN.softmax(-1)
         judgement.mean_level = self._mean_level(judgement.probabilities)
         if parts is not None:
             parts_BT = parts[:, 1:].clamp(min=0)
@@ -128,6 +129,8 @@ def part_numbers(tokenizer, text: str, count: int) -> list[int]:
 
 def judge_inputs(processor, images: list, texts: list[str], question: str | None, return_parts: bool) -> BatchFeature:
     """See [`AlignGPTProcessor.judge_inputs`]."""
+    if empty := [row for row, text in enumerate(texts) if not text.strip()]:
+        raise ValueError(f"Text {empty[0]} is empty: there is nothing to judge.")
     if len(images) != len(texts):
         raise ValueError(f"{len(images)} images and {len(texts)} texts: each text is judged by one image.")
     asked = [] if question is None else [{"type": "text", "text": question}]

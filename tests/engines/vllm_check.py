@@ -99,6 +99,25 @@ def compare(model, processor, requests: list[dict[str, Any]], outputs: list) -> 
     return found
 
 
+def check_chat(llm, processor, requests: list[dict[str, Any]], sampling) -> int:
+    """vLLM's own chat interface gives the prompt ids of the processor; how many were compared."""
+    compared = 0
+    for request in requests:
+        if len(request["images"]) != 1 or request["text"].count("user") != 1:
+            continue
+        content = [{"type": "image_pil", "image_pil": request["images"][0]}, {"type": "text", "text": "what is it?"}]
+        level = {} if request["level"] is None else {"mm_processor_kwargs": {"align_level": request["level"]}}
+        (output,) = llm.chat([{"role": "user", "content": content}], sampling, use_tqdm=False, **level)
+        asked = [{"role": "user", "content": [{"type": "image"}, content[1]]}]
+        text = processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        inputs = processor(text=text, images=request["images"], add_special_tokens=False)
+        assert list(output.prompt_token_ids) == list(inputs["input_ids"][0]), output.prompt_token_ids
+        compared += 1
+        if compared == 8:
+            break
+    return compared
+
+
 def check_refused(llm, processor, request: dict[str, Any], sampling, num_levels: int) -> list[str]:
     """What must be refused; the messages. The engine answers what follows."""
     from vllm.exceptions import VLLMValidationError
@@ -148,6 +167,7 @@ def check_model(folder: str, number: int, eager: bool, **settings: Any) -> dict[
     results["cold"] = compare(model, processor, requests, llm.generate(prompts, sampling, use_tqdm=False))
     results["warm"] = compare(model, processor, requests, llm.generate(prompts, sampling, use_tqdm=False))
     results["seconds"] = round(time.perf_counter() - started, 1)
+    results["chat"] = check_chat(llm, processor, requests, sampling)
     with_image = next(request for request in requests if len(request["images"]) == 1)
     results["refused"] = check_refused(llm, processor, with_image, sampling, levels)
     return results

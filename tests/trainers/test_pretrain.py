@@ -253,3 +253,46 @@ def test_frozen_weights_may_be_bfloat16(parts, pairs, tmp_path):
     assert torch.equal(saved.model.align_embeddings.weight, levels)
     inputs = {k: v for k, v in trainer.data_collator(pair_rows(2)).items() if k != "labels"}
     assert saved.generate(**inputs, max_new_tokens=2).shape[0] == 2
+
+
+def test_the_penalty_is_the_mean_squared_logarithm_of_the_tokens_length(assembled, pairs, tmp_path):
+    trainer = trainer_for(assembled, tmp_path, pairs, image_token_penalty=0.5)
+    model = trainer.model.train()
+    batch = trainer.data_collator(pair_rows(5))
+    plain = model(**batch)
+    words = model.get_input_embeddings().weight.norm(dim=-1).mean()
+    scale = plain.image_hidden_states.norm(dim=-1) / words
+    expected = plain.loss + 0.5 * scale.log().square().mean()
+    torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), expected, rtol=0, atol=1e-5)
+    # an evaluation is of the texts alone
+    own = trainer.compute_loss(model.eval(), dict(batch))
+    torch.testing.assert_close(own, plain.loss, rtol=0, atol=1e-6)
+
+
+def test_the_penalty_brings_image_tokens_to_the_length_of_words(parts, pairs, tmp_path):
+    scales = {}
+    for weight in (0.0, 1.0):
+        assembled = fresh(parts)
+        with torch.no_grad():
+            assembled[0].model.multi_modal_projector.linear_2.weight.mul_(30)
+        rates = {"learning_rate": 5e-2, "max_steps": 12}
+        trainer = trainer_for(assembled, tmp_path / str(weight), pairs, image_token_penalty=weight, **rates)
+        trainer.train()
+        logged = [log["image_token_scale"] for log in trainer.state.log_history if "image_token_scale" in log]
+        assert bool(logged) == bool(weight)
+        batch = trainer.data_collator(pair_rows(5))
+        with torch.no_grad():
+            tokens = trainer.model.eval()(**batch).image_hidden_states
+        words = trainer.model.get_input_embeddings().weight.norm(dim=-1).mean()
+        scales[weight] = (tokens.norm(dim=-1) / words).log().abs().mean().item()
+    assert scales[1.0] < scales[0.0] - 1, scales
+
+
+def test_the_penalty_does_not_depend_on_accumulation(parts, pairs, tmp_path):
+    found = []
+    for batch, steps in ((4, 1), (2, 2)):
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": steps, "max_steps": 3}
+        trainer = trainer_for(fresh(parts), tmp_path / str(batch), pairs, image_token_penalty=0.3, **sizes)
+        trainer.train()
+        found.append(losses(trainer))
+    assert found[0] == pytest.approx(found[1], abs=2e-4)
