@@ -129,6 +129,8 @@ def part_numbers(tokenizer, text: str, count: int) -> list[int]:
 
 def judge_inputs(processor, images: list, texts: list[str], question: str | None, return_parts: bool) -> BatchFeature:
     """See [`AlignGPTProcessor.judge_inputs`]."""
+    if IS_TRANSFORMERS_4:
+        raise ValueError("Judging texts needs transformers 5.18 or later: 4.57 does not tell answers from prompts.")
     if empty := [row for row, text in enumerate(texts) if not text.strip()]:
         raise ValueError(f"Text {empty[0]} is empty: there is nothing to judge.")
     if len(images) != len(texts):
@@ -142,13 +144,12 @@ def judge_inputs(processor, images: list, texts: list[str], question: str | None
         for image, text in zip(images, texts, strict=True)
     ]
     template = {"chat_template": CHAT_TEMPLATES["plain"]} if question is None else {}
-    padding = {"padding": True} if IS_TRANSFORMERS_4 else {"processor_kwargs": {"padding": True}}
     batch = processor.apply_chat_template(
         chats,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
-        **padding,
+        processor_kwargs={"padding": True},
         return_assistant_tokens_mask=True,
         **template,
     )

@@ -73,6 +73,8 @@ OVERRIDDEN = {
     "transformers.trainer_callback:TrainerCallback.on_epoch_end": "self, args, state, control, kwargs",
     "transformers.trainer_callback:TrainerCallback.on_step_end": "self, args, state, control, kwargs",
     "trl.trainer.base_trainer:_BaseTrainer.create_model_card": "self, model_name, dataset_name, tags",
+    "trl.trainer.dpo_trainer:DataCollatorForVisionPreference.torch_call": "self, examples",
+    "trl.trainer.dpo_trainer:DPOTrainer._set_signature_columns_if_needed": "self",
     "trl.trainer.sft_trainer:SFTTrainer._save_checkpoint": "self, model, trial",
     "trl.trainer.sft_trainer:SFTTrainer._set_signature_columns_if_needed": "self",
     "trl.trainer.sft_trainer:SFTTrainer.compute_loss": "self, model, inputs, return_outputs, num_items_in_batch",

@@ -5,12 +5,15 @@ import importlib
 
 _EXPORTS = {
     "AlignGPTDataCollator": "collator",
+    "AlignGPTDPOConfig": "dpo_config",
+    "AlignGPTDPOTrainer": "dpo_trainer",
     "AlignGPTInstructConfig": "instruct_config",
     "AlignGPTInstructTrainer": "instruct_trainer",
     "DummyImageCallback": "dummy_image",
     "AlignGPTPretrainConfig": "pretrain_config",
     "AlignGPTPretrainTrainer": "pretrain_trainer",
     "ScoreConfig": "scoring.config",
+    "load_preferences": "preferences",
     "load_rows": "data.load",
     "score_dataset": "scoring.run",
 }

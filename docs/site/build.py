@@ -26,6 +26,7 @@ SETTINGS = {
     "score": ("aligngpt_trainers.scoring.config", ("ScoreConfig",)),
     "pretrain": ("aligngpt_trainers.commands.train", ("PretrainModelArguments", "DataArguments")),
     "instruct": ("aligngpt_trainers.commands.train", ("ModelArguments", "DataArguments")),
+    "dpo": ("aligngpt_trainers.commands.dpo", ("ModelArguments", "PreferenceArguments")),
     "merge": ("aligngpt_trainers.commands.merge", ("MergeArguments",)),
 }
 CLASSES = {
@@ -43,6 +44,9 @@ CLASSES = {
         "aligngpt_trainers.instruct_trainer.AlignGPTInstructTrainer",
         "aligngpt_trainers.instruct_config.AlignGPTInstructConfig",
         "aligngpt_trainers.stage_config.StageConfig",
+        "aligngpt_trainers.dpo_trainer.AlignGPTDPOTrainer",
+        "aligngpt_trainers.dpo_config.AlignGPTDPOConfig",
+        "aligngpt_trainers.preferences.load_preferences",
         "aligngpt_trainers.dummy_image.DummyImageCallback",
         "aligngpt_trainers.data.load.load_rows",
         "aligngpt_trainers.scoring.run.score_dataset",

@@ -36,6 +36,7 @@ COMMANDS = {
         f"{_HERE}.train:instruct_command",
         "stage 2: train language model, projector and gate",
     ),
+    "dpo": (f"{_HERE}.dpo:dpo_command", "tune a model of stage 2 on preference pairs"),
     "merge": (f"{_HERE}.merge:merge_command", "merge a LoRA adapter into a model of its own"),
     "chat": (f"{_HERE}.chat", "talk with a model about images in the terminal"),
     "convert": ("aligngpt_hub.original.convert", "convert the authors' checkpoints to this format, and back"),

@@ -1,0 +1,98 @@
+"""Preference pairs from any source, as TRL's trainers take them."""
+
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, Image, List, Value
+from tqdm.auto import tqdm
+
+from .data.conversations import BadRow
+from .data.records import encode_images
+from .data.sources import open_source
+
+
+LAYOUTS = (
+    "`prompt`, `chosen`, `rejected` with `images` (TRL's), or `question`, `chosen`, `rejected` with `image` (RLAIF-V's)"
+)
+_TEXTS = List({"role": Value("string"), "content": Value("string")})
+
+
+def load_preferences(
+    source: Any,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    image_folder: str | Path | None = None,
+    num_align_levels: int | None = None,
+) -> Dataset:
+    """
+    Rows `images`, `prompt`, `chosen`, `rejected` (chat messages), and `align_level` where the source has it.
+
+    Args:
+        source: a file, folder, Hub id or data set, as for [`~data.load.read_rows`].
+        split, name, revision: of a data set.
+        image_folder: what relative image paths start from; by default the folder of the file.
+        num_align_levels: the model's, to check levels by.
+
+    Raises:
+        ValueError: naming the row: another layout, an empty text, answers that are equal, an image that is not there.
+    """
+    opened, folder = open_source(source, split, name, revision)
+    title = str(source) if isinstance(source, (str, Path)) else "the data set"
+    if isinstance(opened, Dataset):
+        for column in ("images", "image"):
+            if column in opened.column_names:
+                kind = List(Image(decode=False)) if column == "images" else Image(decode=False)
+                opened = opened.cast_column(column, kind)
+    rows = []
+    for number, record in enumerate(tqdm(opened, desc="Reading pairs", unit="row", delay=2)):
+        try:
+            rows.append(_pair(record, image_folder or folder, num_align_levels))
+        except (BadRow, TypeError, ValueError) as error:
+            raise ValueError(f"{title}, row {number}: {error}.") from error
+    if not rows:
+        raise ValueError(f"{title}: no rows.")
+    features: dict[str, Any] = {"images": List(Image()), "prompt": _TEXTS, "chosen": _TEXTS, "rejected": _TEXTS}
+    levels = [row["align_level"] for row in rows]
+    if any(level is not None for level in levels):
+        if None in levels:
+            raise ValueError(f"{title}, row {levels.index(None)}: no align_level, which other rows have.")
+        features["align_level"] = Value("int64")
+    return Dataset.from_list([{key: row[key] for key in features} for row in rows], features=Features(features))
+
+
+def _pair(record: dict[str, Any], folder: Path | str | None, num_align_levels: int | None) -> dict[str, Any]:
+    question = record.get("prompt") if record.get("prompt") is not None else record.get("question")
+    if question is None or record.get("chosen") is None or record.get("rejected") is None:
+        raise BadRow(f"found {', '.join(sorted(record))}; accepted are {LAYOUTS}")
+    images, problems = encode_images(record, folder, check=True)
+    if problems:
+        raise BadRow("; ".join(problems))
+    prompt = _messages(question, "user")
+    answers = {name: _messages(record[name], "assistant") for name in ("chosen", "rejected")}
+    if not prompt or prompt[-1]["role"] != "user":
+        raise BadRow("the prompt does not end with the user's message")
+    if answers["chosen"] == answers["rejected"]:
+        raise BadRow("chosen and rejected are equal: nothing can be preferred")
+    for name, messages in (("prompt", prompt), *answers.items()):
+        if not all(message["content"].strip() for message in messages):
+            raise BadRow(f"{name} is empty")
+    level = record.get("align_level")
+    if level is not None and (type(level) is not int or not 0 <= level < (num_align_levels or level + 1)):
+        raise BadRow(f"align_level is {level!r}, which the model does not have")
+    return {"images": images, "prompt": prompt, **answers, "align_level": level}
+
+
+def _messages(value: Any, role: str) -> list[dict[str, str]]:
+    """A text, or messages whose contents are texts or lists of parts; TRL places the images itself."""
+    if isinstance(value, str):
+        # TRL puts as many images in front as the row has
+        return [{"role": role, "content": value.replace("<image>", "").strip()}]
+    found = []
+    for message in value:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = "".join(part.get("text") or "" for part in content)
+        found.append({"role": message["role"], "content": content.replace("<image>", "").strip()})
+    return found
