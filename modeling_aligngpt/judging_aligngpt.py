@@ -15,7 +15,6 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils import ModelOutput
 
-from .chat_templates import CHAT_TEMPLATES
 from .compat_v4 import IS_TRANSFORMERS_4
 from .configuration_aligngpt import AlignGPTConfig
 
@@ -127,8 +126,10 @@ def part_numbers(tokenizer, text: str, count: int) -> list[int]:
     return (numbers + [len(ends) - 1] * count)[:count]
 
 
-def judge_inputs(processor, images: list, texts: list[str], question: str | None, return_parts: bool) -> BatchFeature:
-    """See [`AlignGPTProcessor.judge_inputs`]."""
+def judge_inputs(
+    processor, images: list, texts: list[str], question: str | None, return_parts: bool, plain_template: str
+) -> BatchFeature:
+    """See [`AlignGPTProcessor.judge_inputs`]; `plain_template` is that of stage 1."""
     if IS_TRANSFORMERS_4:
         raise ValueError("Judging texts needs transformers 5.18 or later: 4.57 does not tell answers from prompts.")
     if empty := [row for row, text in enumerate(texts) if not text.strip()]:
@@ -143,7 +144,7 @@ def judge_inputs(processor, images: list, texts: list[str], question: str | None
         ]
         for image, text in zip(images, texts, strict=True)
     ]
-    template = {"chat_template": CHAT_TEMPLATES["plain"]} if question is None else {}
+    template = {"chat_template": plain_template} if question is None else {}
     batch = processor.apply_chat_template(
         chats,
         tokenize=True,

@@ -15,7 +15,7 @@ from transformers.image_utils import ImageInput, make_flat_list_of_images
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TextInput
 
-from .chat_templates import with_suffix
+from .chat_templates import CHAT_TEMPLATES, with_suffix
 from .compat_v4 import IS_TRANSFORMERS_4, ProcessorBase
 from .configuration_aligngpt import GATE_CONTEXTS
 from .control_tokens import control_tokens, sanitized
@@ -182,7 +182,7 @@ class AlignGPTProcessor(ProcessorBase):
         Raises:
             ValueError: as many texts as images are not there, or a text is empty.
         """
-        return judge_inputs(self, images, texts, question, return_parts)
+        return judge_inputs(self, images, texts, question, return_parts, CHAT_TEMPLATES["plain"])
 
     def _is_to_be_learned(self, conversation, chat_template: str | None, kwargs: dict) -> bool:
         """Whether conversations end with their answers, and the gate has to be kept from reading those."""

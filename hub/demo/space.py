@@ -14,7 +14,7 @@ from aligngpt_shared.files import new_folder
 from aligngpt_shared.locks import lock, lock_of
 
 from ..publishing.checks import check_contents
-from ..publishing.upload import Upload, check_repo_id, hub_errors, upload_checked_folder
+from ..publishing.upload import HubError, Upload, check_repo_id, hub_errors, upload_checked_folder
 
 
 TEMPLATE = Path(__file__).parents[1] / "space"
@@ -93,14 +93,11 @@ def find_model(repo_id: str, revision: str | None = None) -> Model:
     try:
         with hub_errors(repo_id):
             info = HfApi().model_info(repo_id, revision=revision)
-    except ValueError as error:
-        unreachable = "HF_HUB_OFFLINE" in str(error) or "broke or never stood" in str(error)
-        if unreachable and revision and _SHA.fullmatch(revision):
+    except HubError as error:
+        if error.unreachable and revision and _SHA.fullmatch(revision):
             return Model(repo_id, revision, [])
-        # what the upload says about the repository has no meaning here
-        what = str(error).replace(f" {repo_id} is as it was; run the same command again.", "")
-        hint = " Or name a full commit with --revision." if unreachable else ""
-        raise ValueError(what + hint) from error
+        hint = " Or name a full commit with --revision." if error.unreachable else ""
+        raise ValueError(error.reason + hint) from error
     names = sorted(sibling.rfilename for sibling in info.siblings or ())
     if "config.json" not in names:
         raise ValueError(f"{repo_id} at {info.sha[:7]} has no config.json: it is not a model that can be loaded.")

@@ -212,35 +212,54 @@ def download_text(repo_id: str, name: str, repo_type: str = "model", token: str 
 # ---- errors ----
 
 
+class HubError(ValueError):
+    """
+    What the Hub or its client did not do, in one line.
+
+    Attributes:
+        reason: the line without what it says of a repository that was to be written.
+        unreachable: nobody was asked: the Hub is switched off, or the connection broke.
+    """
+
+    def __init__(self, reason: str, unreachable: bool = False, remedy: str = ""):
+        super().__init__(f"{reason} {remedy}".strip())
+        self.reason, self.unreachable = reason, unreachable
+
+
 @contextmanager
 def hub_errors(repo_id: str, repo_type: str = "model") -> Iterator[None]:
     """Turns what the Hub and its client raise into a ValueError of one line, with what to do about it."""
     try:
         yield
     except Exception as error:
-        text = explain(error, repo_id, repo_type)
-        if text is None:
+        explained = explain(error, repo_id, repo_type)
+        if explained is None:
             raise
         notes = " ".join(getattr(error, "__notes__", []))
-        raise ValueError(f"{text} {notes}".strip()) from error
+        if notes:
+            explained = HubError(f"{explained} {notes}", explained.unreachable)
+        raise explained from error
 
 
-def explain(error: BaseException, repo_id: str, repo_type: str = "model") -> str | None:
+def explain(error: BaseException, repo_id: str, repo_type: str = "model") -> HubError | None:
     """What a failure of the Hub means; `None` for what is none."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
     answered = next((link for link in chain if isinstance(link, HfHubHTTPError)), None)
     if any(isinstance(link, OfflineModeIsEnabled) for link in chain) or constants.HF_HUB_OFFLINE:
-        return OFFLINE
+        return HubError(OFFLINE, unreachable=True)
     if answered is not None:
-        return _explain_answer(answered, repo_id, repo_type)
+        return HubError(_explain_answer(answered, repo_id, repo_type))
     broken = next((link for link in chain if _is_network(link)), None)
     # the client wraps what befalls a file in a RuntimeError with its name
     what = f"{error} " if isinstance(error, RuntimeError) else ""
     if broken is not None:
         what += f"The connection to {constants.ENDPOINT} broke or never stood ({type(broken).__name__}: {broken})."
-    return f"{what.strip()} {repo_id} is as it was; run the same command again." if what else None
+    if not what:
+        return None
+    remedy = f"{repo_id} is as it was; run the same command again."
+    return HubError(what.strip(), unreachable=broken is not None, remedy=remedy)
 
 
 def _explain_answer(error: HfHubHTTPError, repo_id: str, repo_type: str) -> str:

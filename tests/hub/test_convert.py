@@ -19,7 +19,7 @@ from aligngpt_hub.original.convert import convert_checkpoint
 from aligngpt_hub.original.export import export_original
 from aligngpt_hub.original.format import open_checkpoint, to_original_key, to_our_key
 from modeling_aligngpt.assembly import assemble
-from modeling_aligngpt.chat_templates import CHAT_TEMPLATES
+from modeling_aligngpt.chat_templates import CHAT_TEMPLATES, with_suffix
 from modeling_aligngpt.modeling_aligngpt import AlignGPTForConditionalGeneration
 from modeling_aligngpt.processing_aligngpt import AlignGPTProcessor
 
@@ -176,7 +176,7 @@ def test_finetuned_model(checkpoint, tmp_path):
     mean = theirs["lm_head.weight"].mean(0)
     assert torch.allclose(head[VOCAB_SIZE:], mean.expand(len(head) - VOCAB_SIZE, -1), atol=1e-6)
     assert processor.image_processor.do_pad
-    assert processor.chat_template == CHAT_TEMPLATES["vicuna_v1"]
+    assert processor.chat_template == with_suffix(CHAT_TEMPLATES["vicuna_v1"], " ", processor.tokenizer)
     assert processor.tokenizer.pad_token == "<unk>"
     ids = processor.tokenizer.convert_tokens_to_ids(["<image>", "<align>"])
     assert ids == [config.image_token_id, config.align_token_id] == [VOCAB_SIZE, VOCAB_SIZE + 1]
@@ -191,7 +191,7 @@ def test_stage_1_model(tmp_path):
     assert (model.config.align_mode, model.config.training_stage) == ("level", "pretrain")
     assert model.config.default_align_level is None  # the top one
     assert not processor.image_processor.do_pad
-    assert processor.chat_template == CHAT_TEMPLATES["plain"]
+    assert processor.chat_template == with_suffix(CHAT_TEMPLATES["plain"], " ", processor.tokenizer)
     base = load_bin(BASE_LLM / WEIGHTS)
     parameters = model.state_dict()
     for key, value in {**base, **load_bin(STAGE1 / "mm_projector_align.bin")}.items():
@@ -238,7 +238,7 @@ def test_images_as_the_config_says(checkpoint, tmp_path):
     ours = convert_checkpoint(checkpoint, tmp_path / "ours", chat_template="llama_2", gate_context="sequence")
     processor = AlignGPTProcessor.from_pretrained(ours)
     assert not processor.image_processor.do_pad
-    assert processor.chat_template == CHAT_TEMPLATES["llama_2"]
+    assert processor.chat_template == with_suffix(CHAT_TEMPLATES["llama_2"], " ", processor.tokenizer)
     config = load(ours).config
     assert (config.vision_feature_layer, config.gate_context) == (-1, "sequence")
 

@@ -317,7 +317,7 @@ def test_two_levels_side_by_side(app, desktop, files):
     page.choose("second", 4)
     page.write(QUESTION + Keys.ENTER)
     first, second = page.answered(1), page.answered(1, "other")
-    assert "robot" in first and "pizza" in second
+    assert first != second
     assert [shares.index("100%") for shares in page.shares()] == [4, 3]
     left, right = (page.element(name).rect for name in ("chat", "other"))
     assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]

@@ -384,7 +384,9 @@ SUFFIX_CHATS = [
 def test_suffix_in_the_template_is_what_the_processor_writes(name, chat):
     """An engine tokenises what the template gives; the processor edits it. Both get the same ids."""
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "base_llm")
-    tokenizer.add_tokens(["<image>", "<align>", "<|user|>", "<|end|>", "<|assistant|>"], special_tokens=True)
+    tokenizer.add_tokens(
+        ["<image>", "<align>", "<|user|>", "<|end|>", "<|assistant|>", "<|system|>"], special_tokens=True
+    )
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
     processor = AlignGPTProcessor(
         image_processor_for(8, None, do_pad=True),

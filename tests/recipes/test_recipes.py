@@ -20,6 +20,7 @@ from aligngpt_trainers.instruct_config import AlignGPTInstructConfig
 from aligngpt_trainers.lora import load_adapter
 from aligngpt_trainers.pretrain_config import AlignGPTPretrainConfig
 from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTForConditionalGeneration, AlignGPTProcessor
+from modeling_aligngpt.chat_templates import with_suffix
 
 from .families import LANGUAGE_MODELS, VISION_TOWERS, save_language_model, save_vision_tower
 
@@ -140,7 +141,8 @@ def test_both_stages(name, stage1, data, tmp_path, capsys):
     )
     assert (config.align_mode, config.training_stage, config.num_align_levels) == ("gate", "instruct", 8)
     # the recipe names what would be recognised by itself
-    assert processor.chat_template == CHAT_TEMPLATES[family.template]
+    suffix = processor.image_suffix
+    assert processor.chat_template == with_suffix(CHAT_TEMPLATES[family.template], suffix, processor.tokenizer)
     ids = answer(model, processor, data / "images" / "red.png")
     assert len(ids) == 3 and not {config.image_token_id, config.align_token_id} & set(ids)
 

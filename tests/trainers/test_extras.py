@@ -130,7 +130,8 @@ import importlib, pkgutil
 for package in ("modeling_aligngpt", "aligngpt_trainers", "aligngpt_hub", "aligngpt_playground", "aligngpt_recipes"):
     found = importlib.import_module(package)
     for module in pkgutil.walk_packages(found.__path__, f"{package}."):
-        if ".space." not in module.name and not module.name.endswith("__main__"):
+        # the last two need vLLM, which has an environment of its own
+        if ".space." not in module.name and not module.name.endswith(("__main__", ".vllm_model", ".vllm_processor")):
             importlib.import_module(module.name)
 print("imported")
 """
