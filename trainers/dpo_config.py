@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
-from .stage_config import check_bounds
+from .stage_config import settle_and_check
 
 
 @dataclass
@@ -25,14 +25,5 @@ class AlignGPTDPOConfig(DPOConfig):
     )
 
     def __post_init__(self):
-        import torch
-
-        check_bounds(self)
-        if self.bf16 is None:
-            self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-        if self.push_to_hub:
-            raise ValueError(
-                "push_to_hub would upload training_args.bin, a pickle with paths of this machine: leave it out and run "
-                "`aligngpt publish` on the finished model, which checks what leaves."
-            )
+        settle_and_check(self)
         super().__post_init__()

@@ -62,6 +62,24 @@ def check_bounds(config: Any) -> None:
         raise ValueError(f"max_steps={steps} cannot be: it must be at least 1, or -1 for whole epochs.")
 
 
+def settle_and_check(config: Any) -> None:
+    """
+    What every trainer's settings have in common: numbers within `BOUNDS`, bfloat16 where a GPU has it, no push.
+
+    Raises:
+        ValueError: for a number that no run can have, or `push_to_hub`.
+    """
+    check_bounds(config)
+    if config.bf16 is None:
+        on_gpu = not (config.fp16 or config.use_cpu) and torch.cuda.is_available()
+        config.bf16 = on_gpu and torch.cuda.is_bf16_supported()
+    if config.push_to_hub:
+        raise ValueError(
+            "push_to_hub would upload training_args.bin, a pickle with paths of this machine: leave it out and run "
+            "`aligngpt publish` on the finished model, which checks what leaves."
+        )
+
+
 @dataclass
 class StageConfig(SFTConfig):
     """
@@ -153,9 +171,7 @@ class StageConfig(SFTConfig):
     )
 
     def __post_init__(self):
-        check_bounds(self)
-        if self.bf16 is None:
-            self.bf16 = not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        settle_and_check(self)
         choices = {"image_aspect_ratio": IMAGE_ASPECT_RATIOS, "on_overlong": ON_OVERLONG, "group_by": GROUPINGS}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -167,11 +183,6 @@ class StageConfig(SFTConfig):
             raise ValueError(
                 "enable_jit_checkpoint has no effect here: a signal (SIGTERM or SIGINT) always finishes the step, "
                 "saves a checkpoint and stops."
-            )
-        if self.push_to_hub:
-            raise ValueError(
-                "push_to_hub would upload training_args.bin, a pickle with paths of this machine: leave it out and run "
-                "`aligngpt publish` on the finished model, which checks what leaves."
             )
         if self.on_overlong != "error" and not self.check_rows:
             raise ValueError(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from demo_model import save_demo_model
 from engines.make_models import save_sentencepiece_model
-from modeling.tiny import SIGLIP, tiny_model
+from modeling.tiny import LLAMA, SIGLIP, randomize, tiny_model
 from PIL import Image
 from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration
@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration
 from aligngpt_hub.engines.llava import check_exportable, write_llava
 from aligngpt_hub.engines.llava_check import load_processor
 from aligngpt_trainers.commands import cli
-from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
+from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
 
 
 QUESTION = "what is in the picture?"
@@ -140,7 +140,17 @@ def test_what_llava_lacks_is_refused(settings, message):
         check_exportable(tiny_model(**settings).config)
 
 
-def test_siglip_keeps_all_its_tokens(world, tmp_path):
-    model = tiny_model(vision_config=SIGLIP)
-    check_exportable(model.config)
-    assert model.config.num_prefix_tokens == 0 and model.config.vision_feature_select_strategy == "full"
+def test_a_siglip_tower_is_the_same_in_the_export(world, tmp_path):
+    """All its tokens are kept; names and logits as with CLIP's."""
+    processor = AlignGPTProcessor.from_pretrained(world / "sentencepiece")
+    tokenizer = processor.tokenizer
+    ids = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<{name}>") for name in ("image", "align")}
+    text = {**LLAMA, "vocab_size": len(tokenizer), "max_position_embeddings": 1024}
+    config = AlignGPTConfig(vision_config=SIGLIP, text_config=text, gate_hidden_size=8, **ids)
+    assert config.num_prefix_tokens == 0 and config.vision_feature_select_strategy == "full"
+    randomize(AlignGPTForConditionalGeneration(config)).save_pretrained(tmp_path / "siglip")
+    template = processor.chat_template
+    AlignGPTProcessor.from_parts(tokenizer, config, chat_template=template).save_pretrained(tmp_path / "siglip")
+    assert cli.main(["export", "--model", str(tmp_path / "siglip"), "--output", str(tmp_path / "llava")]) == 0
+    check = json.loads((tmp_path / "llava" / "export.json").read_text())["check"]
+    assert check["largest_difference"] < 1e-5 < check["largest_logit"]

@@ -307,7 +307,7 @@ def test_a_pasted_image(app, desktop):
 
 
 @needs_browser
-def test_two_levels_side_by_side(app, desktop, files):
+def test_two_levels_side_by_side(app, client, desktop, files):
     page = Page(desktop, app[0])
     page.upload(files / "fine.jpg")
     page.says("ready", "notice")
@@ -317,7 +317,9 @@ def test_two_levels_side_by_side(app, desktop, files):
     page.choose("second", 4)
     page.write(QUESTION + Keys.ENTER)
     first, second = page.answered(1), page.answered(1, "other")
-    assert first != second
+    image = handle_file(str(files / "fine.jpg"))
+    expected = [client.predict(image, QUESTION, level, api_name="/ask")[0] for level in (4, 3)]
+    assert [first, second] == expected and first != second
     assert [shares.index("100%") for shares in page.shares()] == [4, 3]
     left, right = (page.element(name).rect for name in ("chat", "other"))
     assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]

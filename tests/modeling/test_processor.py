@@ -26,7 +26,6 @@ from modeling_aligngpt.processing_aligngpt import infer_image_suffix, pil_image_
 GOLDEN = Path(os.environ.get("ALIGNGPT_GOLDEN") or Path(__file__).parents[1] / "fixtures" / "golden")
 TEMPLATES = {"v1": "vicuna_v1", "vicuna_v1": "vicuna_v1", "llava_llama_2": "llama_2", "plain": "plain"}
 PLACEHOLDERS = ["<image>", "<align>"]
-needs_masks = pytest.mark.skipif(IS_TRANSFORMERS_4, reason="transformers 4 cannot mask answers beside images")
 
 
 def read_json(name):
@@ -118,7 +117,6 @@ RECORDED = read_json("training_targets")
 names = lambda record: f"{record.get('template', '')}-{record['name']}"  # noqa: E731
 
 
-@needs_masks
 @pytest.mark.parametrize("record", RECORDED, ids=names)
 def test_training_ids_and_labels_are_the_authors(golden, record):
     roles = {"human": "user", "gpt": "assistant"}
@@ -360,7 +358,6 @@ def test_image_processor_follows_the_tower(golden, tmp_path, caplog):
     assert "no image processor" in caplog.text
 
 
-@needs_masks
 def test_answers_are_masked_with_images_on_either_padding_side(small):
     chats = [
         [
@@ -391,7 +388,6 @@ def test_answers_are_masked_with_images_on_either_padding_side(small):
             assert out["pixel_values"].shape == (3, 3, 8, 8)
 
 
-@needs_masks
 def test_what_a_user_writes_is_text(small):
     """By default, in every way to ask; a model's own markers stay possible on purpose."""
     said = "What does <image> mean, and <align> or <|im_end|>?"

@@ -33,8 +33,7 @@ def examine() -> dict[str, Any]:
     """
     Returns:
         `aligngpt`, `python`, `system`; `packages`: versions of those that are there; `devices`; `disk_free` in bytes
-        of this folder; `commands`: what each lacks; `loggers`: which `report_to` can be used; `vllm`: whether its
-        plugin is registered.
+        of this folder; `commands`: what each lacks; `loggers`: which `report_to` can be used.
     """
     from .cli import COMMANDS
 
