@@ -21,8 +21,9 @@ from typing import Any
 
 from aligngpt_shared.files import write_json
 
-from .ablation_seed import PRETRAINS, VARIANTS, Settings, Variant, run_path, run_seed
-from .ablation_table import TABLE_NAME, describe, summarize
+from .ablation_seed import run_seed
+from .ablation_table import MEASURES, TABLE_NAME, describe, summarize
+from .ablation_variants import PRETRAINS, VARIANTS, Settings, Variant, run_path
 
 
 SETTINGS_NAME = "settings.json"
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"), help="folder to write (%(default)s)")
     parser.add_argument("--seeds", type=int, default=5, help="seeds, from 0 on (%(default)s)")
     parser.add_argument("--pairs", type=int, default=3200, help="image-caption pairs of stage 1 (%(default)s)")
-    parser.add_argument("--pretrain-steps", type=int, default=200, help="steps of stage 1, 32 rows each (%(default)s)")
+    parser.add_argument("--pretrain-steps", type=int, default=300, help="steps of stage 1, 32 rows each (%(default)s)")
     parser.add_argument("--conversations", type=int, default=1920, help="conversations of stage 2 (%(default)s)")
     parser.add_argument("--heldout", type=int, default=320, help="held-out images of either kind (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="seeds worked on at once, a process each (%(default)s)")
@@ -60,14 +61,21 @@ def run(args: argparse.Namespace) -> int:
     started = time.perf_counter()
     done = _run_seeds(range(args.seeds), variants, settings, output, parts, args.jobs, args.keep_models)
     runs = read_runs(output, args.seeds)
-    table = summarize(runs, [asdict(variant) for variant in VARIANTS])
-    table |= {"settings": asdict(settings), "pretrains": {name: asdict(v) for name, v in PRETRAINS.items()}}
-    write_json(output / TABLE_NAME, table)
-    print(describe(table))
+    tables = {data: _table(runs, data) for data in MEASURES}
+    facts = {"settings": asdict(settings), "pretrains": {name: asdict(v) for name, v in PRETRAINS.items()}}
+    write_json(output / TABLE_NAME, {"tables": tables, **facts})
+    print("\n\n".join(describe(table) for table in tables.values() if table["rows"]))
     print(
         f"\n{done} runs done now, {len(runs)} altogether, {time.perf_counter() - started:.0f} s; {output / TABLE_NAME}"
     )
     return 0
+
+
+def _table(runs: list[dict[str, Any]], data: str) -> dict[str, Any]:
+    """The table of the variants of one kind of instruction data."""
+    variants = [asdict(variant) for variant in VARIANTS if variant.data == data]
+    names = {variant["name"] for variant in variants}
+    return summarize([run for run in runs if run["variant"] in names], variants, data)
 
 
 def _select(names: str | None) -> tuple[Variant, ...]:

@@ -10,13 +10,30 @@ TABLE_NAME = "table.json"
 _T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 """97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom."""
 MEASURES = {
-    "answers": ("questions", "overall"),
-    "loss": ("loss",),
-    "main object": ("captions", "main object"),
-    "all objects": ("captions", "all objects"),
-    "background": ("captions", "background"),
+    "clean": {
+        "answers": ("questions", "overall"),
+        "loss": ("loss",),
+        "main object": ("captions", "main object"),
+        "all objects": ("captions", "all objects"),
+        "absent object": ("captions", "absent object"),
+        "steering": ("captions", "by_level", "steering", "main object"),
+        "judge, stage 1": ("captions", "judged", "judge", "true from untrue"),
+        "judge, stage 2": ("judged", "judge", "true from untrue"),
+    },
+    "noisy": {
+        "exact": ("descriptions", "exact"),
+        "main object": ("descriptions", "main object"),
+        "all objects": ("descriptions", "all objects"),
+        "absent object": ("descriptions", "absent object"),
+        "steering": ("by_level", "steering", "exact"),
+        "judge": ("judged", "judge", "true from untrue"),
+    },
 }
-"""What the table shows: held-out questions right and loss of their answers after stage 2; captions after stage 1."""
+"""
+What the tables show, one for each kind of instruction data. Clean: held-out questions right and loss of their answers
+after stage 2; captions after stage 1, at the top level; how far their quality follows the level (rank correlation); how
+well the judge tells true captions from untrue ones (AUC). Noisy: the same of descriptions after stage 2.
+"""
 
 
 def half_width(values: Sequence[float]) -> float:
@@ -28,31 +45,37 @@ def half_width(values: Sequence[float]) -> float:
     return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def summarize(runs: Sequence[dict[str, Any]], variants: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The table.
+def summarize(
+    runs: Sequence[dict[str, Any]], variants: Sequence[dict[str, Any]], data: str = "clean"
+) -> dict[str, Any]:
+    """A table.
 
     Args:
-        runs: finished runs: `variant`, `seed`, `questions`, `loss`, `captions`, `gate`, ...
+        runs: finished runs: `variant`, `seed` and the figures that `MEASURES` names.
         variants: `name`, `group`, ... in order; the first is what others are compared with.
+        data: the kind of instruction data, a key of `MEASURES`.
 
     Returns:
-        `rows`, one for each variant that has runs: for each of `MEASURES`, and each question type in `types`, `mean`,
-        `std`, and, over the seeds that both have, the mean `difference` to the first variant with `interval` (half the
-        width of its 95 % interval) and `clear` (whether that leaves out 0); `shared` where stage 1 is that variant's.
+        `rows`, one for each variant that has runs: for each of `MEASURES` that its runs have, and each question type in
+        `types`, `mean`, `std`, and, over the seeds that both have, the mean `difference` to the first variant with
+        `interval` (half the width of its 95 % interval) and `clear` (whether that leaves out 0); `shared` where stage 1
+        is that variant's.
     """
     by_variant: dict[str, dict[int, dict]] = {}
     for run in runs:
         by_variant.setdefault(run["variant"], {})[run["seed"]] = run
     reference = by_variant.get(variants[0]["name"], {})
-    kinds = [kind for kind in runs[0]["questions"] if kind != "overall"] if runs else []
+    kinds = [kind for kind in runs[0].get("questions", {}) if kind != "overall"] if runs else []
     rows = []
     for variant in variants:
         own = by_variant.get(variant["name"])
         if not own:
             continue
         row = {**variant, "seeds": sorted(own), "seconds": statistics.mean(run["seconds"] for run in own.values())}
-        paths = {**MEASURES, **{f"type {kind}": ("questions", kind) for kind in kinds}}
+        paths = {**MEASURES[data], **{f"type {kind}": ("questions", kind) for kind in kinds}}
         for measure, path in paths.items():
+            if any(_at(run, path) is None for run in own.values()):
+                continue
             row[measure] = _cell(own, reference, path)
             # of captions only where stage 1 is another
             if path[0] == "captions" and variant.get("pretrain") == variants[0].get("pretrain"):
@@ -65,12 +88,13 @@ def summarize(runs: Sequence[dict[str, Any]], variants: Sequence[dict[str, Any]]
                 for column in columns
             ]
         rows.append(row)
-    return {"rows": rows, "types": kinds, "reference": variants[0]["name"]}
+    return {"rows": rows, "types": kinds, "data": data, "reference": variants[0]["name"]}
 
 
 def _cell(own: dict[int, dict], reference: dict[int, dict], path: Sequence[str]) -> dict[str, Any]:
     values = {seed: _at(run, path) for seed, run in own.items()}
-    paired = [values[seed] - _at(reference[seed], path) for seed in values if seed in reference]
+    compared = {seed: _at(run, path) for seed, run in reference.items()}
+    paired = [value - compared[seed] for seed, value in values.items() if compared.get(seed) is not None]
     spread = statistics.stdev(values.values()) if len(values) > 1 else None
     cell = {"mean": statistics.mean(values.values()), "std": spread, "values": list(values.values())}
     width = half_width(paired)
@@ -80,21 +104,23 @@ def _cell(own: dict[int, dict], reference: dict[int, dict], path: Sequence[str])
     return cell
 
 
-def _at(run: dict[str, Any], path: Sequence[str]) -> float:
+def _at(run: dict[str, Any], path: Sequence[str]) -> Any:
+    """The figure at a path of keys; None where a run has none (a model without levels has no judge)."""
+    found: Any = run
     for key in path:
-        run = run[key]
-    return run
+        found = (found or {}).get(key)
+    return found
 
 
 def describe(table: dict[str, Any]) -> str:
-    """The table for terminal and Markdown: means ± standard deviation over seeds, then paired differences."""
-    measures = list(MEASURES)
+    """A table for terminal and Markdown: means ± standard deviation over seeds, then paired differences."""
+    measures = list(MEASURES[table["data"]])
     lines = [
         "| variant | seeds | " + " | ".join(measures) + " |",
         "|---|---|" + "---|" * len(measures),
     ]
     for row in table["rows"]:
-        cells = [_plus_minus(row[measure]) for measure in measures]
+        cells = [_plus_minus(row.get(measure)) for measure in measures]
         lines.append(f"| {row['name']} | {len(row['seeds'])} | " + " | ".join(cells) + " |")
     lines += [
         "",
@@ -104,16 +130,20 @@ def describe(table: dict[str, Any]) -> str:
         "|---|" + "---|" * len(measures),
     ]
     for row in table["rows"][1:]:
-        cells = [_difference(row[measure]) for measure in measures]
+        cells = [_difference(row.get(measure)) for measure in measures]
         lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _plus_minus(cell: dict[str, Any]) -> str:
+def _plus_minus(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return ""
     return f"{cell['mean']:.3f}" + (f" ± {cell['std']:.3f}" if cell["std"] is not None else "")
 
 
-def _difference(cell: dict[str, Any]) -> str:
+def _difference(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return ""
     if cell.get("shared"):
         return "same stage 1"
     if "difference" not in cell:

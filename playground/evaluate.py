@@ -198,15 +198,17 @@ class SavedModel:
         levels = [align_level] * len(images) if align_level is None or isinstance(align_level, int) else align_level
         return [text.split("\n")[0].strip() for text in self._generate(images, texts, levels)[0]]
 
-    def answer(self, images: Sequence[Image.Image], questions: Sequence[str]) -> tuple[list[str], list[list[float]]]:
-        """Answer one question about each image.
+    def answer(
+        self, images: Sequence[Image.Image], questions: Sequence[str], align_level: int | None = None
+    ) -> tuple[list[str], list[list[float]]]:
+        """Answer one question about each image, as the model does by itself or at a level.
 
         Returns:
             The answers, and for each the gate's weights of levels 0..N-2.
         """
         content = [{"type": "image"}]
         chats = [[{"role": "user", "content": [*content, {"type": "text", "text": text}]}] for text in questions]
-        return self._generate(images, self._render(chats))
+        return self._generate(images, self._render(chats), [align_level] * len(questions))
 
     def _render(self, chats: list, **options: Any) -> list[str]:
         return self.processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True, **options)

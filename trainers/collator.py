@@ -43,7 +43,9 @@ class AlignGPTDataCollator(DataCollatorMixin):
         max_length (`int`, *optional*): most tokens of a row, image tokens included; `None` for no limit.
         on_overlong (`str`): what a row longer than `max_length` does: `"error"` and `"drop"` raise here (the trainers
             leave such rows out before), `"truncate"` cuts the end, never an image token nor the whole answer.
-        num_align_levels (`int`, *optional*): levels must be below it; needed for `"pretrain"`.
+        num_align_levels (`int`, *optional*): levels must be below it; needed where rows have levels.
+        use_levels (`bool`, *optional*): whether rows bring their own level; default: in `"pretrain"` alone. In
+            `"instruct"` rows without images need none.
         gate_context (`str`): the model's: `prompt_mask` is what stands in front of the first answer (`"first_turn"`) or
             beside the answers (`"prompt"`); with `"sequence"` none is made, and the gate reads everything.
         chat_template (`str`, *optional*): default: "plain" for `"pretrain"`, the processor's own for `"instruct"`.
@@ -66,6 +68,7 @@ class AlignGPTDataCollator(DataCollatorMixin):
     max_length: int | None = 2048
     on_overlong: str = "error"
     num_align_levels: int | None = None
+    use_levels: bool | None = None
     gate_context: str = "prompt"
     chat_template: str | None = None
     pad_to_multiple_of: int | None = None
@@ -77,8 +80,10 @@ class AlignGPTDataCollator(DataCollatorMixin):
             raise ValueError(f"stage={self.stage!r} is not one of {', '.join(STAGES)}.")
         if self.on_overlong not in ON_OVERLONG:
             raise ValueError(f"on_overlong={self.on_overlong!r} is not one of {', '.join(ON_OVERLONG)}.")
-        if self.stage == "pretrain" and self.num_align_levels is None:
-            raise ValueError('stage="pretrain" needs num_align_levels: the size of the model\'s level table.')
+        if self.use_levels is None:
+            self.use_levels = self.stage == "pretrain"
+        if self.use_levels and self.num_align_levels is None:
+            raise ValueError(f'stage="{self.stage}" needs num_align_levels: the size of the model\'s level table.')
         if self.chat_template is None:
             own = self.processor.chat_template
             own = own.get("default") if isinstance(own, dict) else own
@@ -89,7 +94,7 @@ class AlignGPTDataCollator(DataCollatorMixin):
         self.control_tokens = control_tokens(self.processor.tokenizer, self.chat_template)
 
     def torch_call(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        levels = [self.check_level(row) for row in rows] if self.stage == "pretrain" else None
+        levels = [self.check_level(row) for row in rows] if self.use_levels else None
         if TOKENS_COLUMN not in rows[0]:
             rows = [{**row, **encoded} for row, encoded in zip(rows, self.encode(rows), strict=True)]
         images = [self._load_images(row) for row in rows]
@@ -161,12 +166,15 @@ class AlignGPTDataCollator(DataCollatorMixin):
         return int(widths[-1]), int(widths[last_needed])
 
     def check_level(self, row: dict[str, Any]) -> int:
-        """The row's 0-based alignment level."""
+        """The row's 0-based alignment level; the top one for a conversation without images, which reads none."""
         level = row.get("align_level")
+        if level is None and self.stage == "instruct" and not _has_image(row):
+            return self.num_align_levels - 1
         if level is None:
+            needed_by = "stage 1" if self.stage == "pretrain" else 'align_mode="level"'
             raise ValueError(
-                f"{describe_row(row)} has no `align_level`, which stage 1 needs: run `aligngpt score` on the data set "
-                "first and train on what it writes."
+                f"{describe_row(row)} has no `align_level`, which {needed_by} needs: run `aligngpt score` on the data "
+                "set first and train on what it writes."
             )
         if not isinstance(level, int) or isinstance(level, bool) or not 0 <= level < self.num_align_levels:
             raise ValueError(
@@ -250,6 +258,13 @@ class AlignGPTDataCollator(DataCollatorMixin):
         repeats = np.where(is_image, self.processor.image_seq_length, 1)
         supervised = np.repeat(np.asarray(row[SUPERVISED_COLUMN], dtype=bool), repeats)
         return np.repeat(ids, repeats)[: self.max_length], supervised[: self.max_length]
+
+
+def _has_image(row: dict[str, Any]) -> bool:
+    """Whether a row, or its texts alone, holds an image."""
+    contents = [message.get("content") for message in row.get("messages") or []]
+    parts = [part for content in contents if not isinstance(content, str) for part in content or []]
+    return bool(row.get("images")) or any(part.get("type") == "image" for part in parts)
 
 
 def describe_row(row: dict[str, Any]) -> str:

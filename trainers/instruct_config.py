@@ -8,7 +8,7 @@ from .sampling import GROUPINGS
 from .stage_config import StageConfig
 
 
-INSTRUCT_ALIGN_MODES = ("gate", "local", "global", "mean", "fixed", "random")
+INSTRUCT_ALIGN_MODES = ("gate", "local", "global", "mean", "fixed", "random", "level")
 
 
 @dataclass
@@ -21,7 +21,9 @@ class AlignGPTInstructConfig(StageConfig):
     Args:
         align_mode (`str`): what the alignment vector is. `"gate"` is the method (mix of the local levels plus the top
             level); the paper's ablations: `"local"`, `"global"`, `"mean"`, `"fixed"` (the row `default_align_level`)
-            and `"random"` (as `"gate"`, with the table of stage 1 drawn afresh).
+            and `"random"` (as `"gate"`, with the table of stage 1 drawn afresh). Beyond the paper, `"level"`: each
+            row's own `align_level` (see `aligngpt score`), for instruction data whose answers fit their images to
+            different degrees; the top level is asked for in use.
         default_align_level (`int`, *optional*): 0-based level of `"fixed"`; the top one when `None`.
         gate_context (`str`, *optional*): what the gate reads (see [`AlignGPTConfig`]): `"first_turn"`, the same in
             training and in use; `"prompt"`, every question; `"sequence"`, answers too, as in the authors' code. `None`
@@ -36,7 +38,10 @@ class AlignGPTInstructConfig(StageConfig):
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Rows of one step on each device."})
     align_mode: str = field(
         default="gate",
-        metadata={"help": "Alignment vector: `gate` (the method) or an ablation.", "choices": INSTRUCT_ALIGN_MODES},
+        metadata={
+            "help": "Alignment vector: `gate` (the method), an ablation, or each row's own `level`.",
+            "choices": INSTRUCT_ALIGN_MODES,
+        },
     )
     default_align_level: int | None = field(
         default=None, metadata={"help": "0-based level of align_mode `fixed`; the top one when not given."}

@@ -150,7 +150,7 @@ def _encode_chunk(
     chunk: list[dict], collator: AlignGPTDataCollator, limit: int | None
 ) -> tuple[list[dict], list[int], list[int]]:
     """(tokens, lengths, needed lengths) of rows; the first bad row, or one above `limit` tokens, raises."""
-    if collator.stage == "pretrain":
+    if collator.use_levels:
         for row in chunk:
             collator.check_level(row)
     encoded = collator.encode(chunk)

@@ -127,6 +127,7 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
             max_length=args.max_length,
             on_overlong=args.on_overlong,
             num_align_levels=model.config.num_align_levels,
+            use_levels=model.config.align_mode == "level",
             gate_context=model.config.gate_context,
             pad_to_multiple_of=args.pad_to_multiple_of,
             emit_row_index=True,

@@ -1,19 +1,22 @@
 import json
 import math
 import statistics
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
 
-from aligngpt_playground import ablation_seed as ablation
-from aligngpt_playground import ablation_table
+from aligngpt_playground import ablation_measures, ablation_rows, ablation_table, ablation_variants
 from aligngpt_playground.__main__ import main
+from aligngpt_playground.ablation_variants import PRETRAINS, VARIANTS, PretrainVariant, Variant
+from aligngpt_playground.captions import exact_caption
+from aligngpt_playground.scenes import Scene
 
 
 TINY = ["--pairs", "64", "--pretrain-steps", "2", "--conversations", "32", "--heldout", "6"]
-CHOSEN = "gate + global, N = 8; no alignment; best half by score"
+CHOSEN = "gate + global, N = 8; no alignment; best half by CLIP; noisy: each row's level"
 
 
 def command(output, parts, *more):
@@ -22,7 +25,7 @@ def command(output, parts, *more):
 
 @pytest.fixture(scope="module")
 def run(random_parts, tmp_path_factory):
-    """A folder with two seeds of three variants."""
+    """A folder with two seeds of four variants."""
     output = tmp_path_factory.mktemp("runs") / "ablation"
     assert main(command(output, random_parts, "--seeds", "2", "--variants", CHOSEN, "--keep-models")) == 0
     return output
@@ -44,22 +47,32 @@ def results(folder):
 
 def test_each_seed_and_variant_is_there_with_its_figures(run):
     found = results(run)
-    assert len(found) == 6
+    assert len(found) == 8
+    described = {"main object", "all objects", "background", "exact", "absent object", "words"}
     for content in found.values():
-        assert set(content["questions"]) >= {"overall", "what", "count"} and math.isfinite(content["loss"])
-        assert set(content["captions"]) == {"main object", "all objects", "background", "words"}
-        gated = content["variant"].startswith("gate")
+        gated, noisy = content["variant"].startswith("gate"), content["variant"].startswith("noisy")
+        with_levels = gated or noisy
+        assert set(content["captions"]) == described | ({"by_level", "judged"} if with_levels else set())
         assert len(content["gate"]) == (7 if gated else 0)
-        assert (content["loss_by_level"] is not None and len(content["loss_by_level"]) == 8) == gated
+        if with_levels:
+            aucs = content["captions"]["judged"]
+            assert set(aucs) == {"judge", "likelihood", "CLIP"} and set(content["judged"]) == {"judge", "likelihood"}
+            assert all(0 <= value <= 1 for each in aucs.values() for value in each.values())
+        if noisy:
+            assert set(content["descriptions"]) == described and len(content["by_level"]["levels"]) == 8
+            assert all(-1 <= value <= 1 for value in content["by_level"]["steering"].values())
+        else:
+            assert set(content["questions"]) >= {"overall", "what", "count"} and math.isfinite(content["loss"])
+            assert (content["loss_by_level"] is not None and len(content["loss_by_level"]) == 8) == gated
 
 
 def test_seeds_differ_and_variants_share_world_and_stage_1(run):
     found = results(run)
-    losses = {(content["variant"], content["seed"]): content["loss"] for content in found.values()}
-    assert len(set(losses.values())) == 6
+    losses = {content["loss"] for content in found.values() if "loss" in content}
+    assert len(losses) == 6
     assert {path.name for path in (run / "seed-0" / "pretrain").iterdir()} == {"levels-8", "none", "filtered"}
     captions = [
-        [row["messages"] for row in _load(run / f"seed-{seed}" / "world" / "scored").remove_columns("images")]
+        [row["messages"] for row in _load(run / f"seed-{seed}" / "world" / "scored-pairs").remove_columns("images")]
         for seed in (0, 1)
     ]
     assert captions[0] != captions[1]
@@ -117,12 +130,13 @@ def test_other_settings_and_folders_of_others_are_refused(run, random_parts, tmp
 
 
 def test_the_papers_table_is_covered():
-    rows = {(variant.align_mode, variant.pretrain) for variant in ablation.VARIANTS}
+    rows = {(variant.align_mode, variant.pretrain) for variant in VARIANTS if variant.data == "clean"}
     eight = {(mode, "levels-8") for mode in ("gate", "local", "global", "mean", "random")}
     numbers = {("gate", f"levels-{number}") for number in (4, 6, 10)}
     assert eight | numbers <= rows
-    assert [ablation.PRETRAINS[f"levels-{number}"].num_align_levels for number in (4, 6, 8, 10)] == [4, 6, 8, 10]
-    assert len({variant.name for variant in ablation.VARIANTS}) == len(ablation.VARIANTS)
+    assert [PRETRAINS[f"levels-{number}"].num_align_levels for number in (4, 6, 8, 10)] == [4, 6, 8, 10]
+    slugs = {ablation_variants.run_path(Path(), 0, variant) for variant in VARIANTS}
+    assert len({variant.name for variant in VARIANTS}) == len(slugs) == len(VARIANTS)
 
 
 def scored_rows(number=200):
@@ -134,26 +148,70 @@ def test_levels_are_cut_anew_shuffled_or_left_out():
     rows = scored_rows()
     scores = np.array(rows["clip_score"][:])
     for number in (4, 10):
-        cut = ablation.stage_one_rows(rows, ablation.PretrainVariant(number), 0)
+        cut = ablation_rows.stage_one_rows(rows, PretrainVariant(number), 0)
         levels = np.array(cut["align_level"][:])
         assert levels.max() == number - 1 and cut["text"][:] == rows["text"][:]
         assert all(scores[levels == low].max() <= scores[levels == low + 1].min() for low in range(number - 1))
-    cut = np.array(ablation.stage_one_rows(rows, ablation.PretrainVariant(8), 0)["align_level"][:])
-    shuffled = np.array(ablation.stage_one_rows(rows, ablation.PretrainVariant(8, "shuffled"), 0)["align_level"][:])
+    cut = np.array(ablation_rows.stage_one_rows(rows, PretrainVariant(8), 0)["align_level"][:])
+    shuffled = np.array(ablation_rows.stage_one_rows(rows, PretrainVariant(8, "shuffled"), 0)["align_level"][:])
     assert sorted(cut) == sorted(shuffled) and abs(np.corrcoef(shuffled, scores)[0, 1]) < 0.2
-    best = ablation.stage_one_rows(rows, ablation.PretrainVariant(8, "none", 0.5), 0)
+    best = ablation_rows.stage_one_rows(rows, PretrainVariant(8, "none", 0.5), 0)
     assert sorted(best["clip_score"][:]) == sorted(scores)[100:]
+
+
+def test_quantile_levels_hold_equally_many_pairs():
+    cut = ablation_rows.stage_one_rows(scored_rows(), PretrainVariant(8, binning="quantile"), 0)
+    assert np.bincount(cut["align_level"][:]).tolist() == [25] * 8
+
+
+def test_noisy_rows_are_cut_where_stage_1_cut_its_pairs():
+    pairs = Dataset.from_dict({"clip_score": [0.0, 0.4, 0.8]})
+    texts = ["a cat", "a dog", "a cup", "a pot"]
+    scored = Dataset.from_dict(
+        {
+            "clip_score": [-1.0, 0.1, 0.5, 2.0],
+            "align_level": [0, 0, 0, 0],
+            "images": [[], [], [], []],
+            "messages": [
+                [
+                    {"role": "user", "content": [{"type": "image", "text": None}]},
+                    {"role": "assistant", "content": [{"type": "text", "text": text}]},
+                ]
+                for text in texts
+            ],
+        }
+    )
+    variant = Variant("x", "levels-8", "level", "scored", "noisy")
+    rows = ablation_rows.noisy_rows(scored, variant, pairs, 8, "uniform")
+    assert rows["align_level"][:] == [0, 1, 5, 7]
+    messages = rows["messages"][2]
+    assert [part.get("text") for part in messages[0]["content"]] == [None, ablation_rows.DESCRIBE]
+    assert [row[-1]["content"][0]["text"] for row in rows["messages"]] == texts
+    half = ablation_rows.noisy_rows(scored, Variant("x", "levels-8", "level", "", "noisy", 0.5), pairs, 8, "uniform")
+    assert half["align_level"][:] == [5, 7]
+
+
+def test_measures_of_descriptions():
+    scene = Scene("snow", (("cat", 0), ("dog", 3)))
+    truth = exact_caption(scene)
+    found = ablation_measures.describe_captions([truth, "a cat", "a cat and a car in the snow"], [scene] * 3)
+    assert found["exact"] == pytest.approx(1 / 3) and found["absent object"] == pytest.approx(1 / 3)
+    assert found["main object"] == 1 and found["all objects"] == pytest.approx(1 / 3)
+    assert ablation_measures.rank_correlation([0.1, 0.2, 0.2, 0.9]) == pytest.approx(0.9487, abs=1e-4)
+    assert ablation_measures.rank_correlation([3, 2, 1]) == pytest.approx(-1)
+    assert ablation_measures.rank_correlation([1, 1, 1]) == 0
+    assert ablation_measures.auc([2, 3], [1, 2]) == pytest.approx(3.5 / 4)
 
 
 def test_a_batch_without_the_token_is_the_batch_but_for_it():
     ids = torch.tensor([[5, 9, 1, 2], [0, 5, 9, 3]])
     pixels = torch.ones(2, 3, 4, 4)
-    kept = ablation.without_token({"input_ids": ids, "attention_mask": ids > 0, "pixel_values": pixels}, 9)
+    kept = ablation_rows.without_token({"input_ids": ids, "attention_mask": ids > 0, "pixel_values": pixels}, 9)
     assert kept["input_ids"].tolist() == [[5, 1, 2], [0, 5, 3]]
     assert kept["attention_mask"].tolist() == [[True, True, True], [False, True, True]]
     assert kept["pixel_values"] is pixels
     with pytest.raises(ValueError, match="must hold the token 9 once"):
-        ablation.without_token({"input_ids": torch.tensor([[9, 9]])}, 9)
+        ablation_rows.without_token({"input_ids": torch.tensor([[9, 9]])}, 9)
 
 
 def test_without_alignment_the_level_table_has_no_say(run):
@@ -162,8 +220,8 @@ def test_without_alignment_the_level_table_has_no_say(run):
     folder = run / "seed-0" / "pretrain" / "none"
     model = AlignGPTForConditionalGeneration.from_pretrained(folder)
     heldout = _load(run / "seed-0" / "world" / "heldout" / "pairs")["heldout"]["image"][:]
-    asked = ablation._Loaded(model, AlignGPTProcessor.from_pretrained(folder), without=True)
-    inputs = asked.processor(images=heldout[:1], text=["<image>"], return_tensors="pt")
+    processor = ablation_rows.Without(AlignGPTProcessor.from_pretrained(folder), model.config.align_token_id)
+    inputs = processor(images=heldout[:1], text=["<image>"], return_tensors="pt")
     assert (inputs["input_ids"] != model.config.align_token_id).all()
     before = model(**inputs).logits
     with torch.no_grad():
@@ -180,7 +238,7 @@ def fake_run(variant, seed, overall):
         "seed": seed,
         "questions": {"overall": overall, "what": overall},
         "loss": 1 - overall,
-        "captions": {"main object": 0.5, "all objects": 0.5, "background": 0.5},
+        "captions": {"main object": 0.5, "all objects": 0.5, "absent object": 0.5},
         "gate": [{"mean": 0.25, "spread": 0.1 * seed}] if variant == "a" else [],
         "seconds": 1.0,
     }

@@ -1,0 +1,152 @@
+"""The rows of an ablation's seed: its world with scores, and what each variant trains on."""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from aligngpt_shared.files import new_folder
+
+from .ablation_variants import PretrainVariant, Settings, Variant
+from .world import make_pairs, parts_path, write_world
+
+
+DESCRIBE = "Describe the picture."
+NOISY_SEED = 500
+"""Added to the seed of a world for its noisy descriptions, which are about other images than its pairs."""
+
+
+def make_world(folder: Path, seed: int, settings: Settings, parts: str | None) -> Path:
+    """The seed's pairs with scores and its instruction data, and held-out rows that all seeds share."""
+    from datasets import Dataset
+
+    world = folder / "world"
+    if not world.is_dir():
+        with new_folder(world, replace=True) as beside:
+            write_world(beside / "data", settings.pairs, settings.conversations, 1, 1, seed, progress=False)
+            write_world(beside / "heldout", 1, 1, settings.heldout, settings.heldout, seed=0, progress=False)
+            noisy = Dataset.from_list(make_pairs(settings.conversations, NOISY_SEED + seed))
+            noisy.save_to_disk(str(beside / "data" / "noisy"))
+            for name in ("pairs", "noisy"):
+                score(beside / "data" / name, part(parts, "clip"), beside / f"scored-{name}")
+    return world
+
+
+def part(parts: str | None, name: str) -> Path:
+    return Path(parts) / name if parts else parts_path(name)
+
+
+def score(dataset: Path, scorer: Path, output: Path) -> Path:
+    """Scores a folder of pairs, unless that is done."""
+    from aligngpt_trainers import ScoreConfig, score_dataset
+
+    if not output.is_dir():
+        split = "train" if (dataset / "dataset_dict.json").is_file() else None
+        config = ScoreConfig(
+            dataset=str(dataset),
+            dataset_split=split,
+            scorer=str(scorer),
+            output=str(output),
+            batch_size=256 if scorer.name == "clip" else 64,
+            device="cpu",
+        )
+        with silent():
+            score_dataset(config)
+    return output
+
+
+def stage_one_rows(scored, variant: PretrainVariant, seed: int):
+    """Scored pairs as a stage 1 takes them: levels cut anew into N, dealt out at random, or only the best pairs.
+
+    Args:
+        scored: data set with `clip_score`.
+        variant: what is asked for.
+        seed: of the shuffle.
+    """
+    import numpy as np
+
+    from aligngpt_trainers.scoring.scorer import cut_levels
+
+    scores = np.asarray(scored["clip_score"][:])
+    levels, _, _ = cut_levels(scores, variant.num_align_levels, variant.binning)
+    if variant.levels == "shuffled":
+        levels = np.random.default_rng(seed).permutation(levels)
+    rows = scored.remove_columns("align_level").add_column("align_level", levels.tolist())
+    return best_rows(rows, variant.keep)
+
+
+def best_rows(scored, keep: float):
+    """The share `keep` of scored rows with the highest scores, in their order."""
+    import numpy as np
+
+    if keep == 1:
+        return scored
+    scores = np.asarray(scored["clip_score"][:])
+    best = np.argsort(-scores, kind="stable")[: round(keep * len(scores))]
+    # written out, because a selection is encoded again at every step
+    return scored.select(np.sort(best)).flatten_indices()
+
+
+def noisy_rows(scored, variant: Variant, pairs_scored, num_align_levels: int, binning: str):
+    """Scored descriptions as conversations; their levels are cut at the edges of stage 1's pairs.
+
+    Args:
+        scored: data set of descriptions with `clip_score`.
+        variant: of stage 2; `keep` is applied.
+        pairs_scored: the pairs of stage 1 with scores of the same scorer.
+        num_align_levels, binning: how stage 1 cut them.
+    """
+    import numpy as np
+
+    from aligngpt_trainers.scoring.scorer import cut_levels
+
+    _, edges, _ = cut_levels(np.asarray(pairs_scored["clip_score"][:]), num_align_levels, binning)
+    levels, _, _ = cut_levels(np.asarray(scored["clip_score"][:]), method="edges", edges=edges)
+    messages = [
+        [
+            {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": DESCRIBE}]},
+            {"role": "assistant", "content": [{"type": "text", "text": row[-1]["content"][0]["text"]}]},
+        ]
+        for row in scored["messages"][:]
+    ]
+    rows = scored.remove_columns(["messages", "align_level"]).add_column("messages", messages)
+    return best_rows(rows.add_column("align_level", levels.tolist()), variant.keep)
+
+
+# ---- rows without the token ----
+
+
+def without_token(batch: dict[str, Any], token_id: int) -> dict[str, Any]:
+    """A batch with the one `token_id` of each row taken out of everything that has a column for each token."""
+    ids = batch["input_ids"]
+    keep = ids != token_id
+    if bool(((~keep).sum(1) != 1).any()):
+        raise ValueError(f"each row must hold the token {token_id} once; they hold it {(~keep).sum(1).tolist()} times")
+    return {
+        name: value[keep].view(len(ids), -1) if value.shape[:2] == ids.shape else value for name, value in batch.items()
+    }
+
+
+class Without:
+    """A collator or processor whose batches hold no `<align>`: what LLaVA reads."""
+
+    def __init__(self, inner, token_id: int):
+        self.inner, self.token_id = inner, token_id
+
+    def __call__(self, *args, **kwargs):
+        batch = self.inner(*args, **kwargs)
+        kept = without_token(batch, self.token_id)
+        return type(batch)(kept) if not isinstance(batch, dict) else kept
+
+    def __getattr__(self, name: str):
+        return getattr(self.inner, name)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Keep what the commands print from standing between the progress."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

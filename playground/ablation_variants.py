@@ -1,0 +1,109 @@
+"""What the ablation compares: kinds of stage 1, of instruction data, and of the alignment vector of stage 2."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class PretrainVariant:
+    """A stage 1.
+
+    Args:
+        num_align_levels: N.
+        levels: `"score"`: cut from the scores; `"shuffled"`: the same levels dealt out at random, so that there are as
+            many of each and none says anything; `"none"`: no `<align>` token in any row, as in LLaVA.
+        keep: share of the pairs, the best by score, that is trained on (as many steps as with all of them).
+        binning: how levels are cut, see `cut_levels`.
+        judge: the stage 1 whose model scores the pairs (a key of `PRETRAINS`); by default CLIP does.
+    """
+
+    num_align_levels: int = 8
+    levels: str = "score"
+    keep: float = 1.0
+    binning: str = "uniform"
+    judge: str | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row of the table.
+
+    Args:
+        name: shown.
+        pretrain: its stage 1, a key of `PRETRAINS`.
+        align_mode: the alignment vector of stage 2.
+        group: what it is for.
+        data: instruction data: `"clean"` (questions, all answered rightly) or `"noisy"` (descriptions that fit their
+            images to different degrees, which nothing in the prompt tells).
+        keep: share of the noisy rows, the best by score, that is trained on (as many steps as with all of them).
+        judge: the stage 1 whose model scores the noisy rows; by default CLIP does.
+    """
+
+    name: str
+    pretrain: str
+    align_mode: str
+    group: str
+    data: str = "clean"
+    keep: float = 1.0
+    judge: str | None = None
+
+
+PRETRAINS = {
+    "levels-8": PretrainVariant(8),
+    "none": PretrainVariant(8, levels="none"),
+    "filtered": PretrainVariant(8, levels="none", keep=0.5),
+    "shuffled-8": PretrainVariant(8, levels="shuffled"),
+    "quantile-8": PretrainVariant(8, binning="quantile"),
+    "judged-8": PretrainVariant(8, judge="levels-8"),
+    "judged-filtered": PretrainVariant(8, levels="none", keep=0.5, judge="levels-8"),
+    "levels-4": PretrainVariant(4),
+    "levels-6": PretrainVariant(6),
+    "levels-10": PretrainVariant(10),
+}
+VARIANTS = (
+    Variant("gate + global, N = 8", "levels-8", "gate", "method"),
+    Variant("no alignment", "none", "global", "baseline"),
+    Variant("best half by CLIP", "filtered", "global", "baseline"),
+    Variant("best half by the judge", "judged-filtered", "global", "judge"),
+    Variant("levels by the judge", "judged-8", "gate", "judge"),
+    Variant("quantile levels", "quantile-8", "gate", "number"),
+    Variant("shuffled levels", "shuffled-8", "gate", "control"),
+    Variant("local only", "levels-8", "local", "vector"),
+    Variant("global only", "levels-8", "global", "vector"),
+    Variant("mean of all levels", "levels-8", "mean", "vector"),
+    Variant("random level table", "levels-8", "random", "control"),
+    Variant("N = 4", "levels-4", "gate", "number"),
+    Variant("N = 6", "levels-6", "gate", "number"),
+    Variant("N = 10", "levels-10", "gate", "number"),
+    Variant("noisy: gate + global", "levels-8", "gate", "method", "noisy"),
+    Variant("noisy: no alignment", "none", "global", "baseline", "noisy"),
+    Variant("noisy: global only", "levels-8", "global", "vector", "noisy"),
+    Variant("noisy: each row's level", "levels-8", "level", "scored", "noisy"),
+    Variant("noisy: each row's quantile level", "quantile-8", "level", "scored", "noisy"),
+    Variant("noisy: best half by CLIP", "levels-8", "gate", "baseline", "noisy", 0.5),
+    Variant("noisy: level of the best half", "levels-8", "level", "scored", "noisy", 0.5),
+    Variant("noisy: level by the judge", "levels-8", "level", "judge", "noisy", judge="levels-8"),
+    Variant("noisy: best half by the judge", "levels-8", "gate", "judge", "noisy", 0.5, "levels-8"),
+)
+"""The first of each kind of data is the paper's method, which the others are compared with."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the figures depend on; a folder holds runs of one of these."""
+
+    pairs: int
+    pretrain_steps: int
+    conversations: int
+    heldout: int
+    batch_size: int = 32
+    pretrain_learning_rate: float = 4e-3
+    image_token_penalty: float = 0.1
+    instruct_learning_rate: float = 1e-3
+    parts: str = "package"
+
+
+def run_path(output: Path, seed: int, variant: Variant) -> Path:
+    """Where a finished run is kept."""
+    slug = "-".join("".join(char if char.isalnum() else " " for char in variant.name).split())
+    return output / f"seed-{seed}" / "runs" / f"{slug}.json"
