@@ -118,11 +118,10 @@ class _Seed:
         asked = self._loaded(model, processor, without)
         if without:
             return measures.describe_captions(asked.caption(images), scenes)
-        levels = measures.by_level(asked, images, scenes, None)
         return {
             # the top level is the model's default
-            **levels["levels"][-1],
-            "by_level": levels,
+            **measures.describe_captions(asked.caption(images), scenes),
+            "by_level": measures.by_level(asked, images, scenes, None),
             "judged": {
                 **measures.judge_captions(asked, None, self.settings.heldout),
                 "CLIP": measures.score_captions(str(part(self.parts, "clip")), self.settings.heldout),
@@ -166,7 +165,7 @@ class _Seed:
             figures: dict[str, Any] = {}
             if compared is not None:
                 figures["loss"] = trainer.evaluate()["eval_loss"]
-                figures["loss_by_level"] = None if without else measures.loss_by_level(trainer)
+                figures["loss_by_level"] = measures.loss_by_level(trainer) if variant.group == "method" else None
         asked = self._loaded(trainer.model, processor, without)
         figures |= self._noisy_figures(asked, without) if variant.data == "noisy" else self._answers(asked, heldout)
         if not without:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from transformers import AutoModelForImageTextToText
 
 from aligngpt_playground.world import parts_path, write_world
@@ -103,3 +103,46 @@ def test_each_ablation_is_one_value(world, stage_1, tmp_path, mode, levels):
     if mode in ("gate", "local", "random"):
         assert weights.shape == (levels,) and float(weights[:-1].sum()) == pytest.approx(1, abs=1e-5)
     assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_stage_2_on_each_rows_own_level(world, stage_1, tmp_path):
+    """Beyond the paper: conversations are scored, and each trains the model at its own level."""
+    conversations, scored = world / "data" / "conversations", tmp_path / "scored"
+    run("score", "--dataset", conversations, "--scorer", parts_path("clip"), "--device", "cpu", "--conversations",
+        "true", "--output", scored)  # fmt: skip
+    run("instruct", "--model", stage_1[8], "--dataset", scored, "--output_dir", tmp_path / "out", *COMMON,
+        "--align_mode", "level")  # fmt: skip
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert model.config.align_mode == "level" and model.config.training_stage == "instruct"
+    before = AutoModelForImageTextToText.from_pretrained(stage_1[8], trust_remote_code=True)
+    # neither gate nor level table has a say in it, or learns from it
+    for module in ("align_gate", "align_embeddings"):
+        for ours, theirs in zip(
+            getattr(model.model, module).parameters(), getattr(before.model, module).parameters(), strict=True
+        ):
+            assert torch.equal(ours, theirs)
+    processor = AlignGPTProcessor.from_pretrained(tmp_path / "out")
+    rows = load_from_disk(str(scored))
+    inputs = processor(images=rows[0]["images"], text="<image>\nwhat?", return_tensors="pt")
+    asked = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True)
+    assert asked.align_weights.tolist() == [[0.0] * 7 + [1.0]], "the top level is asked for"
+
+
+def test_levels_of_rows_reach_the_batch_and_lack_in_none_with_an_image(world, stage_1, tmp_path):
+    from aligngpt_trainers import AlignGPTInstructConfig, AlignGPTInstructTrainer
+
+    rows = load_from_disk(str(world / "data" / "conversations"))["train"].select(range(4))
+    text = {"role": "user", "content": [{"type": "text", "text": "two and two?"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "four"}]}
+    mixed = [
+        *({"images": row["images"], "messages": row["messages"], "align_level": i} for i, row in enumerate(rows)),
+        {"images": [], "messages": [text, answer], "align_level": None},
+    ]
+    args = AlignGPTInstructConfig(str(tmp_path), use_cpu=True, align_mode="level", per_device_train_batch_size=5,
+                                  group_by="none", report_to="none", max_length=256)  # fmt: skip
+    trainer = AlignGPTInstructTrainer(str(stage_1[8]), args, Dataset.from_list(mixed))
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert sorted(batch["align_level"].tolist()) == [0, 1, 2, 3, 7]
+    mixed[2]["align_level"] = None
+    with pytest.raises(ValueError, match='Row 2 has no `align_level`, which align_mode="level" needs'):
+        AlignGPTInstructTrainer(str(stage_1[8]), args, Dataset.from_list(mixed))

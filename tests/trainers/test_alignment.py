@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from aligngpt_trainers.data.load import load_rows
+from aligngpt_trainers.scoring.output import STATUSES
 from aligngpt_trainers.scoring.run import score_dataset
 from aligngpt_trainers.scoring.scorer import PairScorer, cut_levels
 
@@ -168,7 +169,7 @@ class TestScoreDataset:
         assert rows["align_level"][:] == levels.tolist()
         assert record["edges"] == edges.tolist() and record["counts"] == counts.tolist()
         assert record == json.loads((tmp_path / "out" / "alignment.json").read_text())
-        nothing = dict.fromkeys(("unreadable", "empty", "unusable", "below_min_score", "left_out_by_sampling"), 0)
+        nothing = dict.fromkeys(STATUSES[1:], 0)
         assert record["rows"] == {"read": 50, "scored": 50, "written": 50, **nothing, "captions_cut": 6}
         assert record["scorer"] == "clip" and len(record["sha256"]) == 64 and record["dtype"] == "float32"
         # images travel with the rows, and the trainers' reader takes the folder as it is

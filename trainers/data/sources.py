@@ -11,12 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import ijson
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
 
 
 READ = 1 << 12  # bytes in which a JSON file has to begin
 # Shards of a data set in memory or on disk that is streamed: how many loader processes can share it.
 NUM_SHARDS = 64
+WEBDATASET_IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,31 @@ def open_source(
         opened = _one_split(loaded, split if streaming else None, str(source))
     except Exception as error:
         raise ValueError(f"{source}: `datasets` cannot load it ({type(error).__name__}: {error}).") from error
-    return opened, path if path.is_dir() else None
+    return _from_webdataset(opened), path if path.is_dir() else None
+
+
+def _from_webdataset(opened: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """
+    Rows of WebDataset tars as `id`, `image` and `caption`; other data as it is. Of img2dataset's layout (key.jpg,
+    key.txt, key.json) the text is read, else the `caption` of the JSON.
+    """
+    columns = opened.column_names or list(next(iter(opened), {}))
+    if "__key__" not in columns:
+        return opened
+    image = next((suffix for suffix in WEBDATASET_IMAGES if suffix in columns), None)
+    if image is None or not {"txt", "json"} & set(columns):
+        raise ValueError(
+            f"This WebDataset has the columns {', '.join(columns)}: it must hold for each key an image "
+            f"({', '.join(WEBDATASET_IMAGES)}) and a text (txt, or json with a caption)."
+        )
+    if "txt" not in columns:
+        # typed, because images would be decoded to find the type
+        features = Features({image: Image(), "__key__": Value("string"), "txt": Value("string")})
+        opened = opened.select_columns(["__key__", image, "json"]).map(
+            lambda row: {"txt": (row["json"] or {}).get("caption")}, remove_columns="json", features=features
+        )
+    names = {"__key__": "id", image: "image", "txt": "caption"}
+    return opened.select_columns(list(names)).rename_columns(names)
 
 
 def _files(path: Path) -> list[Path]:
@@ -126,10 +161,12 @@ def _open_files(paths: list[Path], streaming: bool) -> Dataset | IterableDataset
         if suffix == ".parquet":
             # row groups become shards, so that several loader processes can read one file
             return Dataset.from_parquet(names, streaming=True).reshard() if streaming else Dataset.from_parquet(names)
-        return load_dataset("arrow", data_files={"train": names}, split="train", streaming=streaming)
+        kind = "webdataset" if suffix == ".tar" else "arrow"
+        opened = load_dataset(kind, data_files={"train": names}, split="train", streaming=streaming)
     except Exception as error:
         cause = error.__cause__ or error
         raise ValueError(f"{', '.join(names[:3])}: not readable as {suffix[1:]} ({cause}).") from error
+    return _from_webdataset(opened)
 
 
 def _array_records(path: Path) -> Iterator[dict[str, Any]]:
@@ -181,4 +218,4 @@ READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
     ".csv": _table_records,
     ".tsv": _table_records,
 }
-FILE_SUFFIXES = {*READERS, ".parquet", ".arrow"}
+FILE_SUFFIXES = {*READERS, ".parquet", ".arrow", ".tar"}

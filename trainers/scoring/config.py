@@ -42,6 +42,13 @@ class ScoreConfig:
     image_folder: str | None = field(
         default=None, metadata={"help": "What relative image paths start from; by default the data file's folder."}
     )
+    conversations: bool = field(
+        default=False,
+        metadata={
+            "help": "Score conversations of stage 2: all answers of a row by its image, long ones in parts; rows "
+            "without an image are kept and have no level."
+        },
+    )
     streaming: bool = field(
         default=False, metadata={"help": "Read the data as a stream: nothing is downloaded or loaded beforehand."}
     )
@@ -63,6 +70,12 @@ class ScoreConfig:
     )
     min_score: float | None = field(
         default=None, metadata={"help": "Leave out pairs that score below this, before the levels are cut."}
+    )
+    keep: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the scored pairs to keep, the best by score (0.5: the better half), before the cut."
+        },
     )
     sampling: str = field(
         default="all",
@@ -89,6 +102,12 @@ class ScoreConfig:
     json_output: str | None = field(
         default=None, metadata={"help": "Also write this LLaVA JSON file, the level as `similarity`."}
     )
+    parquet_output: str | None = field(
+        default=None,
+        metadata={
+            "help": "Also write this parquet file: columns `images` and `messages` as TRL reads them, with scores."
+        },
+    )
     overwrite: bool = field(
         default=False, metadata={"help": "Replace an existing output, and kept progress of other settings."}
     )
@@ -108,6 +127,8 @@ class ScoreConfig:
             raise ValueError("samples_per_level has no effect without `sampling: balanced`.")
         if self.min_score is not None and not math.isfinite(self.min_score):
             raise ValueError(f"min_score must be a number, not {self.min_score}.")
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise ValueError(f"keep must be a share above 0 and at most 1, not {self.keep}.")
         if self.device is not None:
             try:
                 torch.device(self.device)

@@ -17,7 +17,9 @@ from .config import ScoreConfig
 ROWS_AT_ONCE = 1000
 
 
-def write_json(path: Path, rows: Dataset, scores: np.ndarray, levels: np.ndarray, config: ScoreConfig):
+def write_json(
+    path: Path, rows: Dataset, scores: np.ndarray, levels: np.ndarray, written: np.ndarray, config: ScoreConfig
+):
     """The output as LLaVA JSON, the level as `similarity` as in the authors' release, one record after the other.
 
     Image paths are relative to `image_folder` (or the data file's folder). Images that are stored in the data set
@@ -27,7 +29,8 @@ def write_json(path: Path, rows: Dataset, scores: np.ndarray, levels: np.ndarray
         path: of the file, which is there whole or not at all.
         rows: with `images` and `messages`, and maybe `id`.
         scores: [rows] float32.
-        levels: [rows] int, below 0 for rows to leave out.
+        levels: [rows] int, below 0 for rows that have none.
+        written: [rows] bool, rows to write; those without a level have no image.
         config: `dataset` and `image_folder`.
     """
     source = Path(config.dataset)
@@ -39,17 +42,17 @@ def write_json(path: Path, rows: Dataset, scores: np.ndarray, levels: np.ndarray
     path.parent.mkdir(parents=True, exist_ok=True)
     with beside.open("w", encoding="utf-8") as file:
         for batch in rows.select_columns(columns).with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
-            chosen = np.flatnonzero(levels[place : place + len(batch)] >= 0)
+            chosen = np.flatnonzero(written[place : place + len(batch)])
             for offset, row in zip(chosen.tolist(), batch.take(chosen).to_pylist(), strict=True):
                 position = place + offset
                 name = row.get("id") or f"{position:09d}"
-                record = {
-                    "id": name,
-                    "image": _json_image(row["images"][0], f"{position:09d}", base, images),
-                    "conversations": [_json_turn(message) for message in row["messages"]],
-                    "similarity": int(levels[position]),
-                    "clip_score": float(f"{scores[position]:.9g}"),
-                }
+                record: dict[str, Any] = {"id": name}
+                if row["images"]:
+                    record["image"] = _json_image(row["images"][0], f"{position:09d}", base, images)
+                record["conversations"] = [_json_turn(message) for message in row["messages"]]
+                if levels[position] >= 0:
+                    record["similarity"] = int(levels[position])
+                    record["clip_score"] = float(f"{scores[position]:.9g}")
                 file.write(separator + json.dumps(record, ensure_ascii=False))
                 separator = ",\n"
             place += len(batch)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
@@ -31,8 +32,9 @@ from .shards import read_shards
 logger = logging.getLogger(__name__)
 
 DROPPED, HISTOGRAM = "dropped.jsonl", "histogram.png"
-# what became of a row, as stored for each: 0 is in the output
-STATUSES = ("written", *REASON_KINDS, "below_min_score", "left_out_by_sampling")
+# what became of a row, as stored for each: the first and, of conversations, the last are in the output
+WITHOUT_IMAGE = "without_image"
+STATUSES = ("written", *REASON_KINDS, "below_min_score", "left_out_by_sampling", "below_kept_share", WITHOUT_IMAGE)
 
 
 @dataclass
@@ -43,7 +45,7 @@ class Scores:
         values: [rows] float32, NaN where there is none.
         statuses: [rows] uint8, index into `STATUSES`.
         captions_cut: how many captions were longer than the text model takes.
-        levels: [rows] int, -1 for rows that are not in the output; None before the cut.
+        levels: [rows] int, -1 for rows that have none; None before the cut.
     """
 
     values: np.ndarray
@@ -55,9 +57,13 @@ class Scores:
         """How many rows it befell."""
         return int(np.count_nonzero(self.statuses == STATUSES.index(status)))
 
+    def written(self) -> np.ndarray:
+        """[rows] bool, what is in the output."""
+        return (self.statuses == 0) | (self.statuses == STATUSES.index(WITHOUT_IMAGE))
 
-def gather_scores(folder: Path, blocks: list[str]) -> Scores:
-    """Reads all shard files: 5 bytes a row stay in memory."""
+
+def gather_scores(folder: Path, blocks: list[str], conversations: bool = False) -> Scores:
+    """Reads all shard files: 5 bytes a row stay in memory. Of conversations, rows may have neither score nor reason."""
     total = sum(pq.read_metadata(folder / f"{block}.parquet").num_rows for block in blocks)
     scores = Scores(np.empty(total, np.float32), np.zeros(total, np.uint8), 0)
     place = 0
@@ -69,6 +75,8 @@ def gather_scores(folder: Path, blocks: list[str]) -> Scores:
                 if reason is not None:
                     scores.statuses[place + position] = STATUSES.index(Reason.read(reason).kind)
         place += len(table)
+    if conversations:
+        scores.statuses[(scores.statuses == 0) & np.isnan(scores.values)] = STATUSES.index(WITHOUT_IMAGE)
     return scores
 
 
@@ -114,8 +122,12 @@ def assign_levels(scores: Scores, config: ScoreConfig, edges: list[float] | None
         with np.errstate(invalid="ignore"):
             low = (scores.statuses == 0) & (scores.values < config.min_score)
         scores.statuses[low] = STATUSES.index("below_min_score")
+    if config.keep is not None:
+        _keep_best(scores, config.keep)
     good = scores.statuses == 0
     if not good.any():
+        if np.isnan(scores.values).all():
+            raise ValueError("No row has an image: there is nothing to score.")
         best = np.nanmax(scores.values)
         raise ValueError(f"No pair scores {config.min_score} or more (the best has {best:.4f}): lower min_score.")
     levels, bounds, counts = cut_levels(scores.values[good], config.num_align_levels, config.binning, edges)
@@ -147,8 +159,16 @@ def assign_levels(scores: Scores, config: ScoreConfig, edges: list[float] | None
         "counts": counts.tolist(),
         "mean_scores": mean_of_levels(scores.values, scores.levels, len(counts)),
         "min_score": config.min_score,
+        "keep": config.keep,
         "sampling": sampling,
     }
+
+
+def _keep_best(scores: Scores, share: float):
+    """Leaves out all but the best `share` of the scored rows; of equal scores the earlier rows stay."""
+    good = np.flatnonzero(scores.statuses == 0)
+    order = np.argsort(-scores.values[good], kind="stable")
+    scores.statuses[good[order[max(1, round(share * len(good))) :]]] = STATUSES.index("below_kept_share")
 
 
 def dropped_rows(
@@ -173,15 +193,18 @@ def dropped_rows(
     def unused() -> Iterator[dict[str, Any]]:
         place = 0
         for table in read_shards(folder, blocks):
-            places = np.flatnonzero(scores.statuses[place : place + len(table)])
+            places = np.flatnonzero(~scores.written()[place : place + len(table)])
             if len(places):
                 reasons = table["error"].take(places).to_pylist()
                 names = ids[places + place]["id"].to_pylist() if ids is not None else [None] * len(places)
                 for position, reason, name in zip((places + place).tolist(), reasons, names, strict=True):
                     kind = STATUSES[scores.statuses[position]]
                     if reason is None:
-                        reason = f"score {scores.values[position]:.6f}"
-                        reason += f" below min_score {min_score}" if kind == "below_min_score" else " in a full level"
+                        why = {
+                            "below_min_score": f"below min_score {min_score}",
+                            "below_kept_share": "is not among the share to keep",
+                        }
+                        reason = f"score {scores.values[position]:.6f} {why.get(kind, 'in a full level')}"
                     else:
                         reason = str(Reason.read(reason))
                     yield {"row": source.number(position), "id": name, "kind": kind, "reason": reason}
@@ -212,8 +235,11 @@ def write_output(
             edges, counts = np.array(record["edges"]), np.array(record["counts"])
             draw_histogram(scores.values[good], edges, counts, title, beside / HISTOGRAM)
             if config.json_output:
-                write_json(Path(config.json_output), rows, scores.values, scores.levels, config)
-            _with_levels(rows, scores, config).save_to_disk(str(beside))
+                write_json(Path(config.json_output), rows, scores.values, scores.levels, scores.written(), config)
+            scored = _with_levels(rows, scores, config)
+            if config.parquet_output:
+                _write_parquet(scored, Path(config.parquet_output))
+            scored.save_to_disk(str(beside))
             (beside / ALIGNMENT).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             move_folder(beside, output)
         except OSError:
@@ -236,13 +262,24 @@ def remove_leftovers(output: Path):
 def _with_levels(rows: Dataset, scores: Scores, config: ScoreConfig) -> Dataset:
     """The rows of the output with `clip_score` and `align_level`."""
     # the columns are joined to the whole table, before anything is selected: no image is copied until the saving
-    columns = {"clip_score": scores.values, "align_level": scores.levels.astype(np.int64)}
+    columns: dict[str, Any] = {"clip_score": scores.values, "align_level": scores.levels.astype(np.int64)}
+    if scores.count(WITHOUT_IMAGE):
+        none = scores.levels < 0
+        columns = {name: pa.array(values, mask=none) for name, values in columns.items()}
     whole = rows.remove_columns([name for name in columns if name in rows.column_names])
     for name, values in columns.items():
         whole = whole.add_column(name, values)
-    chosen = np.flatnonzero(scores.levels >= 0)
+    chosen = np.flatnonzero(scores.written())
     whole = whole.select(chosen) if len(chosen) < len(whole) else whole
     return whole if config.embed_images else _paths_only(whole)
+
+
+def _write_parquet(rows: Dataset, path: Path):
+    """One parquet file with the images inside, whole or not at all."""
+    beside = path.with_name(f"{path.name}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows.to_parquet(str(beside))
+    beside.replace(path)
 
 
 def iterate_images(rows: Dataset) -> Iterator[list[dict[str, Any]]]:
@@ -255,9 +292,9 @@ def _paths_only(rows: Dataset) -> Dataset:
     """`images` as lists of absolute paths, which `load_rows` reads."""
     paths = []
     for number, images in enumerate(iterate_images(rows)):
-        if images[0]["bytes"] is not None:
+        if images and images[0]["bytes"] is not None:
             raise ValueError(f"row {number}: the image is stored in the data set, so embed_images cannot be false.")
-        paths.append([os.path.abspath(images[0]["path"])])
+        paths.append([os.path.abspath(image["path"]) for image in images])
     return rows.remove_columns("images").add_column("images", paths)
 
 
@@ -271,7 +308,8 @@ def print_summary(record: dict[str, Any], output: Path):
         mean = record["mean_scores"][level]
         print(f"{level:>5}  {interval:<20} {count:>9,} {count / total:>7.2%}  {'-' if mean is None else f'{mean:.4f}'}")
     rows = record["rows"]
-    left_out = ", ".join(f"{rows[name]:,} {name.replace('_', ' ')}" for name in STATUSES[1:])
+    shown = [name for name in STATUSES[1:] if rows[name] or name not in ("below_kept_share", WITHOUT_IMAGE)]
+    left_out = ", ".join(f"{rows[name]:,} {name.replace('_', ' ')}" for name in shown)
     limit = record["preprocessing"]["max_text_tokens"]
     cut = "" if limit is None else f"; {rows['captions_cut']:,} captions cut at {limit} tokens"
     print(f"{rows['scored']:,} of {rows['read']:,} rows scored; {left_out}{cut}.")

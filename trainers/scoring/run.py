@@ -29,6 +29,7 @@ from ..data.load import read_rows
 from .config import ScoreConfig, read_edges, warn_of_other_scorer
 from .output import (
     STATUSES,
+    WITHOUT_IMAGE,
     Scores,
     assign_levels,
     gather_scores,
@@ -77,7 +78,11 @@ def score_dataset(config: ScoreConfig) -> dict[str, Any]:
         with processes.together():
             source = _open_source(config, partial)
             scorer = make_scorer(
-                config.scorer, revision=config.scorer_revision, dtype=config.dtype, device=processes.device
+                config.scorer,
+                revision=config.scorer_revision,
+                dtype=config.dtype,
+                device=processes.device,
+                by_parts=config.conversations,
             )
         with processes.together():
             identity, finished = None, None
@@ -89,6 +94,7 @@ def score_dataset(config: ScoreConfig) -> dict[str, Any]:
                     "batch_size": config.batch_size,
                     "shard_size": config.shard_size,
                     "streaming": config.streaming,
+                    **({"conversations": True} if config.conversations else {}),
                     **source.settings(),
                 }
                 finished = _open_partial(partial, settings, config)
@@ -127,8 +133,10 @@ def _refuse_existing(config: ScoreConfig, partial: Path):
     # with progress beside it, the output may be this run's own: see _open_partial
     if output.exists() and not (partial / SETTINGS).is_file():
         raise ValueError(f"output {config.output!r} exists: choose another folder or set overwrite.")
-    if config.json_output and Path(config.json_output).exists() and not (partial / SETTINGS).is_file():
-        raise ValueError(f"json_output {config.json_output!r} exists: choose another file or set overwrite.")
+    for name in ("json_output", "parquet_output"):
+        path = getattr(config, name)
+        if path and Path(path).exists() and not (partial / SETTINGS).is_file():
+            raise ValueError(f"{name} {path!r} exists: choose another file or set overwrite.")
 
 
 def _open_source(config: ScoreConfig, partial: Path) -> WholeSource | StreamSource:
@@ -143,7 +151,7 @@ def _open_source(config: ScoreConfig, partial: Path) -> WholeSource | StreamSour
         on_bad_row=config.on_bad_row,
     )
     if config.on_bad_row == "raise":
-        refuse_other_rows(rows, report)
+        refuse_other_rows(rows, report, config.conversations)
     return WholeSource(rows, report, config.shard_size)
 
 
@@ -192,7 +200,7 @@ def _finish(
     """From the shard files to the output; the main process alone."""
     blocks = source.blocks(partial)
     source.check_complete(partial)
-    scores = gather_scores(partial, blocks)
+    scores = gather_scores(partial, blocks, config.conversations)
     if not len(scores.values):
         raise ValueError(f"{config.dataset}: no rows.")
     refuse_unscored(source, scores, partial, blocks, config.on_bad_row)
@@ -223,10 +231,10 @@ def _count_rows(source: WholeSource | StreamSource, scores: Scores) -> dict[str,
     for _, _, reason in source.report.dropped:
         statuses[reason.kind] += 1
     read = len(scores.values) + len(source.report.dropped)
-    written = statuses.pop("written")
+    written = statuses.pop("written") + statuses[WITHOUT_IMAGE]
     return {
         "read": read,
-        "scored": read - sum(statuses[kind] for kind in REASON_KINDS),
+        "scored": read - sum(statuses[kind] for kind in (*REASON_KINDS, WITHOUT_IMAGE)),
         "written": written,
         **statuses,
         "captions_cut": scores.captions_cut,

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedConfig
 
 from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
+from modeling_aligngpt.judging_aligngpt import split_sentences
 
 from .config import DTYPES
 from .levels import METHODS, cut_levels
@@ -27,9 +28,11 @@ class PairPreprocessor:
         scorer: folder or Hub id of a CLIP- or SigLIP-like model.
         config: its configuration.
         revision: its revision on the Hub.
+        by_parts: texts that are longer than the text model takes are split between sentences, and not cut.
     """
 
-    def __init__(self, scorer: str, config: Any, revision: str | None = None):
+    def __init__(self, scorer: str, config: Any, revision: str | None = None, by_parts: bool = False):
+        self.by_parts = by_parts
         # the PIL backend, whatever is installed: the torchvision one gives other pixels, so other scores
         self.image_processor = AutoImageProcessor.from_pretrained(scorer, revision=revision, backend="pil")
         self.tokenizer = AutoTokenizer.from_pretrained(scorer, revision=revision)
@@ -41,9 +44,15 @@ class PairPreprocessor:
     def __call__(self, images: list, texts: list[str]) -> tuple[dict[str, Any], dict[str, Any], list[bool]]:
         """(image inputs, text inputs, whether each text was cut) of `batch` RGB images and texts.
 
-        Texts are cut at the text model's length: 77 tokens for CLIP.
+        Texts are cut at the text model's length: 77 tokens for CLIP. With `by_parts` the text inputs hold `rows`
+        `(parts,)`, the text that each part belongs to, and what is cut is a sentence of more than that length.
         """
         image_inputs = dict(self.image_processor(images=images, return_tensors="pt"))
+        rows = None
+        if self.by_parts:
+            parts = [self.split(text) for text in texts]
+            rows = [row for row, pieces in enumerate(parts) for _ in pieces]
+            texts = [piece for pieces in parts for piece in pieces]
         text_inputs = self.tokenizer(
             texts,
             padding="max_length" if self.is_siglip else True,
@@ -58,7 +67,21 @@ class PairPreprocessor:
         text_inputs = dict(text_inputs)
         if self.is_siglip:
             text_inputs.pop("attention_mask", None)
+        if rows is not None:
+            text_inputs["rows"] = torch.tensor(rows)
+            cut = [any(c for c, r in zip(cut, rows, strict=True) if r == row) for row in range(len(images))]
         return image_inputs, text_inputs, cut
+
+    def split(self, text: str) -> list[str]:
+        """The text whole where it fits, else runs of its sentences that do."""
+        pieces: list[str] = []
+        for sentence in split_sentences(text):
+            joined = f"{pieces[-1]}{sentence}" if pieces else sentence
+            if pieces and len(self.tokenizer(joined, verbose=False)["input_ids"]) > self.max_length:
+                pieces.append(sentence.lstrip())
+            else:
+                pieces[-1:] = [joined]
+        return pieces
 
     def describe(self) -> dict[str, Any]:
         """What is done to images and texts, for the record: size, crop, mean, deviation, filter, text length."""
@@ -70,6 +93,7 @@ class PairPreprocessor:
             **{key: settings[key] for key in names if settings.get(key) is not None},
             "max_text_tokens": self.max_length,
             "pad_text_to": self.max_length if self.is_siglip else None,
+            **({"long_texts": "mean of their parts"} if self.by_parts else {}),
         }
 
 
@@ -81,12 +105,22 @@ class PairScorer:
         revision: the revision on the Hub.
         dtype: of the weights: `"float32"`, `"bfloat16"`, `"float16"`, or `"auto"`: bfloat16 on a GPU, else float32.
         device: by default the GPU where there is one.
+        by_parts: the score of a text that is longer than the text model takes is the mean of its parts' scores.
 
     Raises:
         ValueError: for a model that is no dual encoder or lacks a part, an unknown dtype.
     """
 
-    def __init__(self, scorer: str, *, revision: str | None = None, dtype: str = "auto", device: str | None = None):
+    def __init__(
+        self,
+        scorer: str,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+        by_parts: bool = False,
+    ):
+        self.by_parts = by_parts
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
         self.name = str(scorer)
@@ -115,7 +149,7 @@ class PairScorer:
             )
         self.model.to(self.device).eval()
         try:
-            self.preprocess = PairPreprocessor(self.name, self.model.config, revision)
+            self.preprocess = PairPreprocessor(self.name, self.model.config, revision, self.by_parts)
         except (OSError, ValueError) as error:
             raise ValueError(f"scorer {self.name!r} lacks its image processor or tokenizer: {error}") from error
 
@@ -123,8 +157,13 @@ class PairScorer:
     def score(self, image_inputs: dict[str, Any], text_inputs: dict[str, Any]) -> torch.Tensor:
         """[batch] float32 cosine similarities of prepared images and texts, pair by pair, still on the device."""
         image_features = _features(self.model.get_image_features(**self._to_device(image_inputs)))
-        text_features = _features(self.model.get_text_features(**self._to_device(text_inputs)))
-        return torch.nn.functional.cosine_similarity(image_features, text_features, dim=-1)
+        texts = self._to_device(text_inputs)
+        rows = texts.pop("rows", None)
+        text_features = _features(self.model.get_text_features(**texts))
+        if rows is None:
+            return torch.nn.functional.cosine_similarity(image_features, text_features, dim=-1)
+        similarity = torch.nn.functional.cosine_similarity(image_features[rows], text_features, dim=-1)
+        return similarity.new_zeros(len(image_features)).index_add(0, rows, similarity) / rows.bincount()
 
     def identity(self) -> dict[str, Any]:
         """What makes the scores: the model's name, Hub revision or weights' hash, dtype and preprocessing."""

@@ -50,7 +50,7 @@ def score_blocks(
     spans = _Spans(lambda: source.spans(done, config.batch_size, processes.rank, processes.count))
     workers = _choose_workers(config, scorer, processes)
     batches = DataLoader(
-        Batches(source, scorer.preprocess, scorer.dtype),
+        Batches(source, scorer.preprocess, scorer.dtype, config.conversations),
         batch_size=None,
         sampler=spans,
         num_workers=workers,
@@ -128,7 +128,7 @@ def _to_table(batch: dict[str, Any], found: torch.Tensor | None) -> pa.Table:
     scores = np.full(len(errors), np.nan, dtype=np.float32)
     cut = np.zeros(len(errors), dtype=bool)
     if found is not None:
-        good = [position for position, error in enumerate(errors) if error is None]
+        good = batch["scored"]
         scores[good], cut[good] = found.cpu().numpy(), batch["inputs"][2]
     return pa.table([pa.array(scores), pa.array(cut), pa.array(errors, pa.string())], SHARD_SCHEMA)
 

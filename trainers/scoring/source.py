@@ -104,20 +104,23 @@ class Batches(torch.utils.data.Dataset):
         source: whose `fetch` gives the rows.
         preprocess: makes tensors of images and captions.
         dtype: of the scorer: images travel to it in that type.
+        conversations: rows without images are passed over: they have neither inputs nor a reason.
     """
 
-    def __init__(self, source: Any, preprocess: PairPreprocessor, dtype: torch.dtype):
+    def __init__(self, source: Any, preprocess: PairPreprocessor, dtype: torch.dtype, conversations: bool = False):
         self.source, self.preprocess, self.dtype = source, preprocess, dtype
+        self.conversations = conversations
 
     def __getitem__(self, span: Span) -> dict[str, Any]:
         rows, reasons = self.source.fetch(span)
-        images, texts = [], []
+        images, texts, scored = [], [], []
         for position, row in enumerate(rows):
-            if reasons[position] is None:
+            if reasons[position] is None and (row["images"] or not self.conversations):
                 try:
                     text = _caption(row)
                     images.append(load_image(row["images"][0]))
                     texts.append(text)
+                    scored.append(position)
                 except ValueError as error:
                     reasons[position] = reason_of(error).kept()
         inputs = None
@@ -125,7 +128,7 @@ class Batches(torch.utils.data.Dataset):
             prepared, words, cut = self.preprocess(images, texts)
             prepared = {k: v.to(self.dtype) if v.is_floating_point() else v for k, v in prepared.items()}
             inputs = prepared, words, cut
-        return {"span": span, "reasons": reasons, "inputs": inputs}
+        return {"span": span, "reasons": reasons, "scored": scored, "inputs": inputs}
 
 
 def _caption(row: dict[str, Any]) -> str:
@@ -140,17 +143,17 @@ def _caption(row: dict[str, Any]) -> str:
 def not_a_pair(images: int) -> str:
     """Why a row without exactly one image has no score."""
     return (
-        f"{images} images; a pair to score has one image and one text. Score stage-1 pairs alone; conversations "
-        "of stage 2 need no level."
+        f"{images} images; a pair to score has one image and one text. The paper's stage 2 needs no levels; to score "
+        "conversations all the same, set conversations: rows without an image are then kept."
     )
 
 
-def refuse_other_rows(rows: Dataset, report: RowReport):
-    """Raises at the first row that does not have exactly one image."""
+def refuse_other_rows(rows: Dataset, report: RowReport, conversations: bool = False):
+    """Raises at the first row that does not have exactly one image (conversations: more than one)."""
     seen = 0
     for batch in rows.select_columns(["images"]).with_format("arrow").iter(batch_size=10_000):
         lengths = pc.list_value_length(batch["images"]).to_numpy(zero_copy_only=False)
-        other = np.flatnonzero(lengths != 1)
+        other = np.flatnonzero(lengths > 1 if conversations else lengths != 1)
         if len(other):
             position = int(other[0])
             raise ValueError(
