@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ from ..folders import stays_inside
 from . import format as original_format
 from .format import BUFFERS_FILE, KEPT_FILES, ORIGINAL_FOLDER, RECORD_FILE, OriginalCheckpoint, to_our_key
 from .locate import locate
+from .weights import StoredWeights
 
 
 logger = logging.getLogger(__name__)
@@ -65,7 +67,7 @@ def convert_checkpoint(
         chat_template: a name of `CHAT_TEMPLATES`; by default "plain" for stage 1, "vicuna_v1" for a Llama without a
             template of its own, else the tokenizer's family.
         gate_context: what the gate reads in further training: "prompt", or "sequence" as the authors' code does.
-        dtype: of the saved weights; by default the checkpoint's. Different ones in one checkpoint are promoted.
+        dtype: of the saved weights; by default each keeps its own, and the model's is that of most of them.
         max_shard_size: greatest size of a weight file.
 
     Returns:
@@ -99,9 +101,8 @@ def convert_checkpoint(
             raise ValueError(
                 f"{tokenizer_folder}: the tokenizer has {vocabulary} tokens, the model {config.text_config.vocab_size}."
             )
-        _keep_original(source, tokenizer_folder, weights, folder / ORIGINAL_FOLDER)
-        model = _load_model(config, weights, len(tokenizer), dtype)
-        del weights
+        _keep_original(source, tokenizer_folder, folder / ORIGINAL_FOLDER)
+        model = _finish_weights(config, weights, len(tokenizer), dtype)
         model.generation_config = placeholder_generation_config(
             _generation_config(source.folder if llm is None else llm, model.config), model.config, tokenizer
         )
@@ -113,7 +114,7 @@ def convert_checkpoint(
             chat_template=CHAT_TEMPLATES[name],
             do_pad=source.config.get("image_aspect_ratio", "square") == "pad",
         )
-        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        save_model(model, weights, folder, max_shard_size)
         processor.save_pretrained(folder)
     return Path(output)
 
@@ -170,22 +171,20 @@ def _our_config(source: OriginalCheckpoint, llm: Path | None, tower: Path, place
 
 def _collect_weights(
     source: OriginalCheckpoint, llm: Path | None, tower: Path, config: AlignGPTConfig
-) -> dict[str, torch.Tensor]:
+) -> StoredWeights:
     """All weights under their names: the checkpoint's, and those of tower and language model where it has none."""
-    weights = dict(source.weights)
+    weights = StoredWeights()
+    parts = [source.weights]
     if not source.has_tower:
-        weights.update(original_format.tower_weights(tower))
+        parts.append(original_format.tower_weights(tower))
     if source.is_stage1:
-        for key, value in original_format.read_weights(llm).items():
-            if not original_format.is_buffer(key):
-                weights.setdefault(key, value)
+        parts.append(original_format.read_weights(llm))
+    for part in parts:
+        for key in part:
+            if key not in weights and not original_format.is_buffer(key):
+                weights.take(part, key)
     config.lm_head_bias = "lm_head.bias" in weights
-    try:
-        with torch.device("meta"):
-            parameters = AlignGPTForConditionalGeneration(config).state_dict()
-    except Exception as error:  # whatever a damaged value does in a family's own code
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"config.json: no model can be made of it ({type(error).__name__}: {reason}).") from error
+    parameters = _on_meta(config).state_dict()
     shapes = {original_format.to_original_key(key): value.shape for key, value in parameters.items()}
     optional = set()
     if source.is_stage1:
@@ -195,8 +194,19 @@ def _collect_weights(
     original_format.check_weights(weights, shapes, frozenset(optional))
     if source.is_stage1:
         dtype = weights["align_indicators.indicator_embs"].dtype
-        weights.update(_fresh_gate(config, optional - weights.keys(), dtype))
+        for key, value in _fresh_gate(config, optional - weights.keys(), dtype).items():
+            weights.put(key, value)
     return weights
+
+
+def _on_meta(config: AlignGPTConfig) -> AlignGPTForConditionalGeneration:
+    """The model without its weights."""
+    try:
+        with torch.device("meta"):
+            return AlignGPTForConditionalGeneration(config)
+    except Exception as error:  # whatever a damaged value does in a family's own code
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"config.json: no model can be made of it ({type(error).__name__}: {reason}).") from error
 
 
 def _fresh_gate(config: AlignGPTConfig, names: set[str], dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -210,31 +220,52 @@ def _fresh_gate(config: AlignGPTConfig, names: set[str], dtype: torch.dtype) -> 
     return {key: value.to(dtype) for key, value in values.items() if key in names}
 
 
-def _load_model(config: AlignGPTConfig, weights: dict, num_tokens: int, dtype) -> AlignGPTForConditionalGeneration:
-    """The model with these weights and room for `num_tokens`; takes the tensors over without copying them first."""
-    given = {value.dtype for value in weights.values()}
-    common = given.pop()
-    for other in given:
-        common = torch.promote_types(common, other)
+def _finish_weights(
+    config: AlignGPTConfig, weights: StoredWeights, num_tokens: int, dtype: str | torch.dtype | None
+) -> AlignGPTForConditionalGeneration:
+    """
+    Gives the weights our names, room for `num_tokens` and, where one is asked for, a dtype; nothing is read yet.
+
+    Returns:
+        The model without its weights, its config finished.
+    """
     if dtype is not None:
         wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
             raise ValueError(f"dtype={dtype!r} is no floating-point type of torch.")
-        common = wanted
-    elif given:
-        logger.warning("The checkpoint mixes dtypes; all weights are saved as %s. --dtype chooses another.", common)
+        for key in weights:
+            weights.change(key, lambda value: value.to(wanted))
+    sizes: Counter[torch.dtype] = Counter()
+    for value in weights.values():
+        sizes[value.dtype] += value.numel()
+    config.dtype = sizes.most_common(1)[0][0]
+    if len(sizes) > 1:
+        logger.warning(
+            "The checkpoint mixes dtypes (%s). Each weight keeps its own; the model is loaded as %s. --dtype chooses "
+            "one for all.",
+            ", ".join(sorted(str(each).removeprefix("torch.") for each in sizes)),
+            str(config.dtype).removeprefix("torch."),
+        )
     size = max(padded_vocabulary_size(num_tokens), config.text_config.vocab_size)
-    state_dict = {to_our_key(key): value for key, value in weights.items()}
-    embedding = "model.language_model.embed_tokens.weight"
-    state_dict[embedding] = extend_rows(state_dict[embedding], size, config.align_token_id)
-    for key in ("lm_head.weight", "lm_head.bias"):
-        if key in state_dict and not config.tie_word_embeddings:
-            state_dict[key] = extend_rows(state_dict[key], size)
-    if config.tie_word_embeddings:
-        state_dict["lm_head.weight"] = state_dict[embedding]
+    rows = {"model.embed_tokens.weight": config.align_token_id, "lm_head.weight": None, "lm_head.bias": None}
+    if config.tie_word_embeddings and "lm_head.weight" in weights:
+        weights.drop(["lm_head.weight"])
+    for key, align_token_id in rows.items():
+        if key in weights:
+            weights.change(key, lambda value, token=align_token_id: extend_rows(value, size, token))
+    weights.rename(to_our_key)
     config.text_config.vocab_size = size
-    config.dtype = common
-    return AlignGPTForConditionalGeneration.from_pretrained(None, config=config, state_dict=state_dict, dtype=common)
+    return _on_meta(config).to(config.dtype)
+
+
+def save_model(
+    model: AlignGPTForConditionalGeneration, weights: StoredWeights, folder: Path, max_shard_size: str
+) -> None:
+    """What `model.save_pretrained` writes (config, generation config, code), with weights that stayed on disk."""
+    model.save_pretrained(folder, state_dict={})
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    weights.save(folder, max_shard_size)
 
 
 def _generation_config(folder: Path, config: AlignGPTConfig) -> GenerationConfig:
@@ -254,7 +285,7 @@ def _family(tokenizer, config: AlignGPTConfig) -> str:
     return select_chat_template(tokenizer)
 
 
-def _keep_original(source: OriginalCheckpoint, tokenizer_folder: Path, weights: dict, folder: Path) -> None:
+def _keep_original(source: OriginalCheckpoint, tokenizer_folder: Path, folder: Path) -> None:
     """Store what the way back needs and our format does not hold."""
     folder.mkdir()
     for name in KEPT_FILES:

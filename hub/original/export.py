@@ -1,5 +1,6 @@
 """This format to the authors': for their code, and to show that a conversion lost nothing."""
 
+import functools
 import json
 import logging
 import os
@@ -7,11 +8,12 @@ import shutil
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 from transformers import GenerationConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from aligngpt_shared.files import new_folder
+from modeling_aligngpt.configuration_aligngpt import AlignGPTConfig
 from modeling_aligngpt.modeling_aligngpt import AlignGPTForConditionalGeneration
 from modeling_aligngpt.processing_aligngpt import AlignGPTProcessor
 
@@ -23,9 +25,11 @@ from .format import (
     STAGE1_WEIGHTS,
     original_fields,
     read_json,
+    read_weights,
     to_original_key,
 )
 from .locate import locate
+from .weights import StoredWeights
 
 
 logger = logging.getLogger(__name__)
@@ -65,91 +69,100 @@ def export_original(
         raise ValueError(f"{source} is no AlignGPT model in this format: its config.json has no vision_config.")
     kept = source / ORIGINAL_FOLDER
     with new_folder(output) as folder:
-        model = AlignGPTForConditionalGeneration.from_pretrained(source)
-        record = _valid_record(model, kept / RECORD_FILE)
-        is_stage1 = _is_stage1(model) if record is None else record["stage"] == 1
-        vocab_size = _vocab_size(model) if record is None else read_json(kept / "config.json")["vocab_size"]
-        weights = _original_weights(model, is_stage1, vocab_size)
+        config = AlignGPTConfig.from_pretrained(source)
+        record = _valid_record(config, kept / RECORD_FILE)
+        is_stage1 = _is_stage1(config) if record is None else record["stage"] == 1
+        vocab_size = _vocab_size(config) if record is None else read_json(kept / "config.json")["vocab_size"]
+        weights = _original_weights(source, config, is_stage1, vocab_size)
         if record is None:
-            _derive_files(model, source, folder, is_stage1, tokenizer, vision_tower)
-            if not is_stage1:
-                weights.update(_rotary_buffers(model))
+            _derive_files(config, source, folder, is_stage1, tokenizer, vision_tower)
+            buffers = {} if is_stage1 else _rotary_buffers(config)
         else:
-            weights = _as_recorded(weights, record["dtypes"], kept)
+            _as_recorded(weights, record["dtypes"], kept)
             for name in KEPT_FILES:
                 if (kept / name).is_file():
                     shutil.copyfile(kept / name, folder / name)
-            if (kept / BUFFERS_FILE).is_file():
-                weights.update(load_file(kept / BUFFERS_FILE))
-        del model
+            buffers = load_file(kept / BUFFERS_FILE) if (kept / BUFFERS_FILE).is_file() else {}
+        for name, value in buffers.items():
+            weights.put(name, value)
         if is_stage1:
-            torch.save({key: value.clone() for key, value in weights.items()}, folder / STAGE1_WEIGHTS)
+            torch.save({name: weights.read(name).clone() for name in weights}, folder / STAGE1_WEIGHTS)
         else:
-            save_torch_state_dict(weights, folder, max_shard_size=max_shard_size, metadata={"format": "pt"})
+            weights.save(folder, max_shard_size)
     return Path(output)
 
 
-def _valid_record(model, path: Path) -> dict | None:
+def _valid_record(config: AlignGPTConfig, path: Path) -> dict | None:
     """What was recorded at conversion; `None` if nothing was, or if the model has gone through another stage since."""
     if not path.is_file():
         return None
     record = read_json(path)
-    return record if model.config.training_stage == ("pretrain" if record["stage"] == 1 else "instruct") else None
+    return record if config.training_stage == ("pretrain" if record["stage"] == 1 else "instruct") else None
 
 
-def _is_stage1(model) -> bool:
+def _is_stage1(config: AlignGPTConfig) -> bool:
     """Whether the model stands behind stage 1: by its training, or by what it does by default."""
-    stage, mode = model.config.training_stage, model.config.align_mode
+    stage, mode = config.training_stage, config.align_mode
     if mode not in ("level", "gate", "random"):
         logger.warning("align_mode=%r is not written: the authors' format has no field for it.", mode)
     return stage == "pretrain" or (stage is None and mode == "level")
 
 
-def _original_weights(model, is_stage1: bool, vocab_size: int) -> dict[str, torch.Tensor]:
-    """The weights that their format holds, under their names, without the rows of the placeholders."""
-    weights = {to_original_key(key): value for key, value in model.state_dict().items()}
+def _original_weights(source: Path, config: AlignGPTConfig, is_stage1: bool, vocab_size: int) -> StoredWeights:
+    """The weights that their format holds, under their names, without the rows of the placeholders; left on disk."""
+    weights = read_weights(source)
+    with torch.device("meta"):
+        expected = AlignGPTForConditionalGeneration(config).state_dict()
+    if config.tie_word_embeddings:
+        expected.pop("lm_head.weight")
+        weights.drop({"lm_head.weight"} & weights.keys())
+    wrong = sorted(expected.keys() ^ weights.keys())
+    wrong += [name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape]
+    if wrong:
+        raise ValueError(f"{source}: the weights are not those of its config.json: {', '.join(wrong[:12])}.")
+    weights.rename(to_original_key)
     if is_stage1:
-        return {name: value for name, value in weights.items() if name.startswith(_STAGE1_PREFIXES)}
-    if model.config.text_config.tie_word_embeddings:
-        del weights["lm_head.weight"]
+        weights.drop([name for name in weights if not name.startswith(_STAGE1_PREFIXES)])
     for name in ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"):
         if name in weights:
-            weights[name] = weights[name][:vocab_size].clone()
+            weights.change(name, lambda value: value[:vocab_size])
     return weights
 
 
-def _as_recorded(weights: dict[str, torch.Tensor], dtypes: dict[str, str], kept: Path) -> dict[str, torch.Tensor]:
-    """Exactly the weights that the checkpoint had, in its dtypes."""
+def _as_recorded(weights: StoredWeights, dtypes: dict[str, str], kept: Path) -> None:
+    """Leaves exactly the weights that the checkpoint had, in its dtypes."""
     absent = sorted(dtypes.keys() - weights.keys())
     if absent:
         raise ValueError(f"{kept / RECORD_FILE} names weights that the model does not have: {', '.join(absent[:12])}.")
-    return {name: weights[name].to(getattr(torch, dtype)) for name, dtype in dtypes.items()}
+    weights.drop(weights.keys() - dtypes.keys())
+    for name, dtype in dtypes.items():
+        weights.change(name, functools.partial(torch.Tensor.to, dtype=getattr(torch, dtype)))
 
 
-def _rotary_buffers(model) -> dict[str, torch.Tensor]:
+def _rotary_buffers(config: AlignGPTConfig) -> dict[str, torch.Tensor]:
     """The rotary frequencies that transformers 4.31 stores with each Llama layer."""
-    text = model.config.text_config
+    text = config.text_config
     if text.model_type != "llama":
         return {}
-    inv_freq = model.model.language_model.rotary_emb.inv_freq.float()
+    inv_freq = LlamaRotaryEmbedding(config=text).inv_freq.float()
     name = "model.layers.{}.self_attn.rotary_emb.inv_freq"
     return {name.format(layer): inv_freq.clone() for layer in range(text.num_hidden_layers)}
 
 
-def _derive_files(model, source: Path, folder: Path, is_stage1: bool, tokenizer, vision_tower) -> None:
+def _derive_files(config: AlignGPTConfig, source: Path, folder: Path, is_stage1: bool, tokenizer, vision_tower) -> None:
     """Config, generation config and tokenizer files for a model that never was in their format."""
     if vision_tower is None:
         raise ValueError("The authors' config names a vision tower by path or Hub id: pass --vision-tower.")
     processor = AlignGPTProcessor.from_pretrained(source)
-    max_length = min(processor.tokenizer.model_max_length, model.config.text_config.max_position_embeddings)
+    max_length = min(processor.tokenizer.model_max_length, config.text_config.max_position_embeddings)
     fields = original_fields(
-        model.config, bool(processor.image_processor.do_pad), os.fspath(vision_tower), max_length, _vocab_size(model)
+        config, bool(processor.image_processor.do_pad), os.fspath(vision_tower), max_length, _vocab_size(config)
     )
     fields["tune_mm_mlp_adapter"] = is_stage1
     (folder / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     if is_stage1:
         return
-    settings = model.generation_config.to_diff_dict()
+    settings = GenerationConfig.from_pretrained(source).to_diff_dict()
     settings.pop("suppress_tokens", None)
     GenerationConfig.from_dict(settings).save_pretrained(folder)
     if tokenizer is None:
@@ -165,6 +178,6 @@ def _derive_files(model, source: Path, folder: Path, is_stage1: bool, tokenizer,
         shutil.copyfile(language_model / name, folder / name)
 
 
-def _vocab_size(model) -> int:
+def _vocab_size(config: AlignGPTConfig) -> int:
     """Rows of the vocabulary in front of the placeholders, which were appended to it."""
-    return min(model.config.image_token_id, model.config.align_token_id)
+    return min(config.image_token_id, config.align_token_id)

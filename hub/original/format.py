@@ -7,17 +7,17 @@ the level table, `config.json` beside it).
 """
 
 import json
-import pickle
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from modeling_aligngpt.configuration_aligngpt import AlignGPTConfig
+
+from .weights import StoredWeights
 
 
 STAGE1_WEIGHTS = "mm_projector_align.bin"
@@ -75,12 +75,12 @@ _BOOKKEEPING_FIELDS = frozenset({"_name_or_path", "architectures", "model_type",
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-def to_our_key(key: str) -> str | None:
-    """Our parameter name for one of theirs (`mm_projector.0.weight`), `None` for a name that is not in the format."""
+def to_our_key(key: str) -> str:
+    """Our parameter name for one of theirs (`mm_projector.0.weight`); a `ValueError` for a name of another format."""
     for theirs, ours in KEY_PREFIXES:
         if key.startswith(theirs):
             return ours + key[len(theirs) :]
-    return None
+    raise ValueError(f"Weight {key!r} has no place in the authors' format.")
 
 
 def to_original_key(key: str) -> str:
@@ -128,43 +128,20 @@ def find_weight_files(folder: Path) -> list[Path]:
     return []
 
 
-def read_weight_file(path: Path) -> dict[str, torch.Tensor]:
-    """
-    All tensors of one `.safetensors` or `.bin` file, mapped from disk where the file allows it.
-
-    Raises:
-        ValueError: the file is damaged, holds something else than named tensors, or is a pickle that would run code.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt", device="cpu") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        try:
-            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # torch's format before 1.6 cannot be mapped
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is refused: it holds more than tensors (torch.load with weights_only).") from error
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read, it may be cut short: {error}") from error
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise ValueError(f"{path} holds no flat dict of tensors.")
-    return weights
-
-
-def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+def read_weights(folder: Path) -> StoredWeights:
     """All weights of a folder, shards joined; a `ValueError` when there are none or one stands in two shards."""
     files = find_weight_files(folder)
     if not files:
         wanted = " or ".join(f"{name} (or {name}.index.json)" for name in _WEIGHT_FILES)
         raise ValueError(f"{folder} holds no weights: {wanted} expected.")
-    weights: dict[str, torch.Tensor] = {}
+    weights = StoredWeights()
     for file in files:
-        shard = read_weight_file(file)
+        shard = StoredWeights.of_file(file)
         twice = sorted(weights.keys() & shard.keys())
         if twice:
             raise ValueError(f"{file} repeats weights of an earlier shard: {_listed(twice)}.")
-        weights.update(shard)
+        for key in shard:
+            weights.take(shard, key)
     return weights
 
 
@@ -176,14 +153,14 @@ class OriginalCheckpoint:
     Attributes:
         folder: where it lies.
         config: their `config.json` as it stands.
-        weights: parameters under their names, mapped from disk.
+        weights: parameters under their names, left on disk.
         buffers: stored constants under their names; not used, kept for the way back.
         is_stage1: whether this is `mm_projector_align.bin` (without the language model).
     """
 
     folder: Path
     config: dict
-    weights: dict[str, torch.Tensor]
+    weights: StoredWeights
     buffers: dict[str, torch.Tensor]
     is_stage1: bool
 
@@ -211,9 +188,10 @@ def open_checkpoint(path: str | Path) -> OriginalCheckpoint:
     config = read_json(folder / CONFIG_FILE)
     check_config(config, folder / CONFIG_FILE)
     is_stage1 = path.name == STAGE1_WEIGHTS or (not find_weight_files(folder) and (folder / STAGE1_WEIGHTS).is_file())
-    found = read_weight_file(folder / STAGE1_WEIGHTS) if is_stage1 else read_weights(folder)
-    buffers = {key: value for key, value in found.items() if is_buffer(key)}
-    weights = {key: value for key, value in found.items() if key not in buffers}
+    weights = StoredWeights.of_file(folder / STAGE1_WEIGHTS) if is_stage1 else read_weights(folder)
+    buffers = {key: weights.read(key).clone() for key in weights if is_buffer(key)}
+    weights.drop(buffers)
+    weights.close()
     return OriginalCheckpoint(folder, config, weights, buffers, is_stage1)
 
 
@@ -299,14 +277,12 @@ def vision_config(tower: Path) -> PretrainedConfig:
     return getattr(config, "vision_config", config)
 
 
-def tower_weights(tower: Path) -> dict[str, torch.Tensor]:
+def tower_weights(tower: Path) -> StoredWeights:
     """The vision part's weights of a tower folder, under their names inside a full checkpoint."""
-    marker = "vision_model."
-    found = {
-        TOWER_PREFIX + key.split(marker, 1)[1]: value
-        for key, value in read_weights(tower).items()
-        if key.startswith(marker) and not is_buffer(key)
-    }
+    marker, stored, found = "vision_model.", read_weights(tower), StoredWeights()
+    for key in stored:
+        if key.startswith(marker) and not is_buffer(key):
+            found.take(stored, key, TOWER_PREFIX + key.split(marker, 1)[1])
     if not found:
         raise ValueError(f"Vision tower {tower} holds no weights named {marker}*.")
     return found
@@ -348,12 +324,12 @@ def original_fields(config: AlignGPTConfig, do_pad: bool, tower_name: str, max_l
     return fields
 
 
-def check_weights(weights: dict[str, torch.Tensor], shapes: dict[str, torch.Size], optional: frozenset[str]) -> None:
+def check_weights(weights: StoredWeights, shapes: dict[str, torch.Size], optional: frozenset[str]) -> None:
     """
     Compare a checkpoint's weights with what the model has; refuse it when they differ.
 
     Args:
-        weights: tensors under their names.
+        weights: under their names.
         shapes: expected shapes under their names.
         optional: names that may be absent.
 
@@ -375,8 +351,7 @@ def check_weights(weights: dict[str, torch.Tensor], shapes: dict[str, torch.Size
             "The weights do not fit the config. Weights " + "; ".join(problems) + ". "
             "Check that config, language model and vision tower belong to this checkpoint."
         )
-    broken = sorted(key for key, value in weights.items() if not bool(torch.isfinite(value).all()))
-    if broken:
+    if broken := weights.not_finite():
         raise ValueError(
             f"{len(broken)} weights hold NaN or infinity: {_listed(broken)}. Download the checkpoint again."
         )

@@ -11,13 +11,13 @@ import pytest
 import torch
 from huggingface_hub import save_torch_state_dict
 from parity.golden import GOLDEN, VOCAB_SIZE, read_json
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionModel, GenerationConfig
 
 from aligngpt_hub.original import convert
 from aligngpt_hub.original.convert import convert_checkpoint
 from aligngpt_hub.original.export import export_original
-from aligngpt_hub.original.format import open_checkpoint, to_original_key, to_our_key
+from aligngpt_hub.original.format import is_buffer, open_checkpoint, to_original_key, to_our_key
 from modeling_aligngpt.assembly import assemble
 from modeling_aligngpt.chat_templates import CHAT_TEMPLATES, with_suffix
 from modeling_aligngpt.modeling_aligngpt import AlignGPTForConditionalGeneration
@@ -62,11 +62,11 @@ def assert_same_checkpoint(ours: Path, theirs: Path) -> None:
     """Equal keys, dtypes and bits of weights and stored constants; equal bytes of every other file."""
     one, other = open_checkpoint(ours), open_checkpoint(theirs)
     assert one.is_stage1 == other.is_stage1
-    for mine, original in ((one.weights, other.weights), (one.buffers, other.buffers)):
-        assert mine.keys() == original.keys()
-        for key, value in original.items():
-            assert mine[key].dtype == value.dtype, key
-            assert torch.equal(mine[key], value), key
+    assert one.weights.keys() == other.weights.keys() and one.buffers.keys() == other.buffers.keys()
+    read = [(key, one.weights.read(key), other.weights.read(key)) for key in other.weights]
+    for key, mine, original in (*read, *((key, one.buffers[key], value) for key, value in other.buffers.items())):
+        assert mine.dtype == original.dtype, key
+        assert torch.equal(mine, original), key
     for file in theirs.iterdir():
         if file.suffix in (".json", ".model") and not file.name.endswith(".index.json"):
             assert (ours / file.name).read_bytes() == file.read_bytes(), file.name
@@ -150,7 +150,8 @@ def test_round_trip_of_stage_1(tmp_path):
 def test_keys_of_the_format():
     for key in read_json("checkpoint_keys"):
         assert to_original_key(to_our_key(key)) == key
-    assert to_our_key("somewhere.else") is None
+    with pytest.raises(ValueError, match=r"somewhere\.else"):
+        to_our_key("somewhere.else")
     with pytest.raises(ValueError, match="optimizer"):
         to_original_key("optimizer.state")
 
@@ -229,8 +230,15 @@ def test_dtype(dtype, kept, checkpoint, tmp_path):
 def test_mixed_dtypes_lose_nothing_and_are_reported(checkpoint, tmp_path, caplog):
     mixed_precision(checkpoint)
     ours = convert_checkpoint(checkpoint, tmp_path / "ours")
-    assert {p.dtype for p in load(ours).parameters()} == {torch.float32}
-    assert "mixes dtypes" in caplog.text
+    assert "mixes dtypes (bfloat16, float16)" in caplog.text
+    stored = load_file(ours / "model.safetensors")
+    before = load_bin(checkpoint / WEIGHTS)
+    for key, value in before.items():
+        if not is_buffer(key):
+            assert torch.equal(stored[to_our_key(key)][: len(value)], value), key
+            assert stored[to_our_key(key)].dtype == value.dtype, key
+    # loaded as most of it is stored
+    assert {p.dtype for p in load(ours).parameters()} == {torch.float16}
 
 
 def test_images_as_the_config_says(checkpoint, tmp_path):
