@@ -10,6 +10,8 @@ from typing import Any
 
 SUMMARY = "training_summary.json"
 ALIGNMENT = "alignment.json"
+# the gate as stage 2 found it, beside the model that stage 2 made
+GATE_BEFORE = "gate_before.safetensors"
 EVALUATION = "evaluation_results.json"
 SCHEMA_VERSION = 1
 

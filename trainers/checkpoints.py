@@ -153,6 +153,7 @@ class CheckpointMixin:
                 (beside / "training_args.bin").unlink(missing_ok=True)
                 lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in summary.items())
                 (beside / SUMMARY).write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
+                self.save_beside(beside)
                 check_saved(beside)
                 (output_dir / SUMMARY).unlink(missing_ok=True)
                 for stale in _model_files(output_dir):
@@ -168,6 +169,9 @@ class CheckpointMixin:
             raise self._save_error("The trained model", error) from error
         self.accelerator.wait_for_everyone()
         return summary
+
+    def save_beside(self, folder: Path):
+        """Writes what a stage keeps beside its model."""
 
     def check_weights(self):
         """

@@ -5,10 +5,14 @@ conversations.
 What is overridden of TRL's SFTTrainer stands in [`StageTrainer`]; this stage adds nothing to the list.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from transformers.integrations import is_deepspeed_zero3_enabled
 
+from aligngpt_shared.records import GATE_BEFORE
 from modeling_aligngpt import AlignGPTForConditionalGeneration
 
 from .instruct_config import AlignGPTInstructConfig
@@ -32,6 +36,7 @@ class AlignGPTInstructTrainer(StageTrainer):
     """
 
     stage = "instruct"
+    gate_before: dict[str, torch.Tensor] | None = None
 
     def configure_stage(self, model: AlignGPTForConditionalGeneration, args: AlignGPTInstructConfig):
         config = model.config
@@ -40,6 +45,10 @@ class AlignGPTInstructTrainer(StageTrainer):
                 "This model has not been through stage 1: its projector and alignment levels are random. Run "
                 "`aligngpt pretrain` and give its output folder as `model`, or set allow_unaligned to train it anyway."
             )
+        if not is_deepspeed_zero3_enabled():  # there each process has a part of it
+            self.gate_before = {
+                k: v.detach().clone().contiguous() for k, v in model.model.align_gate.state_dict().items()
+            }
         level = args.default_align_level
         if level is not None and not 0 <= level < config.num_align_levels:
             raise ValueError(f"default_align_level={level} is not in 0..{config.num_align_levels - 1}, the model's.")
@@ -62,6 +71,11 @@ class AlignGPTInstructTrainer(StageTrainer):
         if model.config.uses_gate:
             modules.append(model.model.align_gate)
         return modules
+
+    def save_beside(self, folder: Path):
+        """The gate as it was before this stage: what `aligngpt levels` compares with."""
+        if self.gate_before and self.uses_gate():
+            save_file(self.gate_before, folder / GATE_BEFORE)
 
     def uses_gate(self) -> bool:
         return self.model.config.uses_gate

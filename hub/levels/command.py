@@ -46,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument(
         "--correct", metavar="MODULE:FUNCTION", help="`(caption, row) -> {name: bool}`: what is right in a caption"
     )
+    parser.add_argument(
+        "--before", metavar="STAGE1", help="folder of the model before stage 2, where the model's folder does not tell"
+    )
+    parser.add_argument(
+        "--steering", type=int, default=64, metavar="N", help="questions answered at every level (default: 64; 0: none)"
+    )
     parser.add_argument("--prompt", default="Describe the image concisely.", help="asked for captions after stage 2")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest caption (default: %(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows of each data set")
@@ -66,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
     for name in ("limit", "batch_size", "max_new_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+    if args.steering < 0:
+        raise ValueError(f"--steering is {args.steering}; it must be at least 0.")
     correct = _function(args.correct)
     from .report import write_report
 
@@ -93,6 +101,7 @@ def probe(args: argparse.Namespace, correct: Callable | None) -> dict[str, Any]:
     """Everything that the report shows: `gate` and `captions` (each None without data for it), and the `images`."""
     from . import statistics
     from .probe import LevelProbe, read_answers
+    from .truth import compare_gates, gates_to_compare, steering
 
     weights: list[list[float]] = []
     groups: list[str] = []
@@ -102,7 +111,10 @@ def probe(args: argparse.Namespace, correct: Callable | None) -> dict[str, Any]:
         weights += found
         groups += names
         numbers += [0] * len(names)
-    results: dict[str, Any] = dict.fromkeys(("model", "align_mode", "num_align_levels", "gate", "captions"))
+    names_of_parts = ("model", "align_mode", "num_align_levels", "gate", "gates", "steering", "captions")
+    results: dict[str, Any] = dict.fromkeys(names_of_parts)
+    others: list[Any] = []
+    has_before = False
     images: list = []
     if args.data:
         loaded = LevelProbe(args.model, args.revision, args.dtype, args.device, args.batch_size)
@@ -114,24 +126,38 @@ def probe(args: argparse.Namespace, correct: Callable | None) -> dict[str, Any]:
             "num_align_levels": loaded.num_align_levels,
         }
         rows, questions = _read_data(args, loaded.is_pretrained_only)
-        if questions:
-            weights += loaded.gate_weights([(text, shown) for _, text, shown, _ in questions])
-            groups += [group for *_, group in questions]
+        if questions and loaded.model.config.uses_gate:
+            has_before, gates = gates_to_compare(loaded, args.before, args.model, args.seed)
+            asked = [(text, shown) for _, text, shown, *_ in questions]
+            found, others = loaded.gate_weights(asked, [] if args.answers else gates)
+            weights += found
+            groups += [group for *_, group, _ in questions]
             numbers += [number for number, *_ in questions]
+        if chosen := _spread(questions, args.steering):
+            asked = [(text, shown, answer) for _, text, shown, _, answer in chosen]
+            results["steering"] = steering(loaded, asked, args.max_new_tokens)
         if rows:
             results["captions"], images = _probe_captions(args, loaded, rows, correct)
     if weights:
         if len({len(row) for row in weights}) > 1:
             raise ValueError("The gate weights are of models with different numbers of levels: report them apart.")
         results["gate"] = statistics.by_group(weights, groups, numbers, args.seed)
+        results["gates"] = compare_gates(results["gate"]["share"], others, groups, has_before)
         results["num_align_levels"] = results["num_align_levels"] or len(weights[0]) + 1
-    if not weights and results["captions"] is None:
+    if not weights and results["captions"] is None and results["steering"] is None:
         raise ValueError("The data holds neither a question about an image nor an image.")
     return {**results, "seed": args.seed, "images": images}
 
 
+def _spread(items: list, number: int) -> list:
+    """At most `number` of the items, evenly spread."""
+    if len(items) <= number:
+        return items
+    return [items[i * len(items) // number] for i in range(number)]
+
+
 def _read_data(args: argparse.Namespace, captions_only: bool) -> tuple[list[dict], list[tuple]]:
-    """Rows to caption, and questions: (number of the image, question, images, group)."""
+    """Rows to caption, and questions: (number of the image, question, images, group, answer if known)."""
     from .probe import image_of, load_split, questions_of
 
     rows: list[dict] = []
@@ -177,6 +203,8 @@ def _named(text: str) -> tuple[str, str]:
 
 def describe(results: dict[str, Any]) -> str:
     """The figures for the terminal."""
+    from . import statistics
+
     lines = []
     if gate := results["gate"]:
         levels = range(len(gate["all"]["mean"]))
@@ -186,6 +214,15 @@ def describe(results: dict[str, Any]) -> str:
             lines.append(f"{row['name'][:19]:<20}{row['number']:>8}  " + "".join(f"{cell:>14}" for cell in cells))
         if gate["share"] is not None:
             lines.append(f"Between the groups lies {gate['share']:.1%} of the weights' variance (p = {gate['p']:.4f}).")
+    if gates := results.get("gates"):
+        lines.append(statistics.verdict(gates))
+    if steered := results.get("steering"):
+        lines.append(f"{steered['any']:.1%} of {steered['number']} questions are answered differently by some level.")
+        cells = "".join(f"{share:>8.3f}" for share in steered["different"])
+        lines.append(f"{'not its own answer':<18}{cells}")
+        if steered["loss"]:
+            cells = "".join(f"{loss:>8.3f}" for loss in steered["loss"])
+            lines.append(f"{'loss of answers':<18}{cells}   by itself {steered['own_loss']:.3f}")
     if captions := results["captions"]:
         levels = range(results["num_align_levels"])
         head = "".join(f"{level:>8}" for level in levels)

@@ -83,19 +83,58 @@ class LevelProbe:
         width = self.num_align_levels
         return [written[start : start + width] for start in range(0, len(written), width)]
 
-    def gate_weights(self, questions: Sequence[tuple[str, Sequence]]) -> list[list[float]]:
-        """Gate weights of (question, images), `[questions][N - 1]`."""
+    def gate_weights(
+        self, questions: Sequence[tuple[str, Sequence]], others: Sequence[torch.nn.Module] = ()
+    ) -> tuple[list[list[float]], list[np.ndarray]]:
+        """
+        Gate weights of (question, images), `[questions][N - 1]`, and those that each of `others`, gates like the
+        model's, gives for what the model's own gate reads, `(questions, N - 1)`.
+        """
         weights: list[list[float]] = []
+        read: list[torch.Tensor] = []
+        hook = self.model.model.align_gate.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+        foreign: list[list[torch.Tensor]] = [[] for _ in others]
         for batch in _batches(questions, self.batch_size, "questions"):
-            chats = [
-                [{"role": "user", "content": [{"type": "image"}] * len(shown) + [{"type": "text", "text": question}]}]
-                for question, shown in batch
-            ]
-            texts = self.processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-            inputs = self._inputs(texts, [list(shown) for _, shown in batch])
+            inputs = self._inputs(self._texts(batch), [list(shown) for _, shown in batch])
             with torch.inference_mode():
                 weights += self.model(**inputs, logits_to_keep=1).align_weights[:, :-1].float().tolist()
-        return weights
+                numbers = [len(shown) for _, shown in batch]
+                for found, gate in zip(foreign, others, strict=True):
+                    of_images = gate(read[-1]).float().softmax(-1)
+                    # a row with several images gets the mean of their weights
+                    found += [each.mean(0) for each in of_images.split(numbers)]
+            read.clear()
+        hook.remove()
+        return weights, [torch.stack(found).cpu().numpy() for found in foreign]
+
+    def answers(self, questions: Sequence[tuple[str, Sequence]], level: int | None, max_new_tokens: int) -> list[str]:
+        """Greedy answers to (question, images), as the model gives them by itself or at a level."""
+        written: list[str] = []
+        name = "own answers" if level is None else f"answers at level {level}"
+        for batch in _batches(questions, self.batch_size, name):
+            inputs = self._inputs(self._texts(batch), [list(shown) for _, shown in batch])
+            steered = {} if level is None else {"align_level": level}
+            with torch.inference_mode():
+                ids = self.model.generate(**inputs, **steered, max_new_tokens=max_new_tokens, do_sample=False)
+            written += self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in written]
+
+    def losses(self, question: str, shown: Sequence, answer: str) -> tuple[list[float], int]:
+        """Loss of an answer (sum over its tokens) at each level and, last, as the model mixes them; its tokens."""
+        inputs = self.processor.judge_inputs([shown[0]], [answer], question).to(self.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        verdict = self.model.judge(**inputs)
+        with torch.inference_mode():
+            own = self.model(**inputs, prompt_mask=inputs["labels"] == -100).loss
+        tokens = int(verdict.num_tokens[0])
+        return [*(-verdict.log_likelihoods[0]).tolist(), float(own) * tokens], tokens
+
+    def _texts(self, questions: Sequence[tuple[str, Sequence]]) -> list[str]:
+        chats = [
+            [{"role": "user", "content": [{"type": "image"}] * len(shown) + [{"type": "text", "text": question}]}]
+            for question, shown in questions
+        ]
+        return self.processor.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
 
     def _inputs(self, texts: list[str], images: list[list]):
         inputs = self.processor(
@@ -232,18 +271,24 @@ def load_split(source: str, split: str | None = None):
     return found[chosen]
 
 
-def questions_of(row: dict[str, Any], name: str) -> Iterable[tuple[str, Sequence, str]]:
-    """(question, images, group) of a conversation: each user turn alone, with the row's images."""
-    images = row.get("images") or []
-    asked = [message for message in row["messages"] if message["role"] == "user"]
+def questions_of(row: dict[str, Any], name: str) -> Iterable[tuple[str, Sequence, str, str | None]]:
+    """(question, images, group, answer if any) of a conversation: each user turn alone, with the row's images."""
+    images, messages = row.get("images") or [], row["messages"]
+    asked = [(message, answer) for message, answer in zip(messages, [*messages[1:], {}], strict=True)
+             if message["role"] == "user"]  # fmt: skip
     kinds = row.get("types") or []
     own = next((str(row[column]) for column in GROUP_COLUMNS if row.get(column) is not None), name)
-    for turn, message in enumerate(asked):
-        content = message["content"]
-        parts = [{"text": content}] if isinstance(content, str) else content
-        text = "".join(part.get("text") or "" for part in parts)
+    for turn, (message, answer) in enumerate(asked):
+        text = _text_of(message)
         if text and images:
-            yield text, images, str(kinds[turn]) if turn < len(kinds) else own
+            told = _text_of(answer) if answer.get("role") == "assistant" else None
+            yield text, images, str(kinds[turn]) if turn < len(kinds) else own, told
+
+
+def _text_of(message: dict[str, Any]) -> str:
+    content = message["content"]
+    parts = [{"text": content}] if isinstance(content, str) else content
+    return "".join(part.get("text") or "" for part in parts)
 
 
 def image_of(row: dict[str, Any]):

@@ -8,6 +8,8 @@ from typing import Any
 
 from aligngpt_shared.files import write_file
 
+from .statistics import verdict
+
 
 _WIDTH, _HEIGHT = 360, 190  # as narrow as a phone, so that text is never shrunk
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 12, 32
@@ -17,10 +19,11 @@ def write_report(path: Path, results: dict[str, Any], images: Sequence = ()):
     """Writes the page; `images` belong to the examples of the captions."""
     import jinja2
 
+    results = {**dict.fromkeys(("gates", "steering")), **results}
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.globals.update(trend_chart=trend_chart, gate_chart=gate_chart)
+    environment.globals.update(trend_chart=trend_chart, gate_chart=gate_chart, verdict=verdict)
     environment.filters.update(fixed=lambda value, n=3: f"{value:.{n}f}", percent=lambda value: f"{value:.1%}")
     html = environment.get_template("levels.html.jinja").render(**results, shown=[embed(each) for each in images])
     write_file(path, html)

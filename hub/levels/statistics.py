@@ -106,6 +106,25 @@ def by_group(
     return {"all": _describe("all", table), "groups": described, "share": share, "p": p}
 
 
+def share_between(weights: Sequence[Sequence[float]] | np.ndarray, groups: Sequence[str]) -> float:
+    """Which part of the variance of weights `(questions, levels)` lies between groups of questions, 0 to 1."""
+    table = np.asarray(weights, dtype=np.float64)
+    order = list(dict.fromkeys(groups))
+    total = ((table - table.mean(0)) ** 2).sum()
+    codes = np.array([order.index(name) for name in groups])
+    return float(_between(table, codes, len(order)) / total) if total > 0 else 0.0
+
+
+def verdict(gates: dict[str, Any]) -> str:
+    """What the comparison with other gates says, in a sentence."""
+    drawn = gates["random"]
+    before = "" if gates["before"] is None else f", the gate before stage 2 {gates['before']:.1%}"
+    found = f"Random gates: {drawn['least']:.1%} to {drawn['largest']:.1%} ({gates['number']} of them){before}."
+    if gates["learned"]:
+        return f"{found} The gate has learned to tell the groups apart (p = {gates['p']:.3f})."
+    return f"{found} So nothing shows that the gate has learned to (p = {gates['p']:.3f})."
+
+
 def _permuted(codes: np.ndarray, blocks: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """`codes` in random order within each block."""
     shuffled = np.empty_like(codes)

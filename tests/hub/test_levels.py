@@ -318,3 +318,90 @@ def test_a_data_set_or_scorer_that_is_not_there_is_named(world, tmp_path, capsys
     assert cli.main([*given, "--data", str(world / "conversations"), "--split", "nine"]) == 2
     assert "has no split 'nine' but heldout" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# ---- beside other gates, and what levels change ----
+
+
+def test_other_gates_read_what_the_models_own_reads(world):
+    from aligngpt_hub.levels.probe import LevelProbe
+    from aligngpt_hub.levels.truth import gates_to_compare
+
+    probe = LevelProbe(str(world / "model"))
+    questions = [
+        ("what is it?", [draw_image(0)]),
+        ("how many?", [draw_image(1), draw_image(2)]),
+        ("where?", [draw_image(3)]),
+    ]
+    has_before, gates = gates_to_compare(probe, str(world / "model"), str(world / "model"), seed=0)
+    assert has_before and len(gates) == 60
+    own, others = probe.gate_weights(questions, gates)
+    np.testing.assert_allclose(others[0], own, atol=1e-5, err_msg="the first is the model's own gate here")
+    assert all(each.shape == (3, 7) for each in others) and np.abs(others[1] - own).max() > 1e-3
+    # a random gate put into the model gives the same
+    probe.model.model.align_gate = gates[1]
+    np.testing.assert_allclose(probe.gate_weights(questions)[0], others[1], atol=1e-5)
+
+
+def test_a_gate_has_learned_only_what_random_gates_do_not_show():
+    from aligngpt_hub.levels.truth import compare_gates
+
+    rng = np.random.default_rng(0)
+    groups = ["a", "b"] * 20
+    drawn = [rng.dirichlet(np.ones(7), 40) for _ in range(60)]
+    shares = [level_statistics.share_between(weights, groups) for weights in drawn]
+    among = compare_gates(float(np.median(shares)), drawn, groups, has_before=True)
+    assert among["before"] == pytest.approx(shares[0]) and among["number"] == 59 and not among["learned"]
+    assert (among["random"]["least"], among["random"]["largest"]) == (min(shares[1:]), max(shares[1:]))
+    assert "nothing shows that the gate has learned" in level_statistics.verdict(among)
+    beyond = compare_gates(max(shares) + 0.1, drawn, groups, has_before=False)
+    assert beyond["learned"] and beyond["p"] == pytest.approx(1 / 61) and beyond["before"] is None
+    assert "has learned to tell the groups apart" in level_statistics.verdict(beyond)
+    assert compare_gates(None, drawn, groups, False) is None and compare_gates(0.1, [], groups, False) is None
+
+
+def test_what_levels_change_is_counted(world, report):
+    """Answers at each level and the losses of the known ones, against the model alone."""
+    found = json.loads((report / "levels.json").read_text())["steering"]
+    model = AlignGPTForConditionalGeneration.from_pretrained(world / "model").eval()
+    processor = AlignGPTProcessor.from_pretrained(world / "model")
+    own, at, losses, tokens = [], [], [], 0
+    for i in range(5):
+        for question in ("what is it?", f"how many are there, {i}?"):
+            chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+            text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            inputs = processor(text=[text], images=[draw_image(i)], return_tensors="pt", add_special_tokens=False)
+
+            def answer(inputs=inputs, **steered):
+                ids = model.generate(**inputs, max_new_tokens=6, do_sample=False, **steered)
+                return processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+            own.append(answer())
+            at.append([answer(align_level=level) for level in range(8)])
+            judged = processor.judge_inputs([draw_image(i)], ["Yes"], question)
+            rows = [model(**judged, align_level=level).loss.item() for level in range(8)]
+            rows.append(model(**judged, prompt_mask=judged["labels"] == -100).loss.item())
+            number = int((judged["labels"] != -100).sum())
+            losses.append(np.array(rows) * number)
+            tokens += number
+    assert found["number"] == found["answers"] == 10
+    assert found["different"] == [np.mean([a[level] != o for a, o in zip(at, own, strict=True)]) for level in range(8)]
+    assert found["any"] == np.mean([len(set(a)) > 1 for a in at])
+    assert [*found["loss"], found["own_loss"]] == pytest.approx((np.sum(losses, axis=0) / tokens).tolist(), abs=1e-4)
+    gates = json.loads((report / "levels.json").read_text())["gates"]
+    assert gates["number"] == 59 and gates["before"] is None
+    html = (report / "levels.html").read_text()
+    assert level_statistics.verdict(gates) in html and "What the levels change in answers" in html
+
+
+def test_a_model_without_a_gate_shows_none(world, tmp_path, capsys):
+    model = AlignGPTForConditionalGeneration.from_pretrained(world / "model")
+    model.config.align_mode = "global"
+    model.save_pretrained(tmp_path / "model")
+    AlignGPTProcessor.from_pretrained(world / "model").save_pretrained(tmp_path / "model")
+    words = ["levels", "--model", str(tmp_path / "model"), "--data", str(world / "conversations")]
+    assert cli.main([*words, "--output", str(tmp_path / "out"), "--max-new-tokens", "2", "--steering", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "gate weights" not in printed and "of 3 questions are answered differently" in printed
+    results = json.loads((tmp_path / "out" / "levels.json").read_text())
+    assert results["gate"] is None and results["gates"] is None and results["steering"]["number"] == 3

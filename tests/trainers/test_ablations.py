@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, load_from_disk
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from aligngpt_playground.world import parts_path, write_world
@@ -126,6 +127,17 @@ def test_stage_2_on_each_rows_own_level(world, stage_1, tmp_path):
     inputs = processor(images=rows[0]["images"], text="<image>\nwhat?", return_tensors="pt")
     asked = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True)
     assert asked.align_weights.tolist() == [[0.0] * 7 + [1.0]], "the top level is asked for"
+
+
+def test_stage_2_keeps_the_gate_that_it_found(world, stage_1, tmp_path):
+    run("instruct", "--model", stage_1[8], "--dataset", world / "data" / "conversations", "--output_dir", tmp_path,
+        *COMMON)  # fmt: skip
+    kept = load_file(tmp_path / "gate_before.safetensors")
+    before = AutoModelForImageTextToText.from_pretrained(stage_1[8], trust_remote_code=True).model.align_gate
+    after = AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True).model.align_gate
+    assert kept.keys() == before.state_dict().keys()
+    assert all(torch.equal(kept[name], value) for name, value in before.state_dict().items())
+    assert any(not torch.equal(kept[name], value) for name, value in after.state_dict().items())
 
 
 def test_levels_of_rows_reach_the_batch_and_lack_in_none_with_an_image(world, stage_1, tmp_path):

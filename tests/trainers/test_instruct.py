@@ -191,8 +191,8 @@ def test_stage_1_comes_first(assembled, conversations, tmp_path):
 
 
 def test_levels_and_modes_are_checked(stage1_folder, conversations, tmp_path):
-    with pytest.raises(ValueError, match="align_mode='level' is not one of gate"):
-        settings(AlignGPTInstructConfig, tmp_path, align_mode="level")
+    with pytest.raises(ValueError, match="align_mode='best' is not one of gate"):
+        settings(AlignGPTInstructConfig, tmp_path, align_mode="best")
     with pytest.raises(ValueError, match="default_align_level=1 has no effect"):
         settings(AlignGPTInstructConfig, tmp_path, default_align_level=1)
     with pytest.raises(ValueError, match=r"default_align_level=4 is not in 0\.\.3"):
