@@ -12,6 +12,7 @@ from pathlib import Path
 
 from aligngpt_shared.files import new_folder
 from aligngpt_shared.locks import lock, lock_of
+from modeling_aligngpt.images_aligngpt import read_image
 
 from ..publishing.checks import check_contents
 from ..publishing.upload import HubError, Upload, check_repo_id, hub_errors, upload_checked_folder
@@ -26,6 +27,15 @@ _SHA = re.compile(r"[0-9a-f]{40}")
 # what loading a model reads, for the Space's image
 _LOADED = re.compile(r"[^/]+\.(json|safetensors|py|jinja|model)")
 _NOT_SENT = {"__pycache__", ".git", ".gradio"}
+
+
+@dataclass
+class Example:
+    """An image of the page with its questions, the first of which is asked."""
+
+    title: str
+    image: Path
+    questions: list[str]
 
 
 @dataclass
@@ -44,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--revision", help="its branch, tag or commit (default: main's newest commit); always pinned")
     parser.add_argument("--title", help="the Space's title (default: the model's name)")
     parser.add_argument("--hardware", default=HARDWARE, help=f"hardware to suggest (default: {HARDWARE}, ZeroGPU)")
+    parser.add_argument(
+        "--examples",
+        type=Path,
+        metavar="JSON",
+        help="the page's examples: a list of `title`, `image` (a file beside it) and `questions` (default: the small "
+        "world's, which suit no other model)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="also replace files of the Space changed by hand")
     parser.add_argument("--push", action="store_true", help="upload it to --repo-id as well")
     parser.add_argument("--repo-id", metavar="USER/NAME", help="the Space on the Hub")
@@ -59,7 +76,8 @@ def run(args: argparse.Namespace):
     if args.repo_id:
         check_repo_id(args.repo_id)
     model = find_model(args.model, args.revision)
-    folder = render_space(args.folder, model, args.title, args.hardware, args.overwrite)
+    examples = None if args.examples is None else read_examples(args.examples)
+    folder = render_space(args.folder, model, args.title, args.hardware, args.overwrite, examples)
     print(f"{folder}: a Space for {model.repo_id} at {model.revision}")
     if not model.files:
         print("The Hub was not asked for the model's files: the Space downloads them when it starts.")
@@ -69,6 +87,48 @@ def run(args: argparse.Namespace):
         # True or the account's own setting
         upload = push_space(folder, args.repo_id, private=args.private or None)
         print(f"{'uploaded' if upload.changed else 'nothing new'}: {upload.url}")
+
+
+def read_examples(path: Path) -> list[Example]:
+    """
+    Examples of a JSON list; see `--examples`.
+
+    Raises:
+        ValueError: naming the file, the row and the field.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--examples {path} cannot be read as JSON: {error}") from error
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"--examples {path}: it must be a list of examples.")
+    found = []
+    for number, row in enumerate(rows):
+        where = f"--examples {path}, row {number}"
+        if not isinstance(row, dict) or not isinstance(row.get("title"), str) or not isinstance(row.get("image"), str):
+            raise ValueError(f"{where}: `title` and `image` must be texts.")
+        questions = row.get("questions")
+        if not isinstance(questions, list) or not questions or not all(isinstance(q, str) and q for q in questions):
+            raise ValueError(f"{where}: `questions` must be a list of texts.")
+        image = path.parent / row["image"]
+        try:
+            read_image(image)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{where}: {error}") from error
+        found.append(Example(row["title"], image, questions))
+    if len({example.image.name for example in found}) < len(found):
+        raise ValueError(f"--examples {path}: two images have the same file name.")
+    return found
+
+
+def _write_examples(folder: Path, examples: list[Example]) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    rows = []
+    for example in examples:
+        shutil.copyfile(example.image, folder / example.image.name)
+        rows.append({"title": example.title, "image": example.image.name, "questions": example.questions})
+    (folder / "examples.json").write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def find_model(repo_id: str, revision: str | None = None) -> Model:
@@ -105,7 +165,12 @@ def find_model(repo_id: str, revision: str | None = None) -> Model:
 
 
 def render_space(
-    folder: str | os.PathLike, model: Model, title: str | None = None, hardware: str = HARDWARE, overwrite: bool = False
+    folder: str | os.PathLike,
+    model: Model,
+    title: str | None = None,
+    hardware: str = HARDWARE,
+    overwrite: bool = False,
+    examples: list[Example] | None = None,
 ) -> Path:
     """
     Writes the Space. A folder that an earlier call wrote is brought up to date, files added to it stay.
@@ -125,11 +190,11 @@ def render_space(
         )
     if is_new:
         with new_folder(folder) as beside:
-            _write(beside, model, title, hardware)
+            _write(beside, model, title, hardware, examples)
         return folder
     with lock(lock_of(folder)), tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
         beside = Path(name)
-        _write(beside, model, title, hardware)
+        _write(beside, model, title, hardware, examples)
         # the settings last: until then they say what was there before
         for path in sorted(beside.rglob("*"), key=lambda path: path.name == SETTINGS):
             if path.is_file():
@@ -164,12 +229,14 @@ def push_space(folder: str | os.PathLike, repo_id: str, private: bool | None = N
     return upload_checked_folder(files, repo_id, "space", private=private, space_sdk="gradio", message=message)
 
 
-def _write(folder: Path, model: Model, title: str | None, hardware: str):
-    """The template with the model's name in README.md and settings.json."""
+def _write(folder: Path, model: Model, title: str | None, hardware: str, examples: list[Example] | None):
+    """The template with the model's name in README.md and settings.json, and its examples."""
     from jinja2 import StrictUndefined, Template
 
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".gradio")
     shutil.copytree(TEMPLATE, folder, dirs_exist_ok=True, ignore=ignored)
+    if examples is not None:
+        _write_examples(folder / "examples", examples)
     template = Template(
         (TEMPLATE / "README.md").read_text(encoding="utf-8"), undefined=StrictUndefined, keep_trailing_newline=True
     )
@@ -178,6 +245,7 @@ def _write(folder: Path, model: Model, title: str | None, hardware: str):
         model=model.repo_id,
         revision=model.revision,
         hardware=hardware,
+        own_examples=examples is not None,
         preload=f"{model.repo_id} {','.join(model.files)} {model.revision}" if model.files else None,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

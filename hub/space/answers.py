@@ -45,13 +45,13 @@ class Alignment:
     Args:
         gate: the gate's weights of levels 0 to N-2.
         shares: what each of the N levels contributes to the alignment vector of this answer.
-        dots: rows of patches: the dot product of each patch's token with the prompt's mean embedding; empty when the
+        similarity: rows of patches: cosine of each patch's token with the prompt's mean embedding; empty when the
             tower's patches form no grid.
     """
 
     gate: list[float]
     shares: list[float]
-    dots: list[list[float]]
+    similarity: list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -117,13 +117,20 @@ def on_gpu(function):
 
 @on_gpu
 def stream_answer(
-    image: Image.Image, turns: list[dict[str, str]], align_level: int | None, max_new_tokens: int = MAX_NEW_TOKENS
+    image: Image.Image,
+    turns: list[dict[str, str]],
+    align_level: int | None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
 ) -> Iterator[Alignment | Piece]:
     """
     Answers the last of `turns` (`role`, `content`; the first is about the image).
 
     Args:
         align_level: 0-based level to steer to; `None`: what the model does by itself.
+        temperature: 0 takes the likeliest word each time; higher draws.
+        top_p: of what is drawn from, the likeliest words of this probability together.
 
     Yields:
         Once the [`Alignment`], then each longer [`Piece`] of the answer.
@@ -138,7 +145,10 @@ def stream_answer(
     streamer = TextIteratorStreamer(
         model.processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=MAX_SECONDS + 30
     )
-    work = _Generation(model, inputs, align_level, limit, streamer)
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    )
+    work = _Generation(model, inputs, align_level, {"max_new_tokens": limit, **sampling}, streamer)
     work.start()
     text = ""
     try:
@@ -165,9 +175,9 @@ class _StopWhen(StoppingCriteria):
 class _Generation(Thread):
     """`generate` beside the streamer; `ending` says why it ended, `error` what went wrong."""
 
-    def __init__(self, loaded: Loaded, inputs, align_level: int | None, limit: int, streamer: TextIteratorStreamer):
+    def __init__(self, loaded: Loaded, inputs, align_level: int | None, settings: dict, streamer: TextIteratorStreamer):
         super().__init__(daemon=True)
-        self.loaded, self.inputs, self.align_level, self.limit = loaded, inputs, align_level, limit
+        self.loaded, self.inputs, self.align_level, self.settings = loaded, inputs, align_level, settings
         self.streamer, self.stop = streamer, Event()
         self.error: Exception | None = None
         self.ending: str | None = None
@@ -179,8 +189,7 @@ class _Generation(Thread):
             output = self.loaded.model.generate(
                 **self.inputs,
                 **steering,
-                do_sample=False,
-                max_new_tokens=self.limit,
+                **self.settings,
                 max_time=MAX_SECONDS,
                 streamer=self.streamer,
                 stopping_criteria=StoppingCriteriaList([_StopWhen(self.stop)]),
@@ -199,7 +208,7 @@ class _Generation(Thread):
             return "end"
         if self.stop.is_set():
             return "stopped"
-        return "length" if made >= self.limit else "time" if seconds >= MAX_SECONDS else "end"
+        return "length" if made >= self.settings["max_new_tokens"] else "time" if seconds >= MAX_SECONDS else "end"
 
 
 def _inputs(loaded: Loaded, image: Image.Image, turns: list[dict[str, str]]) -> tuple[dict[str, torch.Tensor], int]:
@@ -237,11 +246,11 @@ def _alignment(loaded: Loaded, inputs: dict[str, torch.Tensor], align_level: int
     rows = torch.zeros(1, dtype=torch.long, device=tokens_1SD.device)
     gate = model.get_gate_weights(tokens_1SD, rows, mean_1D)
     shares = model.get_level_weights(align_level, 1, gate)
-    dots_S = (tokens_1SD[0].float() @ mean_1D[0].float()).tolist()
-    return Alignment(gate[0].float().tolist(), shares[0].float().tolist(), _grid(dots_S, loaded.config))
+    similarity_S = torch.nn.functional.cosine_similarity(tokens_1SD[0].float(), mean_1D.float(), dim=-1).tolist()
+    return Alignment(gate[0].float().tolist(), shares[0].float().tolist(), _grid(similarity_S, loaded.config))
 
 
-def _grid(dots_S: list[float], config) -> list[list[float]]:
+def _grid(values_S: list[float], config) -> list[list[float]]:
     """Values of the patches in rows; without a class token, which has no place on the image."""
     size, patch = getattr(config.vision_config, "image_size", None), getattr(config.vision_config, "patch_size", None)
     if size is None or patch is None:
@@ -249,7 +258,7 @@ def _grid(dots_S: list[float], config) -> list[list[float]]:
     height, width = (size, size) if isinstance(size, int) else size
     down, across = (patch, patch) if isinstance(patch, int) else patch
     rows, columns = height // down, width // across
-    values = dots_S[1:] if len(dots_S) == rows * columns + 1 else dots_S
+    values = values_S[1:] if len(values_S) == rows * columns + 1 else values_S
     if len(values) != rows * columns:
         return []
     return [values[row * columns : (row + 1) * columns] for row in range(rows)]

@@ -1,5 +1,8 @@
 """The page: an image, a chat (or two, to compare levels) and the alignment beside it. No state outside the session."""
 
+import json
+import os
+import re
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -16,11 +19,10 @@ from images import MAX_FILE_BYTES, ImageError, read_image, seen_box
 
 
 HERE = Path(__file__).parent
-EXAMPLES = (
-    ("Whale and balloon", "whale-and-balloon.png", "what is in the picture?"),
-    ("Teddy and car", "teddy-and-car.png", "what is right of the teddy?"),
-    ("Cactus and crab", "cactus-and-crab.png", "what is in the picture?"),
-)
+EXAMPLES = json.loads((HERE / "examples" / "examples.json").read_text(encoding="utf-8"))
+"""Rows `title`, `image` (a file beside the list), `questions`; written by `aligngpt space --examples`."""
+SUGGESTIONS = max(len(example["questions"]) for example in EXAMPLES)
+CODE = "https://github.com/AlignGPT-VL/AlignGPT"
 BY_ITSELF = -1
 """The value of the level control that leaves the level to the model."""
 QUEUE = 32
@@ -70,14 +72,21 @@ def _image_column(choices: list[tuple[str, int]]) -> dict[str, Any]:
     notice = gr.HTML(_status(""), elem_id="notice", padding=False)
     with gr.Row(elem_id="examples"):
         examples = [
-            gr.Button(f"Example: {name}", icon=str(HERE / "examples" / file), size="sm", min_width=90)
-            for name, file, _ in EXAMPLES
+            gr.Button(f"Example: {each['title']}", icon=str(HERE / "examples" / each["image"]), size="sm", min_width=90)
+            for each in EXAMPLES
         ]
     with gr.Group(elem_id="steering"):
         level = gr.Radio(choices, value=BY_ITSELF, label="Alignment level", elem_id="level")
         compare = gr.Checkbox(label="Compare with a second level", elem_id="compare")
         second = gr.Radio(choices, value=0, label="Second level", elem_id="second", visible=False)
+    with gr.Accordion("Sampling", open=False, elem_id="sampling"):
+        temperature = gr.Slider(0, 2, value=0, step=0.1, label="Temperature (0: the likeliest word each time)")
+        top_p = gr.Slider(0.05, 1, value=1, step=0.05, label="Top p")
+        length = gr.Slider(1, MAX_NEW_TOKENS, value=MAX_NEW_TOKENS, step=1, label="Longest answer, in tokens")
     return {
+        "temperature": temperature,
+        "top_p": top_p,
+        "length": length,
         "image": image,
         "notice": notice,
         "examples": examples,
@@ -102,13 +111,23 @@ def _chat_column() -> dict[str, Any]:
             elem_id="question",
         )
         ask = gr.Button("Ask", variant="primary", scale=1, min_width=80, elem_id="ask")
+    with gr.Row(elem_id="suggestions"):
+        suggestions = [gr.Button(visible=False, size="sm", min_width=90) for _ in range(SUGGESTIONS)]
     with gr.Row(elem_id="actions"):
         buttons = {
             name: gr.Button(name.capitalize(), size="sm", min_width=80, elem_id=name)
             for name in ("retry", "stop", "clear")
         }
     status = gr.HTML(_status(""), elem_id="status", padding=False)
-    return {"chat": chat, "other": other, "question": question, "ask": ask, **buttons, "status": status}
+    return {
+        "chat": chat,
+        "other": other,
+        "question": question,
+        "ask": ask,
+        "suggestions": suggestions,
+        **buttons,
+        "status": status,
+    }
 
 
 def _alignment_column() -> dict[str, Any]:
@@ -122,6 +141,7 @@ def _alignment_column() -> dict[str, Any]:
 def _connect(on: SimpleNamespace):
     """What happens when; only `/ask` is open to programs."""
     given = [on.image, on.question, on.chat, on.other, on.level, on.second, on.compare]
+    given += [on.temperature, on.top_p, on.length]
     beside = [on.chat, on.other, on.bars, on.heat, on.status]
     # one answer at a time, whoever asks
     model_only = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
@@ -137,8 +157,10 @@ def _connect(on: SimpleNamespace):
     on.compare.change(show_second, [on.compare, on.chat], [on.second, on.other], **at_once)
     levels = [on.level, on.second, on.compare]
     gr.on([part.change for part in levels], name_chats, levels, [on.chat, on.other], **at_once)
-    for button, (_, file, text) in zip(on.examples, EXAMPLES, strict=True):
-        button.click(_example(file, text), None, [on.image, on.question], **at_once)
+    for button, example in zip(on.examples, EXAMPLES, strict=True):
+        button.click(_example(example), None, [on.image, on.question, *on.suggestions], **at_once)
+    for button in on.suggestions:
+        button.click(lambda text: text, button, on.question, **at_once)
     _add_api(on.image, on.question, on.level, model_only)
 
 
@@ -167,7 +189,8 @@ def _chatbot(label: str, name: str, visible: bool = True) -> gr.Chatbot:
         height=420,
         min_width=200,
         layout="bubble",
-        buttons=["copy"],
+        # the Hub shares a conversation in the Space's discussions; elsewhere there is nowhere to share it
+        buttons=["copy", "share"] if os.environ.get("SPACE_ID") else ["copy"],
         feedback_options=None,
         placeholder="Choose an image, then ask about it.",
         # answers are shown as text and Markdown, never as markup of their own
@@ -180,10 +203,13 @@ def _by_itself(align_mode: str) -> str:
 
 
 def _header(loaded: answers.Loaded) -> str:
+    name = f"<code>{escape(loaded.name)}</code>"
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", loaded.name):
+        name = f'<a href="https://huggingface.co/{escape(loaded.name)}">{name}</a>'
     return (
         "<h1>AlignGPT</h1><p>Ask about an image, and see which levels of image-text alignment the answer is made of. "
-        f"Model: <code>{escape(loaded.name)}</code>, levels 0 (loosest) to {loaded.config.num_align_levels - 1} "
-        '(closest). <a href="https://arxiv.org/abs/2405.14129">Paper</a></p>'
+        f"Model: {name}, levels 0 (loosest) to {loaded.config.num_align_levels - 1} "
+        f'(closest). <a href="https://arxiv.org/abs/2405.14129">Paper</a> · <a href="{CODE}">Authors\' code</a></p>'
     )
 
 
@@ -195,10 +221,13 @@ def _status(text: str, kind: str = "said") -> str:
     )
 
 
-def _example(file: str, text: str):
+def _example(example: dict[str, Any]):
     def choose():
+        texts = example["questions"]
+        buttons = [gr.update(value=text, visible=True) for text in texts]
+        buttons += [gr.update(visible=False) for _ in range(SUGGESTIONS - len(texts))]
         # an image and not a path: no file of this folder is served
-        return read_image(HERE / "examples" / file), text
+        return read_image(HERE / "examples" / example["image"]), texts[0], *buttons
 
     return choose
 
@@ -229,19 +258,30 @@ def name_chats(level, second, compare: bool):
     return gr.update(label=_title(level) if compare else "Chat"), gr.update(label=_title(second))
 
 
-def retry(image, question, chat: Messages, other: Messages, level, second, compare) -> Iterator[tuple]:
+def retry(image, question, chat: Messages, other: Messages, level, second, compare, *sampling) -> Iterator[tuple]:
     """The last question once more, at the levels chosen now."""
     question = next((turn["content"] for turn in reversed(_turns(chat)) if turn["role"] == "user"), None)
     if question is None:
         yield (*(gr.skip() for _ in range(5)), _status("There is no question to repeat yet.", "error"))
         return
     chat, other = _before(chat, question), _before(other, question)
-    for shown in chat_on(image, question, chat, other, level, second, compare):
+    for shown in chat_on(image, question, chat, other, level, second, compare, *sampling):
         # a question that is being written stays
         yield (gr.skip(), *shown[1:])
 
 
-def chat_on(image, question: str, chat: Messages, other: Messages, level, second, compare) -> Iterator[tuple]:
+def chat_on(
+    image,
+    question: str,
+    chat: Messages,
+    other: Messages,
+    level,
+    second,
+    compare,
+    temperature: float = 0,
+    top_p: float = 1,
+    length: int = MAX_NEW_TOKENS,
+) -> Iterator[tuple]:
     """Streams the answer, or both, into the chats; whatever goes wrong is said, and the question kept."""
     chat, other = _settled(chat), _settled(other)
     lanes = [(level, chat)] + ([(second, other)] if compare else [])
@@ -254,7 +294,8 @@ def chat_on(image, question: str, chat: Messages, other: Messages, level, second
         chats = [[*lane, _message("user", question)] for _, lane in lanes]
         yield _shown("", chats, _status("Reading the image ..."))
         for index, (lane_level, _) in enumerate(lanes):
-            for item in answers.stream_answer(image, _turns(chats[index]), _level(lane_level)):
+            turns = _turns(chats[index])
+            for item in answers.stream_answer(image, turns, _level(lane_level), length, temperature, top_p):
                 if isinstance(item, Alignment):
                     alignments.append((_title(lane_level), item))
                     yield _shown("", chats, _status("Answering ..."), image, alignments)
@@ -298,8 +339,8 @@ def _shown(question: str, chats: list[Messages], status: str, image=None, alignm
     bars = heat = gr.skip()
     if alignments:
         bars = bars_html(alignments)
-        dots = alignments[0][1].dots
-        heat = map_html(image, dots, seen_box(image.size, answers.loaded().processor.image_processor))
+        similarity = alignments[0][1].similarity
+        heat = map_html(image, similarity, seen_box(image.size, answers.loaded().processor.image_processor))
     return question, chats[0], chats[1] if len(chats) > 1 else gr.skip(), bars, heat, status
 
 

@@ -23,6 +23,7 @@ from aligngpt_hub.demo.space import TEMPLATE, Model, render_space
 
 
 QUESTION = "what is in the picture?"
+EXAMPLES = json.loads((TEMPLATE / "examples" / "examples.json").read_text())
 # the Space's folder has to do without this project's packages
 ALONE = """
 import runpy, sys
@@ -263,14 +264,14 @@ def test_upload_ask_and_see_the_alignment(app, desktop, files):
     assert len(grown) > 2 and grown[-1] == answer
     assert all(answer.startswith(text) for text in grown), grown
     (shares,) = page.shares()
-    assert len(shares) == 8 and shares[7] == "100%" and "100%" not in shares[:7]
+    assert len(shares) == 8 and shares[7] == "1.00" and "1.00" not in shares[:7]
     # 300 x 150 padded to a square: two of the four rows of patches are the image's
     assert len(page.all("#heat rect")) == 8
     assert page.all("#heat svg")[0].get_attribute("aria-label").startswith("Heat map of 4 by 4 patches")
 
     page.choose("level", 4)
     page.element("retry").click()
-    page.until(lambda: page.shares() and page.shares()[0][3] == "100%")
+    page.until(lambda: page.shares() and page.shares()[0][3] == "1.00")
     fixed = page.answered(1)
     assert fixed != answer and "pizza" in fixed
     assert page.all("table.levels caption")[0].text == "Fixed at level 3"
@@ -281,6 +282,27 @@ def test_upload_ask_and_see_the_alignment(app, desktop, files):
     assert [element.text for element in page.all("#chat .user.message")] == [QUESTION, "where?"]
     page.element("clear").click()
     page.until(lambda: not page.answers() and not page.all("#heat svg") and not page.all("table.levels"))
+
+
+@needs_browser
+def test_an_example_brings_its_questions_and_sampling_is_a_setting(app, desktop):
+    page = Page(desktop, app[0])
+    page.all("#examples button")[1].click()
+    page.says("ready", "notice")
+    offered = [button for button in page.all("#suggestions button") if button.is_displayed()]
+    assert [button.text for button in offered] == EXAMPLES[1]["questions"]
+    assert page.element("question").find_element(By.CSS_SELECTOR, "textarea").get_attribute("value") == offered[0].text
+    offered[1].click()
+    page.until(lambda: page.all("#question textarea")[0].get_attribute("value") == EXAMPLES[1]["questions"][1])
+    page.element("ask").click()
+    greedy = page.answered(1)
+    page.all("#sampling button")[0].click()
+    length = page.until(lambda: [each for each in page.all("#sampling input[type=number]") if each.is_displayed()])[-1]
+    length.send_keys(Keys.CONTROL, "a")
+    length.send_keys("1" + Keys.TAB)
+    page.element("retry").click()
+    page.until(lambda: "It was cut" in page.element("status").text)
+    assert greedy.startswith(page.answers()[-1]) and len(page.answers()[-1]) < len(greedy)
 
 
 # an image that another program has put on the clipboard
@@ -320,7 +342,7 @@ def test_two_levels_side_by_side(app, client, desktop, files):
     image = handle_file(str(files / "fine.jpg"))
     expected = [client.predict(image, QUESTION, level, api_name="/ask")[0] for level in (4, 3)]
     assert [first, second] == expected and first != second
-    assert [shares.index("100%") for shares in page.shares()] == [4, 3]
+    assert [shares.index("1.00") for shares in page.shares()] == [4, 3]
     left, right = (page.element(name).rect for name in ("chat", "other"))
     assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]
     page.until(lambda: "Fixed at level 4" in page.element("chat").text and "level 3" in page.element("other").text)

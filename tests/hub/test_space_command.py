@@ -12,8 +12,9 @@ import pytest
 import yaml
 from local_hub.server import HubServer
 from packaging.requirements import Requirement
+from PIL import Image
 
-from aligngpt_hub.demo.space import TEMPLATE, Model, find_model, push_space, render_space
+from aligngpt_hub.demo.space import TEMPLATE, Model, find_model, push_space, read_examples, render_space
 from aligngpt_trainers.commands.cli import main
 
 
@@ -44,6 +45,35 @@ def test_the_folder_is_complete_and_pinned(tmp_path):
     assert names >= {path.name for path in TEMPLATE.rglob("*.p*") if "__pycache__" not in path.parts}
     assert not [path for path in folder.rglob("*") if "__pycache__" in path.parts]
     assert sum(path.stat().st_size for path in folder.rglob("*.png")) < 100_000
+
+
+def test_a_model_gets_its_own_examples(tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "street.png")
+    rows = [{"title": "A street", "image": "street.png", "questions": ["What is it?", "Where?"]}]
+    (tmp_path / "mine.json").write_text(json.dumps(rows))
+    folder = render_space(tmp_path / "space", MODEL, examples=read_examples(tmp_path / "mine.json"))
+    assert {path.name for path in (folder / "examples").iterdir()} == {"examples.json", "street.png"}
+    assert json.loads((folder / "examples" / "examples.json").read_text()) == rows
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert "OpenMoji" not in card and "{%" not in card
+    assert "OpenMoji" in (render_space(tmp_path / "other", MODEL) / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "must be a list of examples"),
+        ("[", "cannot be read as JSON"),
+        ('[{"title": "a", "image": 3, "questions": ["b"]}]', "row 0: `title` and `image` must be texts"),
+        ('[{"title": "a", "image": "street.png", "questions": []}]', "row 0: `questions` must be a list of texts"),
+        ('[{"title": "a", "image": "gone.png", "questions": ["b"]}]', "row 0: .*gone.png"),
+    ],
+)
+def test_examples_that_cannot_be_shown_are_named(content, message, tmp_path):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "street.png")
+    (tmp_path / "mine.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_examples(tmp_path / "mine.json")
 
 
 def test_its_requirements_are_the_tested_versions():

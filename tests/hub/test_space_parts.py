@@ -128,31 +128,37 @@ def test_the_map_covers_the_image_and_only_the_image(space):
     # 120 x 60, padded to a square: the outer two of four rows of patches are padding
     html = space["alignment"].map_html(
         Image.new("RGB", (120, 60)),
-        [[-9.0] * 4, [0.5, 1, 2, 3], [1, 1, 1, -1.25], [9.0] * 4],
+        [[-0.9] * 4, [0.0, 0.1, -0.15, 0.3], [0.1, 0.1, 0.1, -0.4], [0.9] * 4],
         space["images"].Box(0, -30, 120, 120),
     )
     svg = ElementTree.fromstring(re.search(r"<svg.*</svg>", html, re.DOTALL).group(0))
     rects = [element for element in svg.iter() if element.tag == "rect"]
     places = {(float(rect.get("x")), float(rect.get("y"))): rect for rect in rects}
     assert sorted(places) == [(x, y) for x in (0, 30, 60, 90) for y in (0, 30)]
-    assert [place for place, rect in places.items() if rect.get("fill") == "rgb(253,231,37)"] == [(90, 0)]
-    assert [place for place, rect in places.items() if rect.get("fill") == "rgb(68,1,84)"] == [(90, 30)]
+    colours = {place: rect.get("fill") for place, rect in places.items()}
+    # signed, and the same scale for every image: zero has no colour, the ends are full
+    assert colours[0, 0] == "rgb(247,247,247)" and colours[60, 0] == "rgb(166,143,192)"
+    assert colours[90, 0] == "rgb(230,97,1)" and colours[90, 30] == "rgb(84,39,136)"
     assert svg.get("role") == "img"
-    assert "most in row 2, column 4 (3.00) and least in row 3, column 4 (-1.25)" in svg.get("aria-label")
-    assert "-1.25</span>" in html and "3.00</span>" in html
+    assert "Most similar to the prompt is row 2, column 4 (+0.300), least row 3, column 4 (-0.400)" in svg.get(
+        "aria-label"
+    )
+    assert "&minus;0.3</span>" in html and "+0.3</span>" in html and "Not where the answer comes from" in html
 
 
 def test_bars_show_what_was_used_and_what_the_gate_would_have_done(space):
     alignment = space["answers"].Alignment([0.25, 0.75], [0.25, 0.75, 1.0], [])
     mixed = space["alignment"].bars_html([("<As> the model decides", alignment)])
     assert "&lt;As&gt;" in mixed and "<As>" not in mixed
-    assert re.findall(r'class="share">(\d+%)', mixed) == ["25%", "75%", "100%"]
-    assert 'class="ghost"' not in mixed and "level 2 is always added whole" in mixed
+    assert re.findall(r'class="share">([\d.]+)<', mixed) == ["0.25", "0.75", "1.00"]
+    # one scale for all: a bar is as long as its weight
+    assert re.findall(r'class="bar(?: top)?" style="width:([\d.]+)%', mixed) == ["25.0", "75.0", "100.0"]
+    assert 'class="ghost"' not in mixed and "level 2 is always added with 1" in mixed
     fixed = space["answers"].Alignment([0.25, 0.75], [1.0, 0.0, 0.0], [])
     steered = space["alignment"].bars_html([("a", alignment), ("b", fixed)]).split("<caption>")[2]
-    assert re.findall(r'class="share">(\d+%)', steered) == ["100%", "0%", "0%"]
+    assert re.findall(r'class="share">([\d.]+)<', steered) == ["1.00", "0.00", "0.00"]
     assert re.findall(r'ghost" style="width:([\d.]+)%', steered) == ["25.0", "75.0"]
-    assert "most of level 1 (75%)" in steered
+    assert "most of level 1 (0.75)" in steered
 
 
 # ---- answers ----
@@ -169,7 +175,7 @@ def test_the_alignment_is_the_models_own(answers, whale):
         assert first.shares[-1] == pytest.approx(1.0 if level in (None, 7) else 0.0)
         # the gate's weights do not depend on the level that is fixed
         torch.testing.assert_close(torch.tensor(first.gate), loaded.model(**inputs).align_weights[0, :-1])
-        assert [len(row) for row in first.dots] == [4] * 4
+        assert [len(row) for row in first.similarity] == [4] * 4
 
 
 def test_the_answer_grows_to_what_generate_gives(answers, whale):
