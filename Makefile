@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: quickstart test lint wheel compat lowest faults engines engines-smoke docs clean browser
+.PHONY: quickstart test lint wheel compat lowest faults engines engines-smoke docs notebooks clean browser
 
 quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/python -m aligngpt_playground quickstart --output runs/quickstart
@@ -38,6 +38,10 @@ faults: $(VENV)/.installed-dev
 # The site: all pages, and a reference made of the code; broken links and settings without a text fail it
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python docs/site/build.py
+
+# The notebooks from top to bottom, and the pictures in them
+notebooks: $(VENV)/.installed-dev
+	$(BIN)/python notebooks/run.py
 
 # vLLM in an environment of its own beside transformers; benchmarks/vllm.md. Both models are made here: the quickstart's,
 # and a tiny one with a sentencepiece tokenizer

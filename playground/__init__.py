@@ -9,6 +9,7 @@ from .captions import KINDS, draw_caption, exact_caption
 from .questions import QUESTION_TYPES, all_questions, draw_questions
 from .scenes import SPLITS, Scene, draw_scenes, render, split_of
 from .sprites import ATTRIBUTION, CATEGORIES, OBJECTS
+from .trained import trained_model
 from .world import make_conversations, make_pairs, parts_path, write_world
 
 
@@ -30,5 +31,6 @@ __all__ = [
     "parts_path",
     "render",
     "split_of",
+    "trained_model",
     "write_world",
 ]

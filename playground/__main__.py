@@ -35,6 +35,11 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--batch-size", type=int)
     train.add_argument("--learning-rate", type=float)
     train.add_argument("--seed", type=int, default=0)
+    models = commands.add_parser("train-models", help="train the two models that come with the package")
+    models.add_argument("--output", required=True, help="folder for what training changed; replaced")
+    models.add_argument("--pairs", type=int, default=3600, help="pairs of stage 1 (default: %(default)s)")
+    models.add_argument("--rows", type=int, default=3000, help="rows of each stage 2 (default: %(default)s)")
+    models.add_argument("--seed", type=int, default=0)
     return parser
 
 
@@ -53,6 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             written = write_world(**args)
             print(", ".join(f"{name}: {n} rows" for name, n in written.items()), "written to", args["output"])
+        elif command == "train-models":
+            from .trained import train_models
+
+            print(json.dumps(train_models(**args)))
         else:
             from .train_parts import train_part
 

@@ -10,7 +10,7 @@ from .space import TEMPLATE
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("--model", help=f"an AlignGPT: folder or Hub id (default: the quickstart's, {QUICKSTART})")
+    parser.add_argument("--model", help=f"an AlignGPT: folder or Hub id (default: {QUICKSTART}, else `playground`)")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=port, help="port (default: the first free one from 7860)")

@@ -10,7 +10,7 @@ from gradio_client import Client, handle_file
 
 from aligngpt_hub.demo.space import TEMPLATE
 from aligngpt_hub.local import QUICKSTART, find_local_model
-from aligngpt_trainers.commands.cli import main
+from aligngpt_trainers.commands.cli import main, with_named_model
 
 
 @pytest.fixture
@@ -25,12 +25,18 @@ def make_model(folder: Path, kind: str = "aligngpt") -> Path:
     return folder
 
 
-def test_without_a_model_it_is_the_quickstarts(somewhere, capsys):
-    assert main(["demo"]) == 2
-    said = capsys.readouterr().err
-    assert "make quickstart" in said and said.count("\n") == 1
+def test_without_a_model_it_is_the_quickstarts_else_the_playgrounds(somewhere, monkeypatch):
+    monkeypatch.setattr("aligngpt_playground.trained.gate_model", lambda: "trained")
+    assert with_named_model("demo", ["--port", "1"]) == ["--port", "1", "--model", "trained"]
+    assert with_named_model("demo", ["--model", "playground"]) == ["--model", "trained"]
+    assert with_named_model("demo", ["--model=playground"]) == ["--model=trained"]
+    assert with_named_model("demo", ["--model", "USER/NAME"]) == ["--model", "USER/NAME"]
+    assert with_named_model("publish", ["x"]) == ["x"]
+    with pytest.raises(ValueError, match="make quickstart"):
+        find_local_model(None)
     make_model(somewhere / QUICKSTART)
     assert find_local_model(None) == str(QUICKSTART)
+    assert with_named_model("chat", []) == ["--model", str(QUICKSTART)]
 
 
 def test_a_folder_or_a_hub_id(somewhere):

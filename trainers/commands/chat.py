@@ -19,7 +19,11 @@ BAR_WIDTH = 30
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("--model", required=True, help="an AlignGPT: folder or Hub id")
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="an AlignGPT: folder or Hub id (default: the quickstart's in runs/, else `playground`, which is trained)",
+    )
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
     parser.add_argument("--question", help="ask this once and leave; without it the chat is interactive")
     parser.add_argument("--align-level", type=int, metavar="K", help="steer to one alignment level (0-based)")

@@ -52,6 +52,15 @@ COMMANDS = {
     "doctor": (f"{_HERE}.doctor", "list versions, devices, and what is missing for which command"),
 }
 
+# What `--model NAME` means beside folders and Hub ids: the trained models that come with the playground, and who makes
+# their folders
+NAMED_MODELS = {
+    "playground": "aligngpt_playground.trained:gate_model",
+    "playground-steering": "aligngpt_playground.trained:steering_model",
+}
+# commands that show the quickstart's model, else the playground's, where none is named
+SHOWS = ("chat", "demo")
+
 USAGE = """\
 usage: aligngpt [--debug] COMMAND [--config FILE.yaml] [--setting value ...]
 
@@ -123,6 +132,7 @@ def _run(command: str, words: list[str]) -> int:
         return launch_words(command, words)
     target, description = COMMANDS[command]
     check_extra(command, words)
+    words = with_named_model(command, words)
     name, _, function = target.partition(":")
     module = importlib.import_module(name)
     if function:
@@ -136,6 +146,24 @@ def _run(command: str, words: list[str]) -> int:
 
         args.load_rows = load_rows
     return module.run(args) or 0
+
+
+def with_named_model(command: str, words: list[str]) -> list[str]:
+    """The words with the folder of a named model in its place."""
+    given = [index for index, word in enumerate(words) if word == "--model" and index + 1 < len(words)]
+    named = [(index + 1, words[index + 1]) for index in given]
+    named += [(i, word.partition("=")[2]) for i, word in enumerate(words) if word.startswith("--model=")]
+    if not named and command in SHOWS and not {"--help", "-h", "--revision"} & set(words):
+        own = os.path.join("runs", "quickstart", "instruct")
+        if os.path.isfile(os.path.join(own, "config.json")):
+            return [*words, "--model", own]
+        words, named = [*words, "--model", "playground"], [(len(words) + 1, "playground")]
+    for index, name in named:
+        if name in NAMED_MODELS and not os.path.isdir(name):
+            module, _, function = NAMED_MODELS[name].partition(":")
+            folder = getattr(importlib.import_module(module), function)()
+            words = [*words[:index], f"--model={folder}" if "=" in words[index] else folder, *words[index + 1 :]]
+    return words
 
 
 class _Parser(argparse.ArgumentParser):
