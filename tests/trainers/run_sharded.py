@@ -13,7 +13,7 @@ from pathlib import Path
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
@@ -22,8 +22,9 @@ RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
 def settle(recipe: str):
     """The environment that accelerate's launcher makes of a recipe, on gloo and in float32."""
     words = ["--config_file", str(RECIPES / f"{recipe}.yaml"), "--num_processes", "2", "--mixed_precision", "no"]
-    args = _validate_launch_command(launch_command_parser().parse_args([*words, "script.py"]))[0]
-    env = prepare_multi_gpu_env(args)
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args([*words, "script.py"]))
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config or ())
+    env = prepare_deepspeed_cmd_env(args)[1] if args.use_deepspeed else prepare_multi_gpu_env(args)
     os.environ.update({k: v for k, v in env.items() if k.startswith(("FSDP_", "ACCELERATE_"))})
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     PartialState._prepare_backend = lambda self, *args, **kwargs: ("gloo", DistributedType.MULTI_GPU)

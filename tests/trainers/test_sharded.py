@@ -1,4 +1,4 @@
-"""FSDP2 by the recipe, on two CPU processes: what it saves is what one process saves, and loads everywhere."""
+"""FSDP2 and DeepSpeed by the recipes, on two CPU processes: what they save is what one process saves, and loads."""
 
 import json
 import os
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from stage_parts import NUM_LEVELS, conversation_rows, settings, to_dataset
 from transformers import AutoModelForImageTextToText, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from aligngpt_shared.records import GATE_BEFORE
 from aligngpt_trainers import AlignGPTInstructConfig, AlignGPTInstructTrainer
 from aligngpt_trainers.checkpoints import CheckpointError
 from aligngpt_trainers.commands import cli
@@ -29,7 +30,7 @@ LIMIT = 240
 def headers(folder: Path) -> dict[str, tuple]:
     """Names, shapes and dtypes of all weights of a folder, with the files they lie in."""
     found = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("model*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 part = file.get_slice(name)
@@ -42,12 +43,37 @@ def code_and_config(folder: Path) -> dict[str, str]:
     return kept | {"config": (folder / "config.json").read_text(encoding="utf-8")}
 
 
-@pytest.fixture(scope="module", params=["untied", "tied"])
-def both(request, parts, tmp_path_factory):
+DEEPSPEED = ("deepspeed==0.19.8", "hjson", "msgpack", "py-cpuinfo", "einops", "ninja")
+
+
+@pytest.fixture(scope="session")
+def deepspeed(request, tmp_path_factory) -> Path:
+    """A folder with DeepSpeed for the path of the processes that shard: here, importing it would change other tests."""
+    cache = getattr(request.config, "cache", None)
+    folder = Path(cache.mkdir("deepspeed")) if cache else tmp_path_factory.mktemp("deepspeed")
+    done = folder / DEEPSPEED[0].replace("=", "_")
+    if not done.exists():
+        partial = folder / f"{done.name}.{os.getpid()}.partial"
+        words = ["--quiet", "--no-build-isolation", "--no-deps", "--target", str(partial), *DEEPSPEED]
+        # nothing is compiled: its own kernels are for GPUs
+        environment = {**os.environ, "DS_BUILD_OPS": "0"}
+        command = [sys.executable, "-m", "pip", "install", *words]
+        result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
+        if result.returncode:
+            shutil.rmtree(partial, ignore_errors=True)
+            stop = pytest.fail if os.environ.get("CI") else pytest.skip
+            stop(f"pip cannot install DeepSpeed: {result.stderr.strip().splitlines()[-1]}")
+        os.replace(partial, done)
+    return done
+
+
+@pytest.fixture(scope="module", params=["fsdp2 untied", "fsdp2 tied", "zero2 untied", "zero3 untied", "zero3 tied"])
+def both(request, parts, tmp_path_factory, deepspeed):
     """Folders of one training, by one process and by two that share the weights."""
     folder = tmp_path_factory.mktemp("sharded")
     llama = parts[0]
-    if request.param == "tied":
+    recipe, heads = request.param.split()
+    if heads == "tied":
         llama = folder / "llama"
         config = LlamaConfig.from_pretrained(parts[0], tie_word_embeddings=True)
         torch.manual_seed(0)
@@ -66,12 +92,12 @@ def both(request, parts, tmp_path_factory):
     one = [*words, f"--output_dir={folder / 'one'}", "--per_device_train_batch_size=4", "--use_cpu"]
     assert cli.main(one) == 0
     two = [*words, f"--output_dir={folder / 'two'}", "--per_device_train_batch_size=2"]
-    (folder / "plan.json").write_text(json.dumps({"recipe": "fsdp2", "words": two}))
-    run(folder / "plan.json")
+    (folder / "plan.json").write_text(json.dumps({"recipe": recipe, "words": two}))
+    run(folder / "plan.json", deepspeed if recipe.startswith("zero") else None)
     return folder / "one", folder / "two"
 
 
-def run(plan: Path):
+def run(plan: Path, more: Path | None = None):
     command = [
         sys.executable,
         "-m",
@@ -83,6 +109,8 @@ def run(plan: Path):
         plan,
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if more is not None:
+        environment["PYTHONPATH"] = str(more)
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=LIMIT)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -107,6 +135,15 @@ def test_a_sharded_run_learns_what_one_process_learns(both):
     losses = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in both]
     pairs = [[entry["loss"] for entry in log if "loss" in entry] for log in losses]
     assert pairs[0] == pytest.approx(pairs[1], abs=1e-4) and len(pairs[0]) == 3
+
+
+def test_stage_2_keeps_the_gate_that_it_found(both):
+    """But for ZeRO-3, where each process has a part of it."""
+    start = AlignGPTForConditionalGeneration.from_pretrained(both[0].parent / "model").model.align_gate.state_dict()
+    kept = [load_file(folder / GATE_BEFORE) for folder in both if (folder / GATE_BEFORE).is_file()]
+    assert kept
+    for gate in kept:
+        assert gate.keys() == start.keys() and all(torch.equal(gate[name], start[name]) for name in start)
 
 
 def test_it_loads_without_this_project(both):
