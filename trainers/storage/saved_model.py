@@ -1,9 +1,13 @@
 """A save is read back before it is called done, without taking up memory."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from aligngpt_shared.records import GATE_BEFORE
 from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration
@@ -18,11 +22,15 @@ def check_saved(folder: Path) -> None:
     Opens every file of weights, compares names and shapes with those of the model that a folder's `config.json`
     describes, and looks for the code that `auto_map` names. An adapter's weights are only opened.
 
-    Not by the loader: under ZeRO-3 it splits what it loads over the processes, and it takes names that 4.57 does not.
+    Not by the loader, which takes names that 4.57 does not. Under ZeRO-3 another process looks: in this one whatever
+    makes a model waits for all others.
 
     Raises:
         SavedModelError: naming file and weights.
     """
+    if is_deepspeed_zero3_enabled():
+        _check_elsewhere(folder)
+        return
     config = AlignGPTConfig.from_pretrained(folder)
     _check_code(folder, config.auto_map)
     files = sorted(path for path in folder.glob("*.safetensors") if path.name != GATE_BEFORE)
@@ -51,6 +59,17 @@ def check_saved(folder: Path) -> None:
         if names:
             some = ", ".join(sorted(names)[:3])
             raise SavedModelError(f"{folder.name} {what} {len(names)} weights ({some}): another model would load.")
+
+
+def _check_elsewhere(folder: Path) -> None:
+    program = (
+        f"import sys; from pathlib import Path; from {__name__} import check_saved; check_saved(Path(sys.argv[1]))"
+    )
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("ACCELERATE_")}
+    command = [sys.executable, "-c", program, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, env=alone, check=False)
+    if done.returncode:
+        raise SavedModelError(done.stderr.strip().splitlines()[-1].rpartition("SavedModelError: ")[2])
 
 
 def _check_code(folder: Path, auto_map: dict[str, str] | None) -> None:
