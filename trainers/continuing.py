@@ -48,6 +48,7 @@ def settings_of(trainer: Any) -> dict[str, Any]:
             "gate_context": trainer.model.config.gate_context,
             "global batch": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "training rows": _fingerprint(trainer.train_dataset),
+            "sharding": _sharding(trainer),
         },
         "free": {**{name: _plain(getattr(args, name)) for name in FREE}, "processes": args.world_size},
         "changes": trainer.setting_changes,
@@ -87,6 +88,16 @@ def compare_settings(trainer: Any, checkpoint: str | None) -> list[dict[str, Any
         if name in before["free"] and before["free"][name] != value
     ]
     return [*before.get("changes", []), *changed]
+
+
+def _sharding(trainer: Any) -> str:
+    """
+    How the optimizer's state lies in a checkpoint. transformers goes on without the state where it finds none of its
+    own kind, and DeepSpeed's belongs to so many processes.
+    """
+    if trainer.is_deepspeed_enabled:
+        return f"DeepSpeed over {trainer.args.world_size} processes"
+    return "FSDP" if trainer.is_fsdp_enabled else "none"
 
 
 def _plain(value: Any) -> Any:
