@@ -45,6 +45,8 @@ ACCEPTED = {
     "hyperclovax": {"logits_scaling": 0.5},
     "olmo2": {},
     "glm4": {},
+    "stablelm": {"use_qkv_bias": True},
+    "starcoder2": {},
     "gpt_neox": {},
     "gpt2": {},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},

@@ -18,6 +18,8 @@ LANGUAGE_MODELS = {
     "gemma2": {"model_type": "gemma2", "head_dim": 8, "tie_word_embeddings": True, "final_logit_softcapping": 5.0},
     "phi": {"model_type": "phi", "partial_rotary_factor": 0.5},
     "phi3": {"model_type": "phi3"},
+    "stablelm": {"model_type": "stablelm", "partial_rotary_factor": 0.25},
+    "starcoder2": {"model_type": "starcoder2"},
 }
 TOWERS = {
     "clip": (CLIP, "default"),
