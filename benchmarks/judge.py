@@ -19,15 +19,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from aligngpt_playground.measures import TRUE_KINDS, truth_aucs
+
 
 HELDOUT, BATCH = 600, 50
-TRUE = ("exact", "partial", "loose")
-
-
-def auc(good: list[float], bad: list[float]) -> float:
-    """Share of pairs (a good one, a bad one) in which the good one has the higher value; ties count half."""
-    wins = sum((g > b) + 0.5 * (g == b) for g in good for b in bad)
-    return wins / (len(good) * len(bad))
 
 
 def calibration(levels: list[float], true: list[bool], bins: int = 4) -> list[tuple[float, float, int]]:
@@ -75,7 +70,7 @@ def measure(folder: Path, seed: int) -> dict[str, Any]:
     model = AlignGPTForConditionalGeneration.from_pretrained(folder / "pretrain").eval()
     processor = AlignGPTProcessor.from_pretrained(folder / "pretrain")
     scorer = PairScorer(str(parts_path("clip")), device="cpu")
-    kinds = (*TRUE, "wrong", "unrelated")
+    kinds = (*TRUE_KINDS, "wrong", "unrelated")
     rows = make_pairs(HELDOUT, seed=1000 + seed, split="heldout", kinds=kinds)
     values: dict[str, list[float]] = {"judge": [], "CLIP score": [], "likelihood": [], "likelihood over others": []}
     for start in range(0, len(rows), BATCH):
@@ -98,15 +93,9 @@ def measure(folder: Path, seed: int) -> dict[str, Any]:
             )
             others.append(-losses.view(target.shape).sum(1))
         values["likelihood over others"] += (own - torch.stack(others).logsumexp(0)).tolist()
-    found: dict[str, Any] = {}
-    is_true = [row["kind"] in TRUE for row in rows]
-    for name, each in values.items():
-        of = {kind: [v for v, row in zip(each, rows, strict=True) if row["kind"] == kind] for kind in kinds}
-        good = [v for kind in TRUE for v in of[kind]]
-        found[name] = {
-            "true from untrue": auc(good, of["wrong"] + of["unrelated"]),
-            "exact from wrong": auc(of["exact"], of["wrong"]),
-        }
+    of_rows = [row["kind"] for row in rows]
+    found: dict[str, Any] = {name: truth_aucs(each, of_rows) for name, each in values.items()}
+    is_true = [kind in TRUE_KINDS for kind in of_rows]
     found["calibration"] = calibration(values["judge"], is_true)
     return found
 

@@ -5,7 +5,8 @@ import json
 import sys
 from collections.abc import Sequence
 
-from . import ablation, quickstart
+from . import quickstart
+from .ablation import command as ablation
 from .sprites import ATTRIBUTION
 
 

@@ -9,6 +9,8 @@ from .sprites import CATEGORIES, OBJECTS, plural, with_article
 KINDS = ("exact", "partial", "loose", "wrong", "unrelated")
 """exact: everything, places included. partial: true, but something is left out. loose: categories only. wrong: one fact
 is false. unrelated: the caption of another scene."""
+DESCRIBE = "Describe the picture."
+"""What is asked for where captions are answers."""
 NUMBERS = ("zero", "one", "two", "three", "four")
 
 

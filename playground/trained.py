@@ -14,7 +14,7 @@ from typing import Any
 
 from aligngpt_shared.files import new_folder, write_json
 
-from .ablation_rows import DESCRIBE
+from .captions import DESCRIBE
 from .world import make_conversations, make_pairs, parts_path, write_world
 
 
@@ -169,8 +169,8 @@ def _keep(folder: Path, output: Path, name: str) -> None:
 
 def _measure(folder: str, number: int = 256) -> dict[str, Any]:
     """Held-out questions right, and descriptions at the lowest and the top level."""
-    from .ablation_measures import describe_captions
     from .evaluate import SavedModel, question_table, questions_of
+    from .measures import describe_captions
     from .scenes import Scene
 
     saved = SavedModel(folder)

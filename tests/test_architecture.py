@@ -32,12 +32,13 @@ ROOMS = {
     "aligngpt_hub.metrics": (),
     "aligngpt_hub.original": (*_CORE, "aligngpt_hub"),
     "aligngpt_hub.engines": (*_CORE, "aligngpt_hub", "aligngpt_hub.original"),
-    "aligngpt_hub.publishing": (*_CORE, "aligngpt_hub"),
+    "aligngpt_hub.publishing": (*_CORE, "aligngpt_hub", "aligngpt_hub.engines"),
     "aligngpt_hub.evaluation": (*_CORE, "aligngpt_hub", "aligngpt_hub.metrics"),
     "aligngpt_hub.levels": (*_CORE, "aligngpt_hub"),
     "aligngpt_hub.serving": (*_CORE, "aligngpt_hub"),
     "aligngpt_hub.demo": (*_CORE, "aligngpt_hub", "aligngpt_hub.publishing"),
     "aligngpt_playground": (*_CORE, *_TRAINERS, "aligngpt_trainers.commands", "aligngpt_hub"),
+    "aligngpt_playground.ablation": (*_CORE, *_TRAINERS, "aligngpt_playground"),
 }
 
 
@@ -82,6 +83,8 @@ def imports(name: str) -> Iterator[tuple[str, str]]:
 def room(name: str) -> str:
     if name == "aligngpt_trainers.__main__":  # the command line's door, which has to stand there
         return "aligngpt_trainers.commands"
+    if name == "aligngpt_playground.__main__":
+        return "aligngpt_playground.ablation"
     return max((known for known in ROOMS if name == known or name.startswith(f"{known}.")), key=len)
 
 

@@ -87,8 +87,9 @@ def test_nothing_big_or_foreign_is_tracked():
     for path in project_files():
         assert path.stat().st_size < 10 * 2**20, path
         assert path.suffix not in {".pt", ".pkl", ".gguf"}, path
-    parts = list((ROOT / "playground" / "parts").rglob("*.safetensors"))
-    assert parts and sum(path.stat().st_size for path in parts) < 12 * 2**20
+    sizes = {path: path.stat().st_size for path in (ROOT / "playground" / "parts").rglob("*.safetensors")}
+    trained = sum(size for path, size in sizes.items() if path.parent.name == "trained")
+    assert 0 < trained < 8 * 2**20 and 0 < sum(sizes.values()) - trained < 12 * 2**20
 
 
 def test_constraints_hold_what_pyproject_allows():

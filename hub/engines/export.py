@@ -71,6 +71,34 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def export_at_level(source: Path, folder: Path, name: str, align_level: int | None = None) -> None:
+    """
+    Writes a model as a plain LLaVA at one level, with its card; what `aligngpt publish --with-llava` sends.
+
+    Args:
+        source: folder of an AlignGPT.
+        folder: where to write.
+        name: the model's on the Hub.
+        align_level: 0-based; `None` is the top one.
+
+    Raises:
+        ValueError: the model has what LLaVA lacks, or no such level.
+    """
+    from modeling_aligngpt import AlignGPTConfig
+
+    from .llava import check_exportable, level_weights, write_llava
+    from .llava_check import check_equal
+
+    config = AlignGPTConfig.from_pretrained(source)
+    check_exportable(config)
+    level = config.num_align_levels - 1 if align_level is None else align_level
+    weights = level_weights(config, level)
+    write_llava(source, folder, weights)
+    check = check_equal(source, folder, weights)
+    vector = f"level {level} of {config.num_align_levels}."
+    (folder / "README.md").write_text(_render_card(name, name, None, vector, weights, check, None), encoding="utf-8")
+
+
 def _weights(args: argparse.Namespace, config, source: Path, talks: list) -> tuple[list[float], str]:
     """What each level contributes, and a sentence about it."""
     from .llava import level_weights
@@ -94,19 +122,34 @@ def _weights(args: argparse.Namespace, config, source: Path, talks: list) -> tup
 
 
 def _card(args: argparse.Namespace, vector: str, weights: list[float], check: dict, cost: dict | None) -> str:
-    import jinja2
-
     from aligngpt_shared.references import is_hub_id
 
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=False)
     on_hub = is_hub_id(args.model) and not Path(args.model).exists()
+    source = args.model if on_hub else Path(args.model).name
+    data = Path(args.data).name if args.data else None
+    return _render_card(args.output.name, source, args.model if on_hub else None, vector, weights, check, cost, data)
+
+
+def _render_card(
+    name: str,
+    source: str,
+    base_model: str | None,
+    vector: str,
+    weights: list[float],
+    check: dict,
+    cost: dict | None,
+    data: str | None = None,
+) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=False)
     return environment.get_template("llava_card.md.jinja").render(
-        name=args.output.name,
-        base_model=args.model if on_hub else None,
-        source=args.model if on_hub else Path(args.model).name,
+        name=name,
+        base_model=base_model,
+        source=source,
         vector=vector,
         weights=weights,
         check=check,
         cost=cost,
-        data=Path(args.data).name if args.data else None,
+        data=data,
     )

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ STALE = (
     "*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json", "*.py",
     "adapter_config.json", ".eval_results/*.yaml", "original/*",
 )  # fmt: skip
+LLAVA_BRANCH = "llava"
 STALE_BESIDE_ADAPTER = ("*.py", ".eval_results/*.yaml")
 # what stands in the empty cards that libraries write
 EMPTY_CARD = "[More Information Needed]"
@@ -54,6 +55,7 @@ def publish(
     ignore: Iterable[str] = (),
     message: str | None = None,
     token: str | None = None,
+    with_llava: int | bool = False,
 ) -> Upload | None:
     """
     Publish a model folder: what `aligngpt pretrain`, `instruct` or `convert` wrote, `save_pretrained` of model and
@@ -76,9 +78,10 @@ def publish(
         ignore: patterns of files to leave out.
         message: of the commit.
         token: by default `HF_TOKEN` or the stored one.
+        with_llava: also as a plain LLaVA, in the branch `llava`: `True` at the top level, or the 0-based level.
 
     Returns:
-        Where it is, `None` after a dry run.
+        Where it is (the AlignGPT), `None` after a dry run.
 
     Raises:
         ValueError: the checks found something (all of it is named, nothing was sent), or the Hub refused.
@@ -93,7 +96,9 @@ def publish(
     if create_pr and (revision or tag):
         raise ValueError("A pull request goes to main and is tagged once merged: leave --revision and --tag out.")
     files, left_out, findings = select_files(folder, ignore=ignore)
-    with tempfile.TemporaryDirectory(prefix="aligngpt-publish-") as stage:
+    with tempfile.TemporaryDirectory(prefix="aligngpt-publish-") as stage, ExitStack() as more:
+        # before anything is sent: what cannot be a LLaVA is said now
+        llava = None if with_llava is False else _make_llava(folder, repo_id, with_llava, more)
         staged = _link(files, Path(stage))
         online = not (dry_run or constants.HF_HUB_OFFLINE)
         local_base = _settle_adapter(staged, base_models, findings, online, token)
@@ -118,9 +123,11 @@ def publish(
             print(kept)
         if dry_run:
             _print_plan(staged, repo_id)
+            if llava is not None:
+                print(f"and to its branch {LLAVA_BRANCH!r}, as a plain LLaVA: {_megabytes(llava.values())}.")
             return None
         is_adapter = ADAPTER in staged
-        return upload_checked_folder(
+        upload = upload_checked_folder(
             staged,
             repo_id,
             private=private,
@@ -131,6 +138,32 @@ def publish(
             stale=STALE_BESIDE_ADAPTER if is_adapter else STALE,
             token=token,
         )
+        if llava is not None:
+            # the branch begins as main is: nothing of that belongs here
+            beside = upload_checked_folder(
+                llava,
+                repo_id,
+                revision=LLAVA_BRANCH,
+                message="The same as a plain LLaVA",
+                stale=["*", "*/*"],
+                token=token,
+            )
+            print(f"as a plain LLaVA, without code: revision={LLAVA_BRANCH!r}, commit {beside.commit}")
+        return upload
+
+
+def _make_llava(folder: Path, repo_id: str, level: int | bool, stack: ExitStack) -> dict[str, Path]:
+    """The model as a plain LLaVA, in a folder that lives as long as the stack: name -> path."""
+    from ..engines.export import export_at_level
+
+    if (folder / ADAPTER).is_file():
+        raise ValueError(f"{folder} is an adapter, and a LLaVA is a whole model: merge it first (`aligngpt merge`).")
+    made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aligngpt-llava-")))
+    export_at_level(folder, made, repo_id, None if level is True else int(level))
+    files = {path.relative_to(made).as_posix(): path for path in sorted(made.rglob("*")) if path.is_file()}
+    if findings := check_contents(files, made):
+        raise ValueError(f"{folder} is not fit to be published as a LLaVA: {' '.join(findings)}")
+    return files
 
 
 def _link(files: dict[str, Path], stage: Path) -> dict[str, Path]:
@@ -307,6 +340,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--card", metavar="FILE", help="a card of your own in place of the generated")
     parser.add_argument("--new-card", action="store_true", help="write the card anew where the folder holds one")
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="files to leave out")
+    parser.add_argument(
+        "--with-llava",
+        nargs="?",
+        type=int,
+        const=True,
+        default=False,
+        metavar="LEVEL",
+        help=f"also as a plain LLaVA at one level (default: the top one), which needs no code of ours, in the branch "
+        f"{LLAVA_BRANCH!r} of the same repository",
+    )
 
 
 def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
@@ -335,6 +378,7 @@ def run(args: argparse.Namespace) -> int:
         card=args.card,
         new_card=args.new_card,
         ignore=args.ignore,
+        with_llava=args.with_llava,
         **hub_settings(args),
     )
     if upload is not None:

@@ -140,7 +140,7 @@ CORPUS = [
     ("merge", "required"),
     ("merge --adapter gone --output out", "gone"),
     ("merge --adapter {model} --output out", "adapter_config.json"),
-    ("chat", "required: --model"),
+    ("chat --model nowhere --question x", "nowhere cannot be loaded"),
     ("chat --model gone --question hi", "gone"),
     ("chat --model {llm} --question hi", "config of a llama model"),
     ("levels --model {clip} --data mix.json", "config of a clip model"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
+from convert_parts import CHECKPOINT, NORM, TOWER, WEIGHTS, load_bin, reconfigure, refused, rewrite
 from huggingface_hub import save_torch_state_dict
 from parity.golden import GOLDEN, VOCAB_SIZE, read_json
 from safetensors.torch import load_file, save_file
@@ -24,14 +25,7 @@ from modeling_aligngpt.modeling_aligngpt import AlignGPTForConditionalGeneration
 from modeling_aligngpt.processing_aligngpt import AlignGPTProcessor
 
 
-CHECKPOINT, STAGE1, BASE_LLM = GOLDEN / "checkpoint", GOLDEN / "stage1", GOLDEN / "base_llm"
-TOWER = GOLDEN / json.loads((CHECKPOINT / "config.json").read_text())["mm_vision_tower"]
-WEIGHTS = "pytorch_model.bin"
-NORM = "model.norm.weight"
-
-
-def load_bin(path: Path) -> dict[str, torch.Tensor]:
-    return torch.load(path, map_location="cpu", weights_only=True)
+STAGE1, BASE_LLM = GOLDEN / "stage1", GOLDEN / "base_llm"
 
 
 @pytest.fixture
@@ -39,19 +33,6 @@ def checkpoint(tmp_path) -> Path:
     """A copy of the finetuned checkpoint that a test may change; its tower lies beside it."""
     shutil.copytree(TOWER, tmp_path / TOWER.name)
     return Path(shutil.copytree(CHECKPOINT, tmp_path / "checkpoint"))
-
-
-def rewrite(checkpoint: Path, change) -> None:
-    """Apply `change` to the checkpoint's weights."""
-    weights = load_bin(checkpoint / WEIGHTS)
-    change(weights)
-    torch.save(weights, checkpoint / WEIGHTS)
-
-
-def reconfigure(checkpoint: Path, **fields) -> None:
-    """Overwrite fields of the checkpoint's config."""
-    path = checkpoint / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def load(folder: Path) -> AlignGPTForConditionalGeneration:
@@ -232,11 +213,9 @@ def test_mixed_dtypes_lose_nothing_and_are_reported(checkpoint, tmp_path, caplog
     ours = convert_checkpoint(checkpoint, tmp_path / "ours")
     assert "mixes dtypes (bfloat16, float16)" in caplog.text
     stored = load_file(ours / "model.safetensors")
-    before = load_bin(checkpoint / WEIGHTS)
-    for key, value in before.items():
-        if not is_buffer(key):
-            assert torch.equal(stored[to_our_key(key)][: len(value)], value), key
-            assert stored[to_our_key(key)].dtype == value.dtype, key
+    for key, value in load_bin(checkpoint / WEIGHTS).items():
+        found = value if is_buffer(key) else stored[to_our_key(key)][: len(value)]
+        assert found.dtype == value.dtype and torch.equal(found, value), key
     # loaded as most of it is stored
     assert {p.dtype for p in load(ours).parameters()} == {torch.float16}
 
@@ -380,14 +359,6 @@ def test_export_names_what_it_lacks(tmp_path):
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
-
-
-def refused(checkpoint: Path, match: str, **kwargs) -> None:
-    """The conversion raises a ValueError that says `match`, and leaves nothing behind."""
-    before = sorted(checkpoint.parent.iterdir())
-    with pytest.raises(ValueError, match=match):
-        convert_checkpoint(checkpoint, checkpoint.parent / "ours", **kwargs)
-    assert sorted(checkpoint.parent.iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -559,49 +530,3 @@ def test_command_both_ways(checkpoint, tmp_path, capsys):
     assert_same_checkpoint(tmp_path / "back", STAGE1)
     with pytest.raises(ValueError, match="no effect"):
         convert.run(parse("--checkpoint", "a", "--output", "b", "--to-original", "--gate-context", "sequence"))
-
-
-# --- what a hostile or damaged checkpoint may hold --------------------------------------------------------------------
-
-
-def test_weights_that_are_not_finite(checkpoint):
-    def spoil(weights):
-        weights[NORM][0] = float("nan")
-        weights["lm_head.weight"][0, 0] = float("inf")
-
-    rewrite(checkpoint, spoil)
-    refused(checkpoint, r"2 weights hold NaN or infinity: lm_head\.weight, model\.norm\.weight")
-
-
-@pytest.mark.parametrize("layer", [99, -99, "last", True, 1.5])
-def test_a_layer_that_the_tower_does_not_have(layer, checkpoint):
-    reconfigure(checkpoint, mm_vision_select_layer=layer)
-    refused(checkpoint, r"mm_vision_select_layer=.* is none of the vision tower's \d+ layers")
-
-
-@pytest.mark.parametrize("depth", [10_000_000, 1, "two", None, -1])
-def test_a_depth_that_the_weights_do_not_have_is_found_before_anything_is_built(depth, checkpoint):
-    reconfigure(checkpoint, num_hidden_layers=depth)
-    refused(checkpoint, r"num_hidden_layers is .*, but the weights are those of \d+ layers|no llama can be made of it")
-
-
-@pytest.mark.parametrize(
-    "fields", [{"hidden_size": "wide"}, {"num_attention_heads": 0}, {"vocab_size": -5}, {"rms_norm_eps": []}]
-)
-def test_configs_that_no_model_can_be_made_of(fields, checkpoint):
-    reconfigure(checkpoint, **fields)
-    refused(checkpoint, "no (llama|model) can be made of it|do not fit the config|has .* tokens")
-
-
-@pytest.mark.parametrize("shard", ["../../secret.bin", "/etc/hostname", 3, None, ["a"]])
-def test_an_index_that_names_something_else(shard, checkpoint):
-    index = {"metadata": {}, "weight_map": {NORM: shard}}
-    (checkpoint / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    refused(checkpoint, "its weight_map must name files of this folder")
-
-
-def test_links_are_not_copied_through(checkpoint, tmp_path):
-    (tmp_path / "private").write_text("{}")
-    (checkpoint / "special_tokens_map.json").unlink()
-    (checkpoint / "special_tokens_map.json").symlink_to(tmp_path / "private")
-    refused(checkpoint, r"special_tokens_map\.json is a link out of its folder")

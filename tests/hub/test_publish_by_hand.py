@@ -68,6 +68,50 @@ def taken_on(hub, by_hand, tmp_path_factory):
     return folder, run_script(hub, TAKE_ON, [folder], token=hub.token)
 
 
+ASK_THE_LLAVA = """
+import json, sys
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+found = {"revision": "llava"}
+model = AutoModelForImageTextToText.from_pretrained("user/both", **found)
+processor = AutoProcessor.from_pretrained("user/both", **found)
+image = {"type": "image", "image": Image.new("RGB", (8, 8), "red")}
+message = {"role": "user", "content": [image, {"type": "text", "text": "what?"}]}
+made = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+inputs = processor.apply_chat_template([message], **made)
+print(json.dumps([type(model).__name__, inputs["input_ids"][0].tolist(), model(**inputs).logits[0, -1].tolist()]))
+"""
+
+
+def test_a_plain_llava_stands_beside_it_for_those_who_run_no_code(hub, saved):
+    result = run_command(hub, "publish", saved, "--repo-id", "user/both", "--with-llava", "3")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "as a plain LLaVA, without code: revision='llava'" in result.stdout
+    name, ids, logits = run_script(hub, ASK_THE_LLAVA, [], token=hub.token)
+    assert name == "LlavaForConditionalGeneration"
+    model = AlignGPTForConditionalGeneration.from_pretrained(saved).eval()
+    processor = AlignGPTProcessor.from_pretrained(saved)
+    content = [{"type": "image", "image": Image.new("RGB", (8, 8), "red")}, {"type": "text", "text": "what?"}]
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
+                                           tokenize=True, return_dict=True, return_tensors="pt")  # fmt: skip
+    assert inputs["input_ids"][0].tolist() == ids
+    with torch.no_grad():
+        expected = model(**inputs, align_level=3).logits[0, -1]
+    torch.testing.assert_close(torch.tensor(logits), expected, atol=1e-5, rtol=0)
+    # main is the AlignGPT with its code, the branch holds nothing of it
+    assert "modeling_aligngpt.py" in hub.files("models", "user/both")
+    there = hub.files("models", "user/both", "llava")
+    assert "config.json" in there and not [file for file in there if file.endswith(".py")]
+    assert b"LlavaForConditionalGeneration" in there["config.json"]
+
+
+def test_what_cannot_be_a_llava_is_said_before_anything_is_sent(hub, saved):
+    result = run_command(hub, "publish", saved, "--repo-id", "user/neither", "--with-llava", "99")
+    assert result.returncode == 2 and "align level 99 is not in 0..7" in result.stderr
+    with pytest.raises(KeyError):
+        hub.files("models", "user/neither")
+
+
 def same_files(one: dict[str, bytes], other: dict[str, bytes], names: set[str]) -> None:
     assert names <= one.keys() & other.keys()
     assert [name for name in names if one[name] != other[name]] == []

@@ -8,10 +8,13 @@ import pytest
 import torch
 from datasets import Dataset
 
-from aligngpt_playground import ablation_measures, ablation_rows, ablation_table, ablation_variants
+from aligngpt_playground import measures as ablation_measures
 from aligngpt_playground.__main__ import main
-from aligngpt_playground.ablation_variants import PRETRAINS, VARIANTS, PretrainVariant, Variant
-from aligngpt_playground.captions import exact_caption
+from aligngpt_playground.ablation import rows as ablation_rows
+from aligngpt_playground.ablation import table as ablation_table
+from aligngpt_playground.ablation import variants as ablation_variants
+from aligngpt_playground.ablation.variants import PRETRAINS, VARIANTS, PretrainVariant, Variant
+from aligngpt_playground.captions import DESCRIBE, exact_caption
 from aligngpt_playground.scenes import Scene
 
 
@@ -185,7 +188,7 @@ def test_noisy_rows_are_cut_where_stage_1_cut_its_pairs():
     rows = ablation_rows.noisy_rows(scored, variant, pairs, 8, "uniform")
     assert rows["align_level"][:] == [0, 1, 5, 7]
     messages = rows["messages"][2]
-    assert [part.get("text") for part in messages[0]["content"]] == [None, ablation_rows.DESCRIBE]
+    assert [part.get("text") for part in messages[0]["content"]] == [None, DESCRIBE]
     assert [row[-1]["content"][0]["text"] for row in rows["messages"]] == texts
     half = ablation_rows.noisy_rows(scored, Variant("x", "levels-8", "level", "", "noisy", 0.5), pairs, 8, "uniform")
     assert half["align_level"][:] == [5, 7]

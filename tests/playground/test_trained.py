@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from aligngpt_playground import make_conversations, parts_path, trained
-from aligngpt_playground.ablation_measures import describe_captions
-from aligngpt_playground.ablation_rows import DESCRIBE
+from aligngpt_playground.captions import DESCRIBE
 from aligngpt_playground.evaluate import SavedModel, question_table, questions_of
+from aligngpt_playground.measures import describe_captions
 from aligngpt_playground.scenes import Scene
 from aligngpt_trainers.commands import cli
 
@@ -80,7 +80,10 @@ def test_names_on_the_command_line(cache, monkeypatch, tmp_path, capsys):
         assert cli.main([*words, *named]) == 0
         said.append(capsys.readouterr().out.strip())
     assert said[0] == said[1] == said[2] and all(said)
-    # a folder of that name is a folder
+    # a checkout has a folder of that name; a model's folder is that model
     (tmp_path / "playground").mkdir()
+    assert cli.main([*words, "--model", "playground"]) == 0
+    assert capsys.readouterr().out.strip() == said[0]
+    (tmp_path / "playground" / "config.json").write_text("{}")
     assert cli.main([*words, "--model", "playground"]) == 2
     assert "cannot be loaded" in capsys.readouterr().err

@@ -187,7 +187,7 @@ def test_unknown_words_name_the_nearest(capsys):
     line = failure(capsys, "instruct", "--lerning_rate", "1")
     assert "unknown setting --lerning_rate; did you mean '--learning_rate'?" in line
     assert "invalid" in failure(capsys, "instruct", "--learning_rate", "fast")
-    assert "required: --model" in failure(capsys, "chat")
+    assert "required: --model" in failure(capsys, "serve")
     assert failure(capsys, "chat", "--model", "x", "--colour", "y").startswith("error: unrecognized arguments")
 
 

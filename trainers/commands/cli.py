@@ -159,7 +159,8 @@ def with_named_model(command: str, words: list[str]) -> list[str]:
             return [*words, "--model", own]
         words, named = [*words, "--model", "playground"], [(len(words) + 1, "playground")]
     for index, name in named:
-        if name in NAMED_MODELS and not os.path.isdir(name):
+        # a checkout has a folder of that name, which is no model
+        if name in NAMED_MODELS and not os.path.isfile(os.path.join(name, "config.json")):
             module, _, function = NAMED_MODELS[name].partition(":")
             folder = getattr(importlib.import_module(module), function)()
             words = [*words[:index], f"--model={folder}" if "=" in words[index] else folder, *words[index + 1 :]]

@@ -21,9 +21,9 @@ from typing import Any
 
 from aligngpt_shared.files import write_json
 
-from .ablation_seed import run_seed
-from .ablation_table import MEASURES, TABLE_NAME, describe, summarize
-from .ablation_variants import PRETRAINS, VARIANTS, Settings, Variant, run_path
+from .seed import run_seed
+from .table import MEASURES, TABLE_NAME, describe, summarize
+from .variants import PRETRAINS, VARIANTS, Settings, Variant, run_path
 
 
 SETTINGS_NAME = "settings.json"

@@ -9,11 +9,11 @@ from typing import Any
 
 from aligngpt_shared.files import new_folder
 
-from .ablation_variants import PretrainVariant, Settings, Variant
-from .world import make_pairs, parts_path, write_world
+from ..captions import DESCRIBE
+from ..world import make_pairs, parts_path, write_world
+from .variants import PretrainVariant, Settings, Variant
 
 
-DESCRIBE = "Describe the picture."
 NOISY_SEED = 500
 """Added to the seed of a world for its noisy descriptions, which are about other images than its pairs."""
 

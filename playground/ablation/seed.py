@@ -9,10 +9,11 @@ from typing import Any
 
 from aligngpt_shared.files import write_json
 
-from . import ablation_measures as measures
-from .ablation_rows import DESCRIBE, Without, make_world, noisy_rows, part, score, silent, stage_one_rows
-from .ablation_variants import PRETRAINS, Settings, Variant, run_path
-from .evaluate import question_table, questions_of, scenes_of
+from .. import measures
+from ..captions import DESCRIBE
+from ..evaluate import question_table, questions_of, scenes_of
+from .rows import Without, make_world, noisy_rows, part, score, silent, stage_one_rows
+from .variants import PRETRAINS, Settings, Variant, run_path
 
 
 def run_seed(

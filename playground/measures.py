@@ -1,4 +1,4 @@
-"""What is measured of an ablation's models: descriptions at each level, the judge, how much the vector matters."""
+"""What is measured of models of the small world: descriptions at each level, the judge, how much the vector matters."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -33,7 +33,7 @@ def describe_captions(captions: Sequence[str], scenes: Sequence[Scene]) -> dict[
     }
 
 
-def by_level(model: LoadedModel, images: list, scenes: Sequence[Scene], question: str | None) -> dict[str, Any]:
+def by_level(model: SavedModel, images: list, scenes: Sequence[Scene], question: str | None) -> dict[str, Any]:
     """Descriptions at each level, and how far their quality follows it: Spearman's rank correlation of level and share.
 
     Args:
@@ -69,7 +69,9 @@ def rank_correlation(values: Sequence[float]) -> float:
 
 
 def auc(good: Sequence[float], bad: Sequence[float]) -> float:
-    """Share of pairs (a good one, a bad one) in which the good one has the higher value; ties count half."""
+    """Share of pairs (a good one, a bad one) in which the good one has the higher value; ties, and no pairs, a half."""
+    if not good or not bad:
+        return 0.5
     wins = sum((g > b) + 0.5 * (g == b) for g in good for b in bad)
     return wins / (len(good) * len(bad))
 
@@ -88,7 +90,7 @@ def truth_aucs(values: Sequence[float], kinds: Sequence[str]) -> dict[str, float
     }
 
 
-def judge_captions(model: LoadedModel, question: str | None, number: int) -> dict[str, dict[str, float]]:
+def judge_captions(model: SavedModel, question: str | None, number: int) -> dict[str, dict[str, float]]:
     """AUCs of the judge's mean level and of the likelihood a token at the top level, on held-out captions."""
     rows = judged_captions(number)
     levels, likelihoods = [], []
