@@ -35,12 +35,12 @@ def bars_html(lanes: list[tuple[str, Alignment]]) -> str:
 
 def _bars(title: str, alignment: Alignment) -> str:
     top = len(alignment.shares) - 1
-    gates = _is_mix(alignment)
+    gates = bool(alignment.gate) and _is_mix(alignment)
     rows = []
     for level, share in enumerate(alignment.shares):
         is_top = level == top
         bar = f'<span class="bar{" top" if is_top else ""}" style="width:{min(max(share, 0), 1):.1%}"></span>'
-        if not gates and not is_top:
+        if alignment.gate and not gates and not is_top:
             bar += f'<span class="ghost" style="width:{alignment.gate[level]:.1%}"></span>'
         name = f"{level}" + (" (loosest)" if level == 0 else " (closest)" if is_top else "")
         rows.append(
@@ -62,6 +62,8 @@ def _is_mix(alignment: Alignment) -> bool:
 
 def _note(alignment: Alignment, gates: bool) -> str:
     top = len(alignment.shares) - 1
+    if not alignment.gate:
+        return ""
     if gates:
         text = f"Weights of the levels' vectors, whose sum the model reads. Those of 0 to {top - 1} add up to 1" + (
             f" (the gate); level {top} is always added with 1." if alignment.shares[top] else " (the gate)."

@@ -247,7 +247,8 @@ def _alignment(loaded: Loaded, inputs: dict[str, torch.Tensor], align_level: int
     gate = model.get_gate_weights(tokens_1SD, rows, mean_1D)
     shares = model.get_level_weights(align_level, 1, gate)
     similarity_S = torch.nn.functional.cosine_similarity(tokens_1SD[0].float(), mean_1D.float(), dim=-1).tolist()
-    return Alignment(gate[0].float().tolist(), shares[0].float().tolist(), _grid(similarity_S, loaded.config))
+    weighed = gate[0].float().tolist() if loaded.config.uses_gate else []
+    return Alignment(weighed, shares[0].float().tolist(), _grid(similarity_S, loaded.config))
 
 
 def _grid(values_S: list[float], config) -> list[list[float]]:

@@ -230,6 +230,8 @@ class _Seed:
             "gradient_checkpointing": False,
             "logging_strategy": "no",
             "save_strategy": "no",
+            # what a stopped run has left of a stage is begun anew
+            "overwrite": True,
             "report_to": "none",
             "disable_tqdm": True,
             "seed": self.seed,

@@ -159,6 +159,9 @@ def test_bars_show_what_was_used_and_what_the_gate_would_have_done(space):
     assert re.findall(r'class="share">([\d.]+)<', steered) == ["1.00", "0.00", "0.00"]
     assert re.findall(r'ghost" style="width:([\d.]+)%', steered) == ["25.0", "75.0"]
     assert "most of level 1 (0.75)" in steered
+    # a model without a gate shows none
+    bare = space["alignment"].bars_html([("a", space["answers"].Alignment([], [0.0, 0.0, 1.0], []))])
+    assert "ghost" not in bare and "gate" not in bare and re.findall(r'class="share">([\d.]+)<', bare)[2] == "1.00"
 
 
 # ---- answers ----

@@ -98,6 +98,9 @@ def test_a_stopped_run_goes_on_and_gives_the_same(run, random_parts, tmp_path, c
     # one run and its stage 1 are gone, as after a kill between the two
     (copy / "seed-1" / "runs" / "no-alignment.json").unlink()
     shutil.rmtree(copy / "seed-1" / "pretrain" / "none")
+    # what a stage that was stopped half way leaves
+    for half in (copy / "seed-1" / "pretrain" / "none", copy / "seed-1" / "world" / "unused"):
+        (half / "checkpoint-1").mkdir(parents=True)
     stamp = (copy / "seed-0" / "runs" / "no-alignment.json").stat().st_mtime_ns
     assert main(command(copy, random_parts, "--seeds", "2", "--variants", CHOSEN)) == 0
     assert "1 runs done now" in capsys.readouterr().out
