@@ -7,6 +7,8 @@ _EXPORTS = {
     "AlignGPTDataCollator": "collator",
     "AlignGPTDPOConfig": "dpo_config",
     "AlignGPTDPOTrainer": "dpo_trainer",
+    "AlignGPTGRPOConfig": "grpo",
+    "AlignGPTGRPOTrainer": "grpo",
     "AlignGPTInstructConfig": "instruct_config",
     "AlignGPTInstructTrainer": "instruct_trainer",
     "DummyImageCallback": "dummy_image",

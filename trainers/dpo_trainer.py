@@ -38,6 +38,16 @@ class AlignGPTPreferenceCollator(DataCollatorForVisionPreference):
         return batch
 
 
+def train_as_stage_2(model: AlignGPTForConditionalGeneration) -> None:
+    """Leaves what stage 2 trains to be trained, in float32: language model, head, projector, gate where it decides."""
+    model.requires_grad_(False)
+    trained = [model.model.language_model, model.lm_head, model.model.multi_modal_projector]
+    for module in [*trained, *([model.model.align_gate] if model.config.uses_gate else [])]:
+        module.requires_grad_(True)
+        for parameter in module.parameters():
+            parameter.data = parameter.data.float()
+
+
 class AlignGPTDPOTrainer(DPOTrainer):
     """
     [`DPOTrainer`] for AlignGPT. It trains what stage 2 trains (language model with its head, projector, gate where it
@@ -87,13 +97,7 @@ class AlignGPTDPOTrainer(DPOTrainer):
         )
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         if not is_peft_model(self.model):
-            self.model.requires_grad_(False)
-            trained = [base.model.language_model, base.lm_head, base.model.multi_modal_projector]
-            trained += [base.model.align_gate] if base.config.uses_gate else []
-            for module in trained:
-                module.requires_grad_(True)
-                for parameter in module.parameters():
-                    parameter.data = parameter.data.float()
+            train_as_stage_2(self.model)
         gather_head(base)
         add_dummy_images(base)
 

@@ -46,6 +46,8 @@ CLASSES = {
         "aligngpt_trainers.stage_config.StageConfig",
         "aligngpt_trainers.dpo_trainer.AlignGPTDPOTrainer",
         "aligngpt_trainers.dpo_config.AlignGPTDPOConfig",
+        "aligngpt_trainers.grpo.AlignGPTGRPOTrainer",
+        "aligngpt_trainers.grpo.AlignGPTGRPOConfig",
         "aligngpt_trainers.preferences.load_preferences",
         "aligngpt_trainers.dummy_image.DummyImageCallback",
         "aligngpt_trainers.data.load.load_rows",

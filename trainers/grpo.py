@@ -1,0 +1,95 @@
+"""Tuning by rewards with GRPO (arXiv 2402.03300): a model after stage 2 learns from its own answers."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
+
+from .dpo_trainer import train_as_stage_2
+from .dummy_image import add_dummy_images
+from .stage_config import settle_and_check
+from .supervised_head import gather_head
+
+
+@dataclass
+class AlignGPTGRPOConfig(GRPOConfig):
+    """Settings of [`AlignGPTGRPOTrainer`]: TRL's [`GRPOConfig`]. Not in the paper."""
+
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bfloat16 mixed precision. Default: on where a GPU supports it."}
+    )
+
+    def __post_init__(self):
+        settle_and_check(self)
+        super().__post_init__()
+
+
+class AlignGPTGRPOTrainer(GRPOTrainer):
+    """
+    [`GRPOTrainer`] for AlignGPT. It trains what stage 2 trains, and the gate reads the prompt alone, as it does when
+    the answers are made: else the probabilities of its own answers come out wrong. Rows have `prompt` (one user
+    turn) and `images`, as TRL's for vision models. Overridden of TRL's: `__init__`.
+
+    Args:
+        model: an [`AlignGPTForConditionalGeneration`] after stage 2.
+        reward_funcs: see GRPOTrainer.
+        args: the settings.
+        train_dataset: rows `prompt`, `images` and what the rewards read.
+        processing_class: the model's [`AlignGPTProcessor`].
+        kwargs: of GRPOTrainer, such as `peft_config`.
+
+    Raises:
+        ValueError: processor and model do not fit, the model has not been through stage 2, or a prompt holds answers.
+    """
+
+    _tag_names = ["aligngpt", "trl", "grpo"]
+
+    def __init__(
+        self,
+        model: AlignGPTForConditionalGeneration,
+        reward_funcs: Any,
+        args: AlignGPTGRPOConfig,
+        train_dataset: Dataset,
+        processing_class: AlignGPTProcessor | None = None,
+        **kwargs,
+    ):
+        if processing_class is None:
+            raise ValueError("processing_class is missing: pass the AlignGPTProcessor that belongs to the model.")
+        processing_class.validate_with(model.config)
+        if model.config.training_stage == "pretrain":
+            raise ValueError("This model has been through stage 1 alone: run `aligngpt instruct` first.")
+        for number, prompt in enumerate(train_dataset["prompt"] if isinstance(train_dataset, Dataset) else ()):
+            if not isinstance(prompt, str) and any(turn["role"] == "assistant" for turn in prompt):
+                raise ValueError(f"Row {number}: its prompt holds an answer; prompts are of one user turn.")
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        if not is_peft_model(self.model):
+            train_as_stage_2(self.model)
+        gather_head(base)
+        add_dummy_images(base)
+        for each in (base, self.ref_model):
+            if each is not None:
+                each.register_forward_pre_hook(_show_the_prompt, with_kwargs=True)
+
+    def create_model_card(self, *args: Any, **kwargs: Any):
+        """Nothing: `aligngpt publish` writes the card."""
+
+
+def _show_the_prompt(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Where TRL scores answers, the labels say what the prompt is: the gate reads nothing else."""
+    labels = kwargs.get("labels")
+    if labels is not None and kwargs.get("prompt_mask") is None:
+        kwargs["prompt_mask"] = (labels == -100) & kwargs["attention_mask"].bool()
+    return args, kwargs
