@@ -38,6 +38,7 @@ def write_card(
     licence: str | None = None,
     languages: Sequence[str] = ("en",),
     tag: str | None = None,
+    example: Mapping[str, str] | None = None,
 ) -> list[str]:
     """
     Write README.md, the loss curve and the results' files into a folder.
@@ -51,6 +52,7 @@ def write_card(
         licence: of the whole.
         languages: codes of the languages it was trained on.
         tag: the tag that this version gets, for the examples.
+        example: `image` (in the repository), `question` and `answer`, for the card's head.
 
     Returns:
         The names of the written files.
@@ -62,7 +64,8 @@ def write_card(
     bases = list(dict.fromkeys([*base_models, *(s.name for s in records.sources if s.is_hub_id and not s.is_dataset)]))
     licences = dict(licences or {})
     data = _metadata(records, repo_id, bases, licences, licence, languages)
-    values = _values(records, repo_id, base_models, licences, licence, tag) | {"has_curve": CURVE in written}
+    values = _values(records, repo_id, base_models, licences, licence, tag)
+    values |= {"has_curve": CURVE in written, "example": example}
     card = ModelCard.from_template(data, template_path=str(TEMPLATE), **values)
     (folder / "README.md").write_text(str(card).rstrip() + "\n", encoding="utf-8")
     written.append("README.md")

@@ -21,6 +21,7 @@ from aligngpt_shared.references import is_hub_id
 
 from .card import write_card
 from .checks import check_code, check_complete, check_contents, select_files
+from .example import answer_example
 from .fresh_load import check_loads
 from .run_records import Records, read_records
 from .upload import Upload, check_repo_id, check_signed_in, download_text, hub_errors, upload_checked_folder
@@ -56,6 +57,7 @@ def publish(
     message: str | None = None,
     token: str | None = None,
     with_llava: int | bool = False,
+    example: tuple[str, str] | None = None,
 ) -> Upload | None:
     """
     Publish a model folder: what `aligngpt pretrain`, `instruct` or `convert` wrote, `save_pretrained` of model and
@@ -78,6 +80,7 @@ def publish(
         ignore: patterns of files to leave out.
         message: of the commit.
         token: by default `HF_TOKEN` or the stored one.
+        example: an image and a question, which the model answers for the card's head.
         with_llava: also as a plain LLaVA, in the branch `llava`: `True` at the top level, or the 0-based level.
 
     Returns:
@@ -103,8 +106,26 @@ def publish(
         online = not (dry_run or constants.HF_HUB_OFFLINE)
         local_base = _settle_adapter(staged, base_models, findings, online, token)
         records = _read(staged, findings)
+        shown = None
+        if example is not None:
+            if ADAPTER in staged:
+                raise ValueError(f"{folder} is an adapter: an example needs a whole model (`aligngpt merge`).")
+            shown = answer_example(folder, *example, Path(stage))
+            staged[shown["image"]] = Path(stage) / shown["image"]
         kept = _prepare_card(
-            records, staged, Path(stage), repo_id, base_models, license, languages, tag, card, new_card, dry_run, token
+            records,
+            staged,
+            Path(stage),
+            repo_id,
+            base_models,
+            license,
+            languages,
+            tag,
+            card,
+            new_card,
+            dry_run,
+            token,
+            shown,
         )
         findings += check_contents(staged, folder) + check_complete(staged) + check_code(staged)
         done = ""
@@ -237,6 +258,7 @@ def _prepare_card(
     new_card: bool,
     dry_run: bool,
     token: str | None,
+    example: dict[str, str] | None,
 ) -> str | None:
     """Put the card into the stage: the user's own, the folder's, or a new one; a word on which, if not a new one."""
     if card is not None:
@@ -268,6 +290,7 @@ def _prepare_card(
         licence=license,
         languages=languages,
         tag=tag,
+        example=example,
     )
     staged.update({name: stage / name for name in written})
     return None
@@ -341,6 +364,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-card", action="store_true", help="write the card anew where the folder holds one")
     parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="files to leave out")
     parser.add_argument(
+        "--example",
+        nargs=2,
+        metavar=("IMAGE", "QUESTION"),
+        help="begin the card with this image and the model's answer (you answer for the image's licence)",
+    )
+    parser.add_argument(
         "--with-llava",
         nargs="?",
         type=int,
@@ -379,6 +408,7 @@ def run(args: argparse.Namespace) -> int:
         new_card=args.new_card,
         ignore=args.ignore,
         with_llava=args.with_llava,
+        example=args.example and tuple(args.example),
         **hub_settings(args),
     )
     if upload is not None:

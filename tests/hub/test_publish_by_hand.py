@@ -1,5 +1,6 @@
 """`push_to_hub` by hand, a model from the Hub published again, and LoRA adapters: code and card stay with them."""
 
+import io
 import json
 from pathlib import Path
 
@@ -103,6 +104,26 @@ def test_a_plain_llava_stands_beside_it_for_those_who_run_no_code(hub, saved):
     there = hub.files("models", "user/both", "llava")
     assert "config.json" in there and not [file for file in there if file.endswith(".py")]
     assert b"LlavaForConditionalGeneration" in there["config.json"]
+
+
+def test_a_card_leads_with_a_picture_and_the_models_answer(hub, saved, tmp_path):
+    Image.linear_gradient("L").resize((900, 600)).save(tmp_path / "ramp.jpg")
+    words = ["publish", saved, "--repo-id", "user/shown", "--example", tmp_path / "ramp.jpg", "what is it?"]
+    result = run_command(hub, *words)
+    assert result.returncode == 0, result.stderr[-3000:]
+    files = hub.files("models", "user/shown")
+    card = ModelCard(files["README.md"].decode()).content
+    model = AlignGPTForConditionalGeneration.from_pretrained(saved).eval()
+    processor = AlignGPTProcessor.from_pretrained(saved)
+    content = [{"type": "image", "image": str(tmp_path / "ramp.jpg")}, {"type": "text", "text": "what is it?"}]
+    inputs = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
+                                           tokenize=True, return_dict=True, return_tensors="pt")  # fmt: skip
+    ids = model.generate(**inputs, max_new_tokens=128, do_sample=False)
+    answer = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    shown = " ".join(answer.split()) or "(no answer)"
+    head = card[card.index("![what is it?](assets/example.png)") : card.index("AlignGPT ([arXiv")]
+    assert f"> **{shown}**" in head
+    assert Image.open(io.BytesIO(files["assets/example.png"])).size == (512, 341)
 
 
 def test_what_cannot_be_a_llava_is_said_before_anything_is_sent(hub, saved):

@@ -1,0 +1,47 @@
+"""An image and the model's own answer about it, for the head of its card."""
+
+from pathlib import Path
+
+from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
+from modeling_aligngpt.images_aligngpt import read_image
+
+
+IMAGE = "assets/example.png"
+LARGEST_SIDE, MOST_TOKENS = 512, 128
+
+
+def answer_example(folder: Path, image: str, question: str, output: Path) -> dict[str, str]:
+    """
+    Asks the model about an image, greedily, and keeps the image, made small.
+
+    Args:
+        folder: of the model; after stage 1 a caption is made and the question passed over.
+        image: a file; whoever names it answers for its licence.
+        question: what is asked.
+        output: folder that gets `IMAGE`.
+
+    Returns:
+        `image`, `question` and `answer`.
+
+    Raises:
+        ValueError, OSError: the image cannot be read.
+    """
+    shown = read_image(image)
+    model = AlignGPTForConditionalGeneration.from_pretrained(folder).eval()
+    processor = AlignGPTProcessor.from_pretrained(folder)
+    content = [{"type": "image", "image": shown}, {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    ids = model.generate(**inputs, max_new_tokens=MOST_TOKENS, do_sample=False)
+    answer = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    small = shown.copy()
+    small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
+    (output / IMAGE).parent.mkdir(parents=True, exist_ok=True)
+    small.save(output / IMAGE, "PNG")
+    return {"image": IMAGE, "question": question, "answer": " ".join(answer.split()) or "(no answer)"}
