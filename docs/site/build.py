@@ -210,9 +210,7 @@ def finish(output: Path) -> None:
             raise SystemExit(f"{page.relative_to(output)} fetches {foreign[0]}: keep it with the site.")
         dialog = 'data-md-component="search" role="dialog"'
         text = text.replace(dialog, f'{dialog} aria-label="Search"')
-        page.write_text(
-            re.sub(r"(<pre[^>]*>(?:<span></span>)?)<code>", r'\1<code tabindex="0">', text), encoding="utf-8"
-        )
+        page.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
