@@ -1,13 +1,13 @@
-"""A save is read back before it is called done, without taking up memory."""
+"""A save is read back before it is called done: by the loader itself, without taking up memory."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import logging
 
 from aligngpt_shared.records import GATE_BEFORE
 from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration
@@ -19,11 +19,9 @@ class SavedModelError(ValueError):
 
 def check_saved(folder: Path) -> None:
     """
-    Opens every file of weights, compares names and shapes with those of the model that a folder's `config.json`
-    describes, and looks for the code that `auto_map` names. An adapter's weights are only opened.
-
-    Not by the loader, which takes names that 4.57 does not. Under ZeRO-3 another process looks: in this one whatever
-    makes a model waits for all others.
+    Opens every file of weights, loads the model that a folder's `config.json` describes onto the meta device, and looks
+    for the code that `auto_map` names. An adapter's weights are only opened. Under ZeRO-3 another process looks: in
+    this one the loader splits what it loads, and whatever makes a model waits for all others.
 
     Raises:
         SavedModelError: naming file and weights.
@@ -36,25 +34,27 @@ def check_saved(folder: Path) -> None:
     files = sorted(path for path in folder.glob("*.safetensors") if path.name != GATE_BEFORE)
     if not files:
         raise SavedModelError(f"{folder.name} holds no weights.")
-    found: dict[str, list[int]] = {}
     for path in files:
         try:
-            with safe_open(path, "pt") as file:
-                found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+            with safe_open(path, "pt"):
+                pass
         except Exception as error:
             raise SavedModelError(f"{path.name} cannot be read ({error}).") from error
     if (folder / "adapter_config.json").is_file():
         return
-    with torch.device("meta"):
-        model = AlignGPTForConditionalGeneration(config)
-    expected = {name: list(value.shape) for name, value in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        for names in (expected, found):
-            names.pop("lm_head.weight", None)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        _, report = AlignGPTForConditionalGeneration.from_pretrained(
+            folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    mismatched = {name for name, *_ in report["mismatched_keys"]}
     for what, names in (
-        ("lacks", expected.keys() - found.keys()),
-        ("holds besides", found.keys() - expected.keys()),
-        ("has in another shape", {name for name in expected.keys() & found.keys() if expected[name] != found[name]}),
+        ("lacks", report["missing_keys"]),
+        ("holds besides", report["unexpected_keys"]),
+        ("has in another shape", mismatched),
     ):
         if names:
             some = ", ".join(sorted(names)[:3])
