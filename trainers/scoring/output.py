@@ -191,9 +191,9 @@ def dropped_rows(
     ids = rows.select_columns(["id"]).with_format("arrow") if rows is not None and "id" in rows.column_names else None
 
     def unused() -> Iterator[dict[str, Any]]:
-        place = 0
+        place, missing = 0, ~scores.written()
         for table in read_shards(folder, blocks):
-            places = np.flatnonzero(~scores.written()[place : place + len(table)])
+            places = np.flatnonzero(missing[place : place + len(table)])
             if len(places):
                 reasons = table["error"].take(places).to_pylist()
                 names = ids[places + place]["id"].to_pylist() if ids is not None else [None] * len(places)
