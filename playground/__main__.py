@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from . import quickstart
 from .ablation import command as ablation
+from .ablation import tuning
 from .sprites import ATTRIBUTION
 
 
@@ -19,6 +20,8 @@ def build_parser() -> argparse.ArgumentParser:
     quickstart.add_arguments(whole)
     table = commands.add_parser("ablation", help="the paper's ablations and two baselines, with seeds")
     ablation.add_arguments(table)
+    tuned = commands.add_parser("tuning", help="preferences and rewards after stage 2, with seeds")
+    tuning.add_arguments(tuned)
     make = commands.add_parser("make", help="write pairs and conversations as datasets folders")
     make.add_argument("--output", required=True, help="folder that gets pairs/ and conversations/")
     make.add_argument("--pairs", type=int, default=8000, help="training pairs (default: %(default)s)")
@@ -54,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if command == "ablation":
             return ablation.run(parsed)
+        if command == "tuning":
+            return tuning.run(parsed)
         if command == "make":
             from .world import write_world
 

@@ -15,6 +15,7 @@ from trl.models.utils import unwrap_model_for_generation
 
 from aligngpt_shared.files import write_file
 
+from .answer_tables import report_answers
 from .collator import IGNORE_INDEX, ROW_INDEX_COLUMN
 
 
@@ -44,15 +45,16 @@ class GenerationMixin:
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         settings = self.args
         if settings.eval_generations and description == "Evaluation":
-            records = generate_answers(
-                self, dataloader.dataset, settings.eval_generations, settings.eval_generation_tokens
-            )
+            rows = _choose(dataloader.dataset, settings.eval_generations)
+            records = generate_answers(self, rows, len(rows), settings.eval_generation_tokens)
             metrics = summarize_generations(records)
             if self.generation_metrics is not None:
                 metrics |= self.generation_metrics(records)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
             if settings.should_save:
                 append_records(self._generations_path(), records, step=self.state.global_step, data=metric_key_prefix)
+            if self.is_world_process_zero():
+                report_answers(self, records, rows, metric_key_prefix)
         return output
 
     def forget_generations_after(self, step: int):

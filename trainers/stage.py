@@ -35,6 +35,7 @@ from .sampling import make_sampler
 from .stage_config import IMAGE_ASPECT_RATIOS, StageConfig
 from .summary import summarize
 from .supervised_head import SupervisedHead, gather_head
+from .watching import RunWatch
 
 
 logger = logging.get_logger(__name__)
@@ -64,6 +65,7 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
     - `create_optimizer`: gives the projector its own learning rate.
     - `compute_loss`: takes the rows' names out of the batch, stops at a loss that is not finite, counts padding; on a
       CPU it keeps the head to supervised positions, as TRL does on a GPU.
+    - `log`: adds what [`RunWatch`] has seen.
     - `_get_grad_norm`: stops at a gradient that is not finite.
     - `train`: resumes from the last *complete* checkpoint when asked for `"auto"`, stops in good order at a signal, and
       measures the run.
@@ -167,6 +169,13 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
         # attended and all positions of the batches trained on
         self._positions = torch.zeros(2, dtype=torch.int64)
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        self.watch = RunWatch(
+            base,
+            # a sharded head is brought together once a step, for the loss alone
+            levels=base.config.align_mode == "level" and not (self.is_fsdp_enabled or is_deepspeed_zero3_enabled()),
+            gate=self.uses_gate(),
+            device=self.args.device,
+        )
         self.supervised_head = SupervisedHead(base.model)
         gather_head(base)
         add_dummy_images(base)
@@ -250,7 +259,8 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
         row_index = inputs.pop(ROW_INDEX_COLUMN, None)
         own_head = return_outputs or self.label_smoother is not None or self.compute_loss_func is not None
         compact = inputs["input_ids"].device.type == "cpu" and not own_head and not self.args.torch_compile
-        with self.supervised_head(inputs) if compact else nullcontext(inputs) as given:
+        watched = self.watch(inputs) if self.model.training else nullcontext()
+        with watched, self.supervised_head(inputs) if compact else nullcontext(inputs) as given:
             result = super().compute_loss(model, given, return_outputs, num_items_in_batch)
         if self.model.training and "attention_mask" in inputs:
             mask = inputs["attention_mask"]
@@ -258,6 +268,11 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
             self._positions = self._positions.to(mask.device) + torch.stack([mask.sum(), mask.new_tensor(mask.numel())])
             self.finite_guard.check_loss(result[0] if return_outputs else result, inputs, row_index)
         return result
+
+    def log(self, logs: dict[str, float], start_time: float | None = None):
+        if "loss" in logs:
+            logs |= self.watch.take(self.accelerator)
+        super().log(logs, start_time)
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm = super()._get_grad_norm(model, grad_norm)

@@ -350,4 +350,5 @@ def run(args: argparse.Namespace) -> int:
     files = sorted(path for path in output.rglob("*") if path.is_file())
     total = sum(path.stat().st_size for path in files)
     print(f"Wrote {len(files)} files, {total / 1e6:.1f} MB, to {output}")
+    print(f"Next: aligngpt chat --model {output} --image IMAGE")
     return 0

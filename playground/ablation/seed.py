@@ -39,7 +39,7 @@ def run_seed(
         path = run_path(Path(output), seed, variant)
         if path.is_file():
             continue
-        work = _Seed(folder, seed, settings, make_world(folder, seed, settings, parts), parts)
+        work = SeedRuns(folder, seed, settings, make_world(folder, seed, settings, parts), parts)
         write_json(path, {"variant": variant.name, "seed": seed, **work.instruct(variant)})
         if after_run:
             after_run()
@@ -48,7 +48,7 @@ def run_seed(
             shutil.rmtree(folder / name, ignore_errors=True)
 
 
-class _Seed:
+class SeedRuns:
     """What the runs of a seed share.
 
     Args:
@@ -131,8 +131,8 @@ class _Seed:
 
     # ---- stage 2 ----
 
-    def instruct(self, variant: Variant) -> dict[str, Any]:
-        """Stage 2 and its held-out figures."""
+    def instruct(self, variant: Variant, save_to: Path | None = None) -> dict[str, Any]:
+        """Stage 2 and its held-out figures; the model is kept where `save_to` says."""
         from datasets import load_from_disk
 
         from aligngpt_trainers import AlignGPTInstructConfig, AlignGPTInstructTrainer
@@ -146,7 +146,7 @@ class _Seed:
         rows = self._instruction_rows(variant)
         steps = -(-self.settings.conversations // self.settings.batch_size)
         config = AlignGPTInstructConfig(
-            output_dir=str(self.world / "unused"),
+            output_dir=str(save_to or self.world / "unused"),
             max_steps=steps,
             per_device_train_batch_size=self.settings.batch_size,
             per_device_eval_batch_size=64,
@@ -162,6 +162,8 @@ class _Seed:
             if without:
                 trainer.data_collator = Without(trainer.data_collator, model.config.align_token_id)
             trainer.train()
+            if save_to is not None:
+                trainer.save_final()
             seconds = time.perf_counter() - seconds
             figures: dict[str, Any] = {}
             if compared is not None:

@@ -131,6 +131,13 @@ CORPUS = [
     ("dpo --model {model} --use_cpu true", "dataset is missing"),
     ("dpo --model {model} --dataset pairs.json --use_cpu true --output_dir run", "row 0: found .*accepted are"),
     ("dpo --model {model} --dataset pairs.json --use_cpu true --output_dir {model}", "holds a finished model"),
+    ("grpo --model {model} --use_cpu true", "dataset is missing"),
+    ("grpo --model {model} --dataset pairs.json --use_cpu true --output_dir run", "give --reward_model"),
+    ("grpo --model {model} --dataset pairs.json --use_cpu true --output_dir run --reward_funcs fame", "no 'fame'"),
+    (
+        "grpo --model {model} --dataset pairs.json --use_cpu true --output_dir run --reward_funcs exact_match",
+        "row 0: found .*a prompt is",
+    ),
     ("check", "Neither model nor language_model"),
     (f"check {STAGES} --images some", "a number of rows, or `all`"),
     (f"check {STAGES} --batches 0", "--batches 0: at least 1"),

@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 
 from aligngpt_trainers import AlignGPTDPOConfig, AlignGPTDPOTrainer, load_preferences
 from aligngpt_trainers.commands import cli
-from aligngpt_trainers.dpo_trainer import AlignGPTPreferenceCollator
+from aligngpt_trainers.preferences.dpo_trainer import AlignGPTPreferenceCollator
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
 

@@ -130,33 +130,3 @@ def test_the_file_of_a_run_that_goes_on(tmp_path):
     forget_later_records(path, 0)
     assert lines_of(tmp_path) == []
     forget_later_records(tmp_path / "none.jsonl", 3)
-
-
-def test_tensorboard_shows_answers_and_weights(stage1_folder, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    trainer = instruct(stage1_folder, tmp_path, report_to=["tensorboard"])
-    trainer.train()
-    (folder,) = (tmp_path / "runs").iterdir()
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    tags = set(events.Tags()["scalars"])
-    assert {"train/loss", "train/learning_rate", "eval/loss", "eval/answer_match"} <= tags
-    assert {name.replace("eval_", "eval/") for name in WEIGHTS} <= tags
-    assert [event.step for event in events.Scalars("eval/align_weight_0")] == [2, 4]
-    logged = [log["eval_align_weight_0"] for log in trainer.summary()["eval"]]
-    assert [event.value for event in events.Scalars("eval/align_weight_0")] == pytest.approx(logged)
-
-
-def test_trackio_shows_answers_and_weights(stage1_folder, tmp_path, monkeypatch):
-    """A local database, without a server on the net."""
-    import trackio
-    from trackio import sqlite_storage, utils
-
-    for module in (trackio, sqlite_storage, utils):
-        monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio")
-    trainer = instruct(stage1_folder, tmp_path, report_to=["trackio"], project="aligngpt-test", run_name="one")
-    trainer.train()
-    logs = sqlite_storage.SQLiteStorage.get_logs("aligngpt-test", "one")
-    assert any("eval/align_weight_0" in log for log in logs) and any("train/loss" in log for log in logs)
-    assert (tmp_path / "trackio" / "aligngpt-test.db").exists()

@@ -1,6 +1,7 @@
 """Tuning by rewards: what the gate reads while answers are scored, what trains, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from datasets import Dataset
 from demo_model import save_demo_model
 from PIL import Image as PILImage
 
-from aligngpt_trainers import AlignGPTGRPOConfig, AlignGPTGRPOTrainer
+from aligngpt_trainers import AlignGPTGRPOConfig, AlignGPTGRPOTrainer, JudgeReward, load_prompts
+from aligngpt_trainers.commands import cli
+from aligngpt_trainers.preferences.rewards import exact_match, load_reward
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
 
@@ -112,3 +115,71 @@ def test_what_cannot_be_tuned_is_refused(folder, tmp_path):
         AlignGPTGRPOTrainer(model, shorter, config, rows(), processing_class=processor)
     with pytest.raises(ValueError, match="processing_class is missing"):
         AlignGPTGRPOTrainer(model, shorter, config, rows())
+
+
+def prompts(tmp_path, number: int = 4, **more) -> str:
+    written = []
+    for i in range(number):
+        PILImage.linear_gradient("L").resize((64, 64)).convert("RGB").rotate(20 * i).save(tmp_path / f"{i}.png")
+        written.append({"image": f"{i}.png", "question": f"what is in picture {i % 2}?", **more})
+    (tmp_path / "prompts.json").write_text(json.dumps(written))
+    return str(tmp_path / "prompts.json")
+
+
+def test_the_judge_rewards_as_the_command_judges(folder, tmp_path):
+    """Each answer's reward is the mean level of `judge` for it alone; an empty answer gets nothing."""
+    judge = JudgeReward(str(folder))
+    assert judge.reads_prompt
+    data = load_prompts(prompts(tmp_path))
+    texts = ["a whale", "", "three robots in the snow", "a cat and a dog"]
+    completions = [[{"role": "assistant", "content": text}] for text in texts]
+    rewards = judge(prompts=data["prompt"], completions=completions, images=data["images"], trainer_state=None)
+    processor = AlignGPTProcessor.from_pretrained(folder)
+    model = AlignGPTForConditionalGeneration.from_pretrained(folder).eval()
+    for row, text in enumerate(texts):
+        if text:
+            question = f"what is in picture {row % 2}?"
+            alone = model.judge(**processor.judge_inputs(data[row]["images"], [text], question)).mean_level.item() / 7
+            assert rewards[row] == pytest.approx(alone, abs=1e-5)
+    assert rewards[1] == 0 and len({round(reward, 6) for reward in rewards}) > 2
+    assert exact_match(completions, [" a whale ", "x", "robots", "a cat and a dog"]) == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_the_command_trains_by_the_judge(folder, tmp_path, capsys):
+    words = f"grpo --model {folder} --dataset {prompts(tmp_path)} --output_dir {tmp_path / 'out'} --use_cpu true"
+    words += f" --reward_model {folder} --max_steps 2 --per_device_train_batch_size 4 --num_generations 2"
+    words += " --max_completion_length 6 --save_strategy no --report_to none --logging_steps 1 --learning_rate 1e-3"
+    assert cli.main(words.split()) == 0, capsys.readouterr().err
+    assert "grpo: 4 prompts, 2 steps, reward 0." in capsys.readouterr().out
+    again = AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "out")
+    before = AlignGPTForConditionalGeneration.from_pretrained(folder)
+    assert not torch.equal(again.lm_head.weight, before.lm_head.weight)
+    assert cli.main(words.split()) == 2
+    assert "holds a finished model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"question": None}, "row 1: found image; a prompt is"),
+        ({"question": [{"role": "assistant", "content": "a cat"}]}, "row 1: the prompt is not one message of the user"),
+        ({"image": "gone.png"}, "row 1: no such image file .*gone.png.*image_folder"),
+        ({"image": None}, "row 1: no image"),
+        ({"answer": "a cat"}, "row 0: no answer, which other rows have"),
+    ],
+)
+def test_bad_prompts_are_named(change, message, tmp_path):
+    path = Path(prompts(tmp_path))
+    written = json.loads(path.read_text())
+    written[1] = {key: value for key, value in {**written[1], **change}.items() if value is not None}
+    path.write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=message):
+        load_prompts(str(path))
+
+
+def test_rewards_are_found_by_name():
+    assert load_reward("exact_match", None) is exact_match
+    assert load_reward("os.path.basename", None)("a/b") == "b"
+    for name, message in (("fame", "no 'fame'"), ("os.gone", "cannot be imported"), ("judge", "give --reward_model")):
+        with pytest.raises(ValueError, match=message):
+            load_reward(name, None)

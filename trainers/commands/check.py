@@ -34,6 +34,7 @@ from .check_measures import (
     image_facts,
     level_counts,
     step_facts,
+    step_seconds,
     token_facts,
 )
 from .check_report import describe_check
@@ -312,6 +313,7 @@ def _measure_batches(trainer: "StageTrainer", report: dict[str, Any], number: in
                 report["first_loss"] = loss = first_loss(trainer, batch)
                 if not torch.isfinite(torch.tensor(loss)):
                     report["problems"].append(f"The loss of the first batch is {loss}.")
+                report["step_seconds"] = step_seconds(trainer, batch)
     except (ValueError, ArithmeticError) as error:
         report["problems"].append(str(error))
     if not report.get("batches"):

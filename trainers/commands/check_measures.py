@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -120,6 +121,17 @@ def first_loss(trainer: "StageTrainer", batch: dict[str, torch.Tensor]) -> float
             return float(trainer.compute_loss(model, trainer._prepare_inputs(dict(batch))))
     finally:
         model.train(training)
+
+
+def step_seconds(trainer: "StageTrainer", batch: dict[str, torch.Tensor]) -> float:
+    """
+    About how long an update takes on this device: by a forward pass of a batch, which has been run before. Backward
+    takes as long again where the language model is frozen, else twice as long; checkpointing repeats the forward pass.
+    """
+    started = time.perf_counter()
+    first_loss(trainer, batch)
+    passes = (2 if trainer.stage == "pretrain" else 3) + bool(trainer.args.gradient_checkpointing)
+    return (time.perf_counter() - started) * passes * trainer.args.gradient_accumulation_steps
 
 
 def step_facts(args: Any, num_rows: int | None, num_devices: int) -> dict[str, Any]:

@@ -93,6 +93,13 @@ def _example(example: dict[str, str]) -> list[str]:
     return [f"example    {example['name']}; [[supervised]]", *(f"  | {line}" for line in text.split("\n"))]
 
 
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
 def describe_check(report: dict[str, Any]) -> str:
     """The lines that `aligngpt check` prints; `report` is what it also writes as JSON."""
     lines = [f"aligngpt check: {report['stage']} of {report['model']} on {report['dataset']}", ""]
@@ -111,6 +118,12 @@ def describe_check(report: dict[str, Any]) -> str:
             lines += write(report[name])
     if report.get("first_loss") is not None:
         lines.append(f"loss       {report['first_loss']:.4f} of the first batch, before any step")
+    if report.get("step_seconds") is not None and report.get("steps"):
+        seconds, steps = report["step_seconds"], report["steps"]["steps"]
+        lines.append(
+            f"time       about {_duration(seconds * steps)} on such devices: {steps:,} steps of {seconds:.2g} s, "
+            "guessed from a forward pass; reading, evaluation and saves aside"
+        )
     lines.append("")
     lines += [f"warning: {warning}" for warning in report["warnings"]]
     lines += [f"PROBLEM: {problem}" for problem in report["problems"]]

@@ -11,7 +11,7 @@ from packaging.utils import canonicalize_name
 PACKAGE = "aligngpt"
 # Command -> its extra; the others (chat, convert, doctor) need the core alone.
 EXTRAS = {
-    **dict.fromkeys(("init", "score", "check", "pretrain", "instruct", "dpo", "merge"), "train"),
+    **dict.fromkeys(("init", "score", "check", "pretrain", "instruct", "dpo", "grpo", "merge"), "train"),
     **dict.fromkeys(("export", "publish", "publish-data", "judge", "levels"), "train"),
     "evaluate": "eval",
     "demo": "demo",

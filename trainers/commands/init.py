@@ -105,7 +105,7 @@ def init_command(argv: Sequence[str]) -> None:
         model.save_pretrained(beside)
         processor.save_pretrained(beside)
     print(describe_model(model, processor))
-    print(f"saved to {args.output}: stage 1 is `aligngpt pretrain --model {args.output} --dataset ...`")
+    print(f"saved to {args.output}\nNext: aligngpt pretrain --model {args.output} --dataset SCORED --output_dir OUT")
 
 
 def describe_model(model: AlignGPTForConditionalGeneration, processor: AlignGPTProcessor) -> str:

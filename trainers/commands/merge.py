@@ -56,6 +56,7 @@ def merge_command(argv: Sequence[str]) -> None:
         copy_summary(Path(args.adapter), beside, args.base or base_name)
     size = sum(parameter.numel() for parameter in merged.parameters())
     print(f"merged {args.adapter} into {args.base or base_name}: {size:,} parameters; saved to {args.output}")
+    print(f"Next: aligngpt chat --model {args.output} --image IMAGE")
 
 
 def copy_summary(source: Path, target: Path, base: str) -> None:

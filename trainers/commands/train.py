@@ -293,5 +293,10 @@ def describe_run(summary: dict[str, Any], output_dir: str) -> str:
         f"{summary['stage']}: {rows}{summary['steps']} steps of {summary['batch_size']}, {losses}, "
         f"{summary['train_seconds']:.0f} s{' (resumed)' if summary['resumed'] else ''}\n"
         f"trained {summary['trained_parameters']:,} of {summary['parameters']:,} parameters, "
-        f'align_mode "{summary["align_mode"]}"; saved to {output_dir}'
+        f'align_mode "{summary["align_mode"]}"; saved to {output_dir}\n'
+        + (
+            f"Next: aligngpt instruct --model {output_dir} --dataset CONVERSATIONS --output_dir OUT"
+            if summary["stage"] == "pretrain"
+            else f"Next: aligngpt chat --model {output_dir} --image IMAGE; aligngpt evaluate, aligngpt publish"
+        )
     )

@@ -1,14 +1,16 @@
-"""Preference pairs from any source, as TRL's trainers take them."""
+"""Preference pairs and prompts from any source, as TRL's trainers take them."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value
 from tqdm.auto import tqdm
 
-from .data.conversations import BadRow
-from .data.records import encode_images
-from .data.sources import open_source
+from ..data.conversations import BadRow
+from ..data.records import encode_images
+from ..data.sources import open_source
 
 
 LAYOUTS = (
@@ -38,21 +40,9 @@ def load_preferences(
     Raises:
         ValueError: naming the row: another layout, an empty text, answers that are equal, an image that is not there.
     """
-    opened, folder = open_source(source, split, name, revision)
-    title = str(source) if isinstance(source, (str, Path)) else "the data set"
-    if isinstance(opened, Dataset):
-        for column in ("images", "image"):
-            if column in opened.column_names:
-                kind = List(Image(decode=False)) if column == "images" else Image(decode=False)
-                opened = opened.cast_column(column, kind)
-    rows = []
-    for number, record in enumerate(tqdm(opened, desc="Reading pairs", unit="row", delay=2)):
-        try:
-            rows.append(_pair(record, image_folder or folder, num_align_levels))
-        except (BadRow, TypeError, ValueError) as error:
-            raise ValueError(f"{title}, row {number}: {error}.") from error
-    if not rows:
-        raise ValueError(f"{title}: no rows.")
+    title, rows = _read(
+        source, (split, name, revision), image_folder, partial(_pair, num_align_levels=num_align_levels)
+    )
     features: dict[str, Any] = {"images": List(Image()), "prompt": _TEXTS, "chosen": _TEXTS, "rejected": _TEXTS}
     levels = [row["align_level"] for row in rows]
     if any(level is not None for level in levels):
@@ -60,6 +50,76 @@ def load_preferences(
             raise ValueError(f"{title}, row {levels.index(None)}: no align_level, which other rows have.")
         features["align_level"] = Value("int64")
     return Dataset.from_list([{key: row[key] for key in features} for row in rows], features=Features(features))
+
+
+def load_prompts(
+    source: Any,
+    *,
+    split: str | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    image_folder: str | Path | None = None,
+) -> Dataset:
+    """
+    Rows `images`, `prompt` (chat messages) and, where every row has one, `answer`: what GRPO asks and rewards.
+
+    Args:
+        source: a file, folder, Hub id or data set, as for [`~data.load.read_rows`], with `prompt` or `question`, and
+            `images` or `image`.
+        split, name, revision: of a data set.
+        image_folder: what relative image paths start from; by default the folder of the file.
+
+    Raises:
+        ValueError: naming the row: no prompt, an empty one, an image that is not there.
+    """
+    title, rows = _read(source, (split, name, revision), image_folder, _prompt)
+    features: dict[str, Any] = {"images": List(Image()), "prompt": _TEXTS}
+    answers = [row["answer"] for row in rows]
+    if any(answer is not None for answer in answers):
+        if None in answers:
+            raise ValueError(f"{title}, row {answers.index(None)}: no answer, which other rows have.")
+        features["answer"] = Value("string")
+    return Dataset.from_list([{key: row[key] for key in features} for row in rows], features=Features(features))
+
+
+def _read(
+    source: Any, where: tuple, image_folder: str | Path | None, read: Callable[..., dict[str, Any]]
+) -> tuple[str, list[dict[str, Any]]]:
+    """The name of a source and its rows, each read by a function of the record and the folder of its images."""
+    opened, folder = open_source(source, *where)
+    title = str(source) if isinstance(source, (str, Path)) else "the data set"
+    if isinstance(opened, Dataset):
+        for column in ("images", "image"):
+            if column in opened.column_names:
+                kind = List(Image(decode=False)) if column == "images" else Image(decode=False)
+                opened = opened.cast_column(column, kind)
+    rows = []
+    for number, record in enumerate(tqdm(opened, desc="Reading rows", unit="row", delay=2)):
+        try:
+            rows.append(read(record, image_folder or folder))
+        except (BadRow, TypeError, ValueError) as error:
+            raise ValueError(f"{title}, row {number}: {error}.") from error
+    if not rows:
+        raise ValueError(f"{title}: no rows.")
+    return title, rows
+
+
+def _prompt(record: dict[str, Any], folder: Path | str | None) -> dict[str, Any]:
+    question = record.get("prompt") if record.get("prompt") is not None else record.get("question")
+    if question is None:
+        raise BadRow(f"found {', '.join(sorted(record))}; a prompt is `prompt` or `question`")
+    images, problems = encode_images(record, folder, check=True)
+    if problems:
+        raise BadRow("; ".join(problems))
+    if not images:
+        raise BadRow("no image, without which there is no level to learn from")
+    prompt = _messages(question, "user")
+    if [message["role"] for message in prompt] != ["user"] or not prompt[0]["content"].strip():
+        raise BadRow("the prompt is not one message of the user")
+    answer = record.get("answer")
+    if answer is not None and not isinstance(answer, str):
+        raise BadRow(f"answer is {answer!r}, not a text")
+    return {"images": images, "prompt": prompt, "answer": answer}
 
 
 def _pair(record: dict[str, Any], folder: Path | str | None, num_align_levels: int | None) -> dict[str, Any]:

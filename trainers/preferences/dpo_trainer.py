@@ -11,9 +11,9 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
+from ..dummy_image import add_dummy_images
+from ..supervised_head import gather_head
 from .dpo_config import AlignGPTDPOConfig
-from .dummy_image import add_dummy_images
-from .supervised_head import gather_head
 
 
 class AlignGPTPreferenceCollator(DataCollatorForVisionPreference):
@@ -59,7 +59,7 @@ class AlignGPTDPOTrainer(DPOTrainer):
     Args:
         model: an [`AlignGPTForConditionalGeneration`] after stage 2.
         args: the settings.
-        train_dataset, eval_dataset: rows of [`~preferences.load_preferences`].
+        train_dataset, eval_dataset: rows of [`~pairs.load_preferences`].
         processing_class: the model's [`AlignGPTProcessor`].
         kwargs: of DPOTrainer, such as `peft_config`.
 

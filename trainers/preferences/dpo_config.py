@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
-from .stage_config import settle_and_check
+from ..stage_config import settle_and_check
 
 
 @dataclass

@@ -10,10 +10,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
+from ..dummy_image import add_dummy_images
+from ..stage_config import settle_and_check
+from ..supervised_head import gather_head
 from .dpo_trainer import train_as_stage_2
-from .dummy_image import add_dummy_images
-from .stage_config import settle_and_check
-from .supervised_head import gather_head
 
 
 @dataclass
