@@ -10,7 +10,7 @@ quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/python -m aligngpt_playground quickstart --output runs/quickstart
 
 test: $(VENV)/.installed-dev browser
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -57,10 +57,11 @@ engines: $(ENGINES)/.installed runs/quickstart/results.json $(VENV)/.installed-d
 		--prompts $(PROMPTS) --compiled --output runs/engines/vllm.json
 	ALIGNGPT_SHARDED=all $(BIN)/python -m pytest -q tests/trainers/test_sharded.py
 
-# what CI runs: 96 prompts, one model, not compiled
+# what CI runs: 96 prompts, one model, not compiled; one training by ZeRO-3
 engines-smoke: $(ENGINES)/.installed $(VENV)/.installed-dev
 	$(BIN)/python tests/engines/make_models.py runs/engines
 	$(ENGINES)/bin/python tests/engines/vllm_check.py --model runs/engines/levels --prompts 96
+	ALIGNGPT_SHARDED="zero3 untied" $(BIN)/python -m pytest -q tests/trainers/test_sharded.py -k saves_what_one_process
 
 runs/quickstart/results.json:
 	$(MAKE) quickstart

@@ -277,15 +277,16 @@ def _training(stages: list[dict[str, Any]]) -> dict[str, Any] | None:
     rows = [(title, [_show(key, stage.get(key)) for stage in stages]) for key, title in _TRAINING_KEYS]
     shown = {key for key, _ in _TRAINING_KEYS}
     shown |= {"num_train_epochs", "max_steps"}  # what came of them is shown
-    extra = dict.fromkeys(key for stage in stages for key in (stage.get("hyperparameters") or {}) if key not in shown)
-    rows += [
-        (key.replace("_", " "), [_show(key, (s.get("hyperparameters") or {}).get(key)) for s in stages])
-        for key in extra
-    ]
-    versions = dict.fromkeys(name for stage in stages for name in (stage.get("versions") or {}))
-    rows += [(name, [_show(name, (s.get("versions") or {}).get(name)) for s in stages]) for name in versions]
-    rows = [row for row in rows if any(value != "-" for value in row[1])]
-    return {"stages": [STAGES.get(stage["stage"], stage["stage"]) for stage in stages], "rows": rows}
+    details = []
+    for part in ("hyperparameters", "versions"):
+        names = dict.fromkeys(key for stage in stages for key in (stage.get(part) or {}) if key not in shown)
+        details += [
+            (name.replace("_", " "), [_show(name, (stage.get(part) or {}).get(name)) for stage in stages])
+            for name in names
+        ]
+    told = [[row for row in table if any(value != "-" for value in row[1])] for table in (rows, details)]
+    titles = [STAGES.get(stage["stage"], stage["stage"]) for stage in stages]
+    return {"stages": titles, "rows": told[0], "details": told[1]}
 
 
 def _show(key: str, value: Any) -> str:

@@ -29,6 +29,7 @@ from .checks import check_contents, find_paths
 from .figures import draw_histogram
 from .model import add_hub_arguments, describe, hub_settings
 from .run_records import hub_link
+from .samples import draw_samples
 from .secret_scan import find_secrets
 from .upload import Upload, check_repo_id, upload_checked_folder
 
@@ -38,7 +39,7 @@ HISTOGRAM = "histogram.png"
 SHARD_BYTES = 500 * 2**20
 ROWS_AT_ONCE = 1000
 MOST_FINDINGS = 50
-STALE = ("data/*.parquet", "*.parquet", "histogram.png")
+STALE = ("data/*.parquet", "*.parquet", "histogram.png", "assets/level-*.png")
 COLUMNS = {
     "images": "the image, as a list of one",
     "messages": "the conversation: a user's turn with the image, an assistant's with the text",
@@ -97,8 +98,11 @@ def publish_dataset(
     with tempfile.TemporaryDirectory(prefix="aligngpt-publish-") as stage:
         files = _stage_files(Path(stage), folder, alignment, splits)
         infos = _describe_splits(splits)
+        # rows that failed a check are not shown, and nothing is sent then
+        samples = [] if findings else draw_samples(splits, len(list_levels(alignment)), Path(stage))
+        files |= {pair["image"]: Path(stage) / pair["image"] for level in samples for pair in level["pairs"]}
         (Path(stage) / "README.md").write_text(
-            _card(repo_id, splits, infos, alignment, HISTOGRAM in files, license, languages, source, tag),
+            _card(repo_id, splits, infos, alignment, HISTOGRAM in files, license, languages, source, tag, samples),
             encoding="utf-8",
         )
         files["README.md"] = Path(stage) / "README.md"
@@ -280,6 +284,7 @@ def _card(
     languages: Sequence[str],
     source: str | None,
     tag: str | None,
+    samples: list[dict[str, Any]],
 ) -> str:
     total = sum(len(rows) for rows in splits.values())
     data = DatasetCardData(
@@ -308,6 +313,7 @@ def _card(
         "levels": list_levels(alignment),
         "levels_text": levels_text(alignment, with_rows=False),
         "has_histogram": has_histogram,
+        "samples": samples,
         "scorer": _scorer(alignment),
         "rows": [(name.replace("_", " "), f"{count:,}") for name, count in rows.items() if isinstance(count, int)],
         "rows_text": describe_rows(rows),

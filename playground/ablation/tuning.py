@@ -47,17 +47,20 @@ class TuningSettings:
         images: that are tuned on.
         batch_size: pairs, rows or answers of a step.
         steps: of DPO and of stage 2.
-        learning_rate: of DPO. beta: of DPO.
-        grpo_steps, grpo_learning_rate, generations: of GRPO; `generations` answers to a prompt.
+        learning_rate: of DPO and of stage 2. beta: of DPO.
+        sft_weight: of the likelihood of the preferred answer in DPO, without which both answers become unlikely.
+        grpo_steps, grpo_learning_rate, grpo_beta, generations: of GRPO; `generations` answers to a prompt.
     """
 
     images: int = 640
     batch_size: int = 32
-    steps: int = 40
-    learning_rate: float = 2e-4
+    steps: int = 60
+    learning_rate: float = 3e-4
     beta: float = 0.1
+    sft_weight: float = 1.0
     grpo_steps: int = 60
-    grpo_learning_rate: float = 2e-4
+    grpo_learning_rate: float = 1e-4
+    grpo_beta: float = 0.05
     generations: int = 8
 
 
@@ -235,7 +238,8 @@ def _dpo(model, processor, images: list, pairs: list, tuning: TuningSettings, fo
         ]
     )
     common = _common(folder, seed, tuning.steps, tuning.learning_rate)
-    config = AlignGPTDPOConfig(**common, per_device_train_batch_size=tuning.batch_size, beta=tuning.beta)
+    losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, tuning.sft_weight]} if tuning.sft_weight else {}
+    config = AlignGPTDPOConfig(**common, per_device_train_batch_size=tuning.batch_size, beta=tuning.beta, **losses)
     AlignGPTDPOTrainer(model, config, rows, processing_class=processor).train()
 
 
@@ -248,6 +252,7 @@ def _grpo(model, processor, images: list, judge: Path, tuning: TuningSettings, f
         per_device_train_batch_size=tuning.batch_size,
         num_generations=tuning.generations,
         max_completion_length=48,
+        beta=tuning.grpo_beta,
     )
     reward = JudgeReward(str(judge), device="cpu")
     AlignGPTGRPOTrainer(model, reward, config, rows, processing_class=processor).train()

@@ -1,9 +1,12 @@
 """A scored data set to a local Hub and back, whole and as a stream."""
 
+import io
 import json
+import re
 from pathlib import Path
 
 import documents
+import PIL.Image
 import pytest
 import yaml
 from datasets import Dataset, DatasetDict, Image, List, Value, load_from_disk
@@ -13,6 +16,7 @@ from local_hub.server import HubServer
 from modeling.fresh_process import draw_image
 
 from aligngpt_hub import publish_dataset
+from aligngpt_hub.publishing import samples
 
 
 REPO = "user/pairs"
@@ -62,7 +66,8 @@ def test_there_and_back(hub, published, scored):
     commits, files = hub.commits("datasets", REPO), published
     assert [commit.title for commit in commits] == ["12 scored pairs, 2 levels", "initial commit"]
     data = "data/train-00000-of-00001.parquet"
-    assert files.keys() == {".gitattributes", "README.md", "alignment.json", "histogram.png", data}
+    shown = {f"assets/level-{level}-{number}.png" for level in (0, 1) for number in (0, 1)}
+    assert files.keys() == {".gitattributes", "README.md", "alignment.json", "histogram.png", data, *shown}
     assert json.loads(files["alignment.json"]) == ALIGNMENT
     report = run_script(hub, LOAD, [REPO, "v1", "train"])
     loaded = load_from_disk(scored)
@@ -73,6 +78,31 @@ def test_there_and_back(hub, published, scored):
         image = original.pop("images")[0]
         assert (size, pixel) == (list(image.size), list(image.getpixel((5, 5)))) and "/" not in name
         assert row == original
+
+
+def test_the_card_shows_pairs_of_each_level(published, scored, tmp_path):
+    card, loaded = published["README.md"].decode(), load_from_disk(scored)
+    shown = re.findall(r"^\| (\d) \| !\[A pair of level \1\]\((\S+)\) \| (.*) \| (\S+) \|$", card, re.MULTILINE)
+    assert [level for level, *_ in shown] == ["1", "1", "0", "0"]
+    for level, name, text, score in shown:
+        (row,) = [
+            row
+            for row in loaded
+            if row["align_level"] == int(level)
+            and samples.plain(row["messages"][1]["content"][0]["text"]) == text
+            and f"{row['clip_score']:.3f}" == score
+        ]
+        drawn = PIL.Image.open(io.BytesIO(published[name]))
+        expected = row["images"][0].convert("RGB")
+        expected.thumbnail((160, 160))
+        assert drawn.tobytes() == expected.tobytes()
+
+
+def test_texts_of_others_are_text_in_the_card():
+    hostile = "a | b\n<script>x</script> ![i](http://x) `c` {{ d }} " + "word " * 60
+    shown = samples.plain(hostile)
+    assert "\n" not in shown and "<" not in shown and shown.endswith(" ...") and len(shown) < 260
+    assert not re.search(r"(?<!\\)[|`\[\]{}!]", shown)
 
 
 def test_the_cards_blocks_run_as_they_stand(hub, published):

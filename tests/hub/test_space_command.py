@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import documents
 import pytest
 import yaml
+import zygote
 from local_hub.server import HubServer
 from packaging.requirements import Requirement
 from PIL import Image
@@ -203,15 +203,7 @@ def test_a_space_for_a_published_model_is_pushed(tmp_path):
             (words, hub.add_user("stranger")),
             (["space", "hidden", *words[2:-1], "user/hidden", "--private"], hub.token),
         ]
-        done = subprocess.run(
-            [sys.executable, "-c", CALLS, json.dumps(calls)],
-            cwd=tmp_path,
-            env=hub.env(),
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            timeout=120,
-        )
+        done = zygote.run(CALLS, [json.dumps(calls)], hub.env(), tmp_path)
         assert done.returncode == 0, done.stderr
         first, again, no_revision, no_token, stranger, hidden = map(json.loads, done.stdout.splitlines())
         assert first[0] == 0 and "uploaded: " in first[1], first

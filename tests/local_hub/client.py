@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import zygote
 from local_hub.server import HubServer
 
 
@@ -31,6 +32,8 @@ def run_python(hub: HubServer, code: str, words=(), token=None, home=None, path=
         environment["PYTHONPATH"] = str(path)
     folder = Path(cwd or environment["HF_HOME"]) / "elsewhere"
     folder.mkdir(parents=True, exist_ok=True)
+    if path is None:
+        return zygote.run(code, [*map(str, words)], environment, folder, timeout=300)
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, words)],
         cwd=folder,

@@ -4,13 +4,12 @@ import base64
 import io
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import zygote
 from modeling.test_chat_templates import make_tokenizer
 from PIL import Image
 from safetensors.torch import load_file
@@ -450,14 +449,8 @@ def test_save_and_load(golden, tmp_path):
             for name in ("config.json", "configuration_aligngpt.py"):
                 (tmp_path / folder / name).write_bytes((tmp_path / "saved" / name).read_bytes())
         env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-        run = subprocess.run(
-            [sys.executable, "-c", LOAD, str(tmp_path / folder), str(tmp_path / then), str(image)],
-            cwd=tmp_path,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
+        words = [str(tmp_path / folder), str(tmp_path / then), str(image)]
+        run = zygote.run(LOAD, words, env, tmp_path)
         assert run.returncode == 0, run.stderr
         rows, values, module = json.loads(run.stdout.splitlines()[-1])
         assert rows == [list(row) for row in wanted["input_ids"]] and module.startswith("transformers_modules")

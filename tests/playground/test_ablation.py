@@ -19,7 +19,7 @@ from aligngpt_playground.scenes import Scene
 
 
 TINY = ["--pairs", "64", "--pretrain-steps", "2", "--conversations", "32", "--heldout", "6"]
-CHOSEN = "gate + global, N = 8; no alignment; best half by CLIP; noisy: each row's level"
+CHOSEN = "gate + global, N = 8; no alignment; noisy: each row's level"
 
 
 def command(output, parts, *more):
@@ -28,7 +28,7 @@ def command(output, parts, *more):
 
 @pytest.fixture(scope="module")
 def run(random_parts, tmp_path_factory):
-    """A folder with two seeds of four variants."""
+    """A folder with two seeds of three variants."""
     output = tmp_path_factory.mktemp("runs") / "ablation"
     assert main(command(output, random_parts, "--seeds", "2", "--variants", CHOSEN, "--keep-models")) == 0
     return output
@@ -50,7 +50,7 @@ def results(folder):
 
 def test_each_seed_and_variant_is_there_with_its_figures(run):
     found = results(run)
-    assert len(found) == 8
+    assert len(found) == 6
     described = {"main object", "all objects", "background", "exact", "absent object", "words"}
     for content in found.values():
         gated, noisy = content["variant"].startswith("gate"), content["variant"].startswith("noisy")
@@ -72,8 +72,8 @@ def test_each_seed_and_variant_is_there_with_its_figures(run):
 def test_seeds_differ_and_variants_share_world_and_stage_1(run):
     found = results(run)
     losses = {content["loss"] for content in found.values() if "loss" in content}
-    assert len(losses) == 6
-    assert {path.name for path in (run / "seed-0" / "pretrain").iterdir()} == {"levels-8", "none", "filtered"}
+    assert len(losses) == 4
+    assert {path.name for path in (run / "seed-0" / "pretrain").iterdir()} == {"levels-8", "none"}
     captions = [
         [row["messages"] for row in _load(run / f"seed-{seed}" / "world" / "scored-pairs").remove_columns("images")]
         for seed in (0, 1)

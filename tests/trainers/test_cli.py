@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 import yaml
+import zygote
 from local_hub.server import HubServer
 from safetensors.torch import load_file, save_file
 from stage_parts import NUM_LEVELS, conversation_rows, draw_image, pair_rows, to_dataset
@@ -286,8 +287,8 @@ def test_a_revision_of_the_hub_is_kept(parts, tmp_path):
         pinned = hub.commits("model", "user/llm")[0].sha
         hub.commit_folder("model", "user/llm", parts[0])
         words = ["init", "--llm", "user/llm", "--llm-revision", pinned, "--vision-tower", str(parts[1])]
-        command = [sys.executable, "-m", "aligngpt_trainers", *words, "--output", str(tmp_path / "fresh")]
-        done = subprocess.run(command, env=hub.env(), capture_output=True, text=True, check=False)
+        code = "import sys; from aligngpt_trainers.commands.cli import main; sys.exit(main(sys.argv[1:]))"
+        done = zygote.run(code, [*words, "--output", str(tmp_path / "fresh")], hub.env(), tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     model = AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "fresh", dtype=torch.float32)
     expected = weights["model.norm.weight"].bfloat16().float()

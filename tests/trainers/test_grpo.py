@@ -96,6 +96,14 @@ def test_the_modules_of_stage_2_train(folder, tmp_path):
     assert log and all(entry["reward"] <= 0 for entry in log)
 
 
+def test_the_model_before_is_read_alike(folder, tmp_path):
+    """With a price on leaving it: before any step nothing has been left, whatever the gate could have read."""
+    trainer = trainer_for(folder, tmp_path, beta=0.1, num_iterations=2, max_steps=4, learning_rate=1e-3)
+    trainer.train()
+    kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert abs(kl[0]) < 1e-6 < max(kl[1:]), kl
+
+
 def test_what_cannot_be_tuned_is_refused(folder, tmp_path):
     answered = [
         {"role": "user", "content": "a?"},

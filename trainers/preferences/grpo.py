@@ -33,7 +33,11 @@ class AlignGPTGRPOTrainer(GRPOTrainer):
     """
     [`GRPOTrainer`] for AlignGPT. It trains what stage 2 trains, and the gate reads the prompt alone, as it does when
     the answers are made: else the probabilities of its own answers come out wrong. Rows have `prompt` (one user
-    turn) and `images`, as TRL's for vision models. Overridden of TRL's: `__init__`.
+    turn) and `images`, as TRL's for vision models. Overridden of TRL's:
+
+    - `__init__`: checks, then freezes, and shows the gate the prompt.
+    - `_get_per_token_logps_and_entropies`: TRL hands it all that the processor gives, and knows no `prompt_mask`, which
+      is of the prompts alone; the labels tell where those end.
 
     Args:
         model: an [`AlignGPTForConditionalGeneration`] after stage 2.
@@ -82,6 +86,9 @@ class AlignGPTGRPOTrainer(GRPOTrainer):
         for each in (base, self.ref_model):
             if each is not None:
                 each.register_forward_pre_hook(_show_the_prompt, with_kwargs=True)
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, prompt_mask: torch.Tensor | None = None, **kwargs: Any):
+        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any):
         """Nothing: `aligngpt publish` writes the card."""
