@@ -57,10 +57,11 @@ engines: $(ENGINES)/.installed runs/quickstart/results.json $(VENV)/.installed-d
 		--prompts $(PROMPTS) --compiled --output runs/engines/vllm.json
 	ALIGNGPT_SHARDED=all $(BIN)/python -m pytest -q tests/trainers/test_sharded.py
 
-# what CI runs: 96 prompts, one model, not compiled; one training by ZeRO-3
+# what CI runs: 96 prompts, one model, not compiled; benchmarks answered by vLLM; one training by ZeRO-3
 engines-smoke: $(ENGINES)/.installed $(VENV)/.installed-dev
 	$(BIN)/python tests/engines/make_models.py runs/engines
 	$(ENGINES)/bin/python tests/engines/vllm_check.py --model runs/engines/levels --prompts 96
+	$(BIN)/python tests/engines/evaluate_check.py --model runs/engines/levels --vllm-python $(ENGINES)/bin/python
 	ALIGNGPT_SHARDED="zero3 untied" $(BIN)/python -m pytest -q tests/trainers/test_sharded.py -k saves_what_one_process
 
 runs/quickstart/results.json:

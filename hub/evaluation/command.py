@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from aligngpt_shared.locks import lock, lock_of
@@ -20,7 +20,23 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--list", action="store_true", help="list the benchmarks and leave")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N samples of each benchmark")
     parser.add_argument("--output", type=Path, help="folder of the results (default: runs/evaluate/MODEL)")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="prompts answered at once (default: 1)")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="prompts answered at once (default: 1, of a server 32)"
+    )
+    parser.add_argument(
+        "--backend",
+        choices=("transformers", "vllm"),
+        default="transformers",
+        help="vllm: vLLM's server, started for the while (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--server", metavar="URL", help="a server that runs (aligngpt serve, vLLM), up to /v1, in place of a backend"
+    )
+    parser.add_argument("--server-key-env", default="OPENAI_API_KEY", metavar="NAME", help="variable with its key")
+    parser.add_argument(
+        "--vllm-python", default=sys.executable, metavar="PATH", help="Python of the environment that has vLLM"
+    )
+    parser.add_argument("--vllm-options", default="", help="further options of vLLM's server, as in a shell")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU where there is one)")
     parser.add_argument("--attn-implementation", help="attention, such as sdpa or flash_attention_2")
@@ -51,8 +67,9 @@ def run(args: argparse.Namespace) -> int:
             paper = [f"{value:g}" if value is not None else "-" for value in (benchmark.paper_7b, benchmark.paper_13b)]
             print(f"{benchmark.task:<18}{benchmark.title:<15}paper 7B {paper[0]:<8}13B {paper[1]:<8}{benchmark.note}")
         return 0
-    if args.model is None:
+    if args.model is None and args.server is None:
         raise ValueError("--model is missing: give an AlignGPT, folder or Hub id.")
+    _check_server(args)
     benchmarks = select(args.tasks)
     for name in ("limit", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
@@ -64,20 +81,14 @@ def run(args: argparse.Namespace) -> int:
     # lmms-eval looks for a tokenizer server and telemetry nowhere; its log would bury the progress
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _quiet()
-    from .lmms_model import AlignGPTLmms
     from .runner import run_benchmarks
 
-    lm = AlignGPTLmms(
-        args.model,
-        revision=args.revision,
-        dtype=args.dtype,
-        device=args.device,
-        batch_size=args.batch_size,
-        align_level=args.align_level,
-        align_mode=args.align_mode,
-        attn_implementation=args.attn_implementation,
-    )
-    output = args.output or Path("runs/evaluate") / lm.identity["model"].replace("/", "--")
+    with _answering(args) as lm:
+        output = args.output or Path("runs/evaluate") / lm.identity["model"].replace("/", "--")
+        return _run(args, lm, benchmarks, output, data, judge, run_benchmarks)
+
+
+def _run(args, lm, benchmarks, output: Path, data, judge, run_benchmarks) -> int:
     with lock(lock_of(output)) if lm.rank == 0 else nullcontext():
         results = run_benchmarks(
             lm,
@@ -93,6 +104,54 @@ def run(args: argparse.Namespace) -> int:
         print(results.describe())
         print(f"written to {results.path}")
     return 0
+
+
+@contextmanager
+def _answering(args: argparse.Namespace):
+    """Who answers: the model here, or a server."""
+    if args.backend == "transformers" and args.server is None:
+        from .lmms_model import AlignGPTLmms
+
+        yield AlignGPTLmms(
+            args.model,
+            revision=args.revision,
+            dtype=args.dtype,
+            device=args.device,
+            batch_size=args.batch_size or 1,
+            align_level=args.align_level,
+            align_mode=args.align_mode,
+            attn_implementation=args.attn_implementation,
+        )
+        return
+    from .server_model import ServerLmms, vllm_server
+
+    asked = {"align_level": args.align_level, "batch_size": args.batch_size or 32, "key_env": args.server_key_env}
+    if args.server is not None:
+        yield ServerLmms(args.server, args.model, **asked)
+        return
+    words = ["--model", args.model, "--dtype", args.dtype]
+    words += ["--revision", args.revision] if args.revision else []
+    words += [f"--vllm-options={args.vllm_options}"] if args.vllm_options else []
+    name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model.replace("/", "--")
+    log = (args.output or Path("runs/evaluate") / name) / "evaluation" / "vllm.log"
+    with vllm_server(args.vllm_python, words, log) as url:
+        yield ServerLmms(url, args.model, **asked)
+
+
+def _check_server(args: argparse.Namespace) -> None:
+    """A ValueError for what a server cannot be told."""
+    if args.server is None and args.backend == "transformers":
+        return
+    if args.server is not None and args.backend != "transformers":
+        raise ValueError("--server and --backend vllm exclude each other: a server that runs, or one that is started.")
+    where = "--server" if args.server is not None else "--backend vllm"
+    here_alone = {"--device": args.device, "--align-mode": args.align_mode}
+    here_alone["--attn-implementation"] = args.attn_implementation
+    if args.server is not None:
+        here_alone |= {"--dtype": None if args.dtype == "auto" else args.dtype, "--revision": args.revision}
+    for name, value in here_alone.items():
+        if value is not None:
+            raise ValueError(f"{name} has no effect with {where}: the server decides it. Leave it out.")
 
 
 def _read_data(pairs: list[str], tasks: set[str]) -> dict[str, str]:

@@ -8,14 +8,13 @@ import hashlib
 import importlib.util
 import json
 import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from openai import OpenAI, OpenAIError
 from tqdm import tqdm
 
 from aligngpt_hub import metrics
@@ -52,6 +51,10 @@ class JudgeServer:
     workers: int = 4
     retries: int = 3
 
+    @cached_property
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=self.url, api_key=self.api_key or "none", max_retries=self.retries, timeout=300)
+
     def ask(self, prompt: str, temperature: float, max_tokens: int) -> str:
         """
         The judge's answer.
@@ -59,26 +62,16 @@ class JudgeServer:
         Raises:
             ValueError: no answer after all retries, or the server refuses.
         """
-        message = [{"role": "user", "content": prompt}]
-        body = {"model": self.model, "messages": message, "temperature": temperature, "max_tokens": max_tokens}
-        request = urllib.request.Request(
-            self.url.rstrip("/") + "/chat/completions",
-            data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json", "Authorization": f"Bearer {self.api_key or 'none'}"},
-        )
-        for attempt in range(self.retries + 1):
-            try:
-                with urllib.request.urlopen(request, timeout=300) as response:
-                    return json.load(response)["choices"][0]["message"]["content"] or ""
-            except urllib.error.HTTPError as error:
-                problem = f"{error.code} {error.read(300).decode(errors='replace')}"
-                if error.code < 500 and error.code != 429:
-                    break
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-                problem = f"{type(error).__name__}: {error}"
-            if attempt < self.retries:
-                time.sleep(2**attempt)
-        raise ValueError(f"the judge {self.model} at {self.url} gave no answer ({problem}).")
+        try:
+            answered = self.client.chat.completions.create(
+                messages=[{"role": "user", "content": prompt}],
+                model=self.model,
+                temperature=temperature,
+                max_tokens=max_tokens,
+            )
+            return answered.choices[0].message.content or ""
+        except (OpenAIError, ValueError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(f"the judge {self.model} at {self.url} gave no answer ({error}).") from error
 
 
 def judge_samples(samples: Sequence[dict[str, Any]], kind: str, server: JudgeServer, store: str | Path) -> list[str]:

@@ -313,6 +313,8 @@ def read_answers(path: str | Path) -> tuple[list[list[float]], list[str]]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
+            if "server" in row.get("identity", {}):
+                raise ValueError("a server gave these, which tells no weights: answer with --backend transformers")
             if "identity" in row:
                 levels = row["identity"].get("num_align_levels")
                 local = None if levels is None else levels - 1

@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from demo_model import serving
 from evaluation_world.rows import answer_alone, make_one_word_model, make_rows, write_data
 
 from aligngpt_hub.evaluation.tasks import BENCHMARKS, BY_NAME, PAPER, make_task
@@ -270,16 +271,16 @@ def test_a_stopped_run_goes_on_and_ends_the_same(run, model_folder, data, tmp_pa
     from aligngpt_hub.evaluation.lmms_model import AlignGPTLmms
 
     given = words(model_folder, data, tmp_path, "--batch-size", "2", tasks="pope,gqa")
-    asked, real = [], AlignGPTLmms._answer
+    asked, real = [], AlignGPTLmms.answer_batch
 
     def stop_at_four(self, requests):
         if len(asked) == 2:
             raise KeyboardInterrupt
         asked.append(len(requests))
-        return real(self, requests)
+        yield from real(self, requests)
 
     with monkeypatch.context() as patch:
-        patch.setattr(AlignGPTLmms, "_answer", stop_at_four)
+        patch.setattr(AlignGPTLmms, "answer_batch", stop_at_four)
         assert cli.main(given) == 130
     path = tmp_path / "evaluation" / "answers-pope.jsonl"
     assert len(read(path)) == 5
@@ -287,7 +288,7 @@ def test_a_stopped_run_goes_on_and_ends_the_same(run, model_folder, data, tmp_pa
         file.write('{"key": "cut off in the mid')
     with monkeypatch.context() as patch:
         patch.setattr(
-            AlignGPTLmms, "_answer", lambda self, requests: asked.append(len(requests)) or real(self, requests)
+            AlignGPTLmms, "answer_batch", lambda self, requests: asked.append(len(requests)) or real(self, requests)
         )
         assert cli.main(given) == 0
     assert sum(asked) == 9 + 4, "nothing was asked twice"
@@ -300,6 +301,54 @@ def test_a_stopped_run_goes_on_and_ends_the_same(run, model_folder, data, tmp_pa
     assert cli.main(given) == 0
     assert capsys.readouterr().out.count("done before") == 2
     assert (tmp_path / "evaluation_results.json").read_bytes() == before
+
+
+def test_a_server_answers_as_the_model_here(run, model_folder, data, tmp_path, capsys):
+    """Through `aligngpt serve`: the same answers, four requests at once; steered ones are steered."""
+    command = ["-m", "aligngpt_trainers", "serve", "--model", str(model_folder), "--port", "0", "--device", "cpu"]
+    with serving(command, r"(http://\S+/v1) serves", tmp_path) as ready:
+        url = ready.group(1)
+        given = words(model_folder, data, tmp_path / "out", "--server", url, "--batch-size", "4", tasks="pope,gqa")
+        assert cli.main(given) == 0, capsys.readouterr().err
+        steered = words(model_folder, data, tmp_path / "0", "--server", url, "--align-level", "0", tasks="pope")
+        assert cli.main(steered) == 0
+        identity = read(tmp_path / "0" / "evaluation" / "answers-pope.jsonl")[0]["identity"]
+        assert cli.main(_with(steered, "--align-level", "9")) == 2
+        said = capsys.readouterr().err
+        assert "pope, sample" in said and "align_level" in said
+    for task in ("pope", "gqa"):
+        name = f"evaluation/answers-{task}.jsonl"
+        ours, whole = (
+            {row["doc_id"]: row["answer"] for row in read(folder / name)[1:]} for folder in (tmp_path / "out", run)
+        )
+        assert ours == whole
+    assert identity["server"] == "server" and identity["align_level"] == 0 and identity["weights"]
+    answers = str(tmp_path / "0" / "evaluation" / "answers-pope.jsonl")
+    assert cli.main(["levels", "--answers", answers]) == 2
+    assert "a server gave these" in capsys.readouterr().err
+    assert cli.main(given) == 2  # it has ended
+    assert "no OpenAI-compatible server answers" in capsys.readouterr().err
+
+
+def _with(given: list[str], name: str, value: str) -> list[str]:
+    place = given.index(name) + 1
+    return [*given[:place], value, *given[place + 1 :], "--overwrite"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--server", "http://127.0.0.1:9"], "give the address up to /v1"),
+        (["--server", "http://127.0.0.1:9/v1"], "no OpenAI-compatible server answers"),
+        (["--server", "http://127.0.0.1:9/v1", "--backend", "vllm"], "exclude each other"),
+        (["--server", "http://127.0.0.1:9/v1", "--dtype", "bfloat16"], "--dtype has no effect with --server"),
+        (["--backend", "vllm", "--align-mode", "mean"], "--align-mode has no effect with --backend vllm"),
+        (["--backend", "vllm"], "vLLM ended before it answered: error: --backend vllm needs vLLM"),
+    ],
+)
+def test_servers_that_are_not_there_are_said(more, message, model_folder, data, tmp_path, capsys):
+    assert cli.main(words(model_folder, data, tmp_path, *more, tasks="pope")) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_two_processes_share_the_samples_and_give_the_same(run, model_folder, data, tmp_path):
