@@ -31,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--heldout-conversations", type=int, default=256, help="held-out conversations (default: %(default)s)"
     )
     make.add_argument("--seed", type=int, default=0)
+    commands.add_parser("parts", help="where the tiny CLIP and language model of the package are")
     train = commands.add_parser("train-parts", help="train the tiny CLIP or Llama from nothing")
     train.add_argument("--part", required=True, choices=("clip", "llama"))
     train.add_argument("--output", required=True, help="model folder to write")
@@ -64,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             written = write_world(**args)
             print(", ".join(f"{name}: {n} rows" for name, n in written.items()), "written to", args["output"])
+        elif command == "parts":
+            from .world import parts_path
+
+            print(f"--vision_tower, --scorer: {parts_path('clip')}\n--llm: {parts_path('llama')}")
         elif command == "train-models":
             from .trained import train_models
 

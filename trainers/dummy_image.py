@@ -43,16 +43,20 @@ def add_dummy_images(model: nn.Module):
 
     def before(inner: nn.Module, args: tuple, kwargs: dict):
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        if any(kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs")):
+        # `generate` hands in an empty dict where there was no image to encode
+        if kwargs.get("pixel_values") is not None or kwargs.get("mm_encoder_outputs"):
             return None
         cache: Cache | None = kwargs.get("cache") or kwargs.get("past_key_values")
         if (cache is not None and cache.get_seq_length() > 0) or not needs_dummy_image(inner):
             return None
         input_ids, inputs_embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        # weights are gathered in one order everywhere: `generate`, which brings a cache, encodes images before anything
+        # else; `forward` embeds the words first
+        features = dummy_features(inner) if cache is not None else None
         if inputs_embeds is None:
             inputs_embeds = inner.get_input_embeddings()(input_ids)
         level = kwargs.get("align_level")
-        kwargs["inputs_embeds"] = run_dummy_image(inner, input_ids, inputs_embeds, level)
+        kwargs["inputs_embeds"] = run_dummy_image(inner, input_ids, inputs_embeds, level, features)
         kwargs["input_ids"] = None
         return (), kwargs
 
@@ -80,20 +84,28 @@ def _is_sharded(model: nn.Module) -> bool:
     return any(hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh") for parameter in parameters)
 
 
+def dummy_features(model: nn.Module) -> torch.Tensor:
+    """A black image, encoded and projected: `(1, S, D)`."""
+    size = model.config.input_image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    device = next(model.multi_modal_projector.parameters()).device
+    features = model.get_image_features(torch.zeros(1, 3, height, width, device=device, dtype=model.dtype))
+    return torch.stack(tuple(features.pooler_output))
+
+
 def run_dummy_image(
     model: nn.Module,
     input_ids: torch.LongTensor | None,
     inputs_embeds: torch.FloatTensor,
     align_level: int | torch.LongTensor | None,
+    features: torch.Tensor | None = None,
 ) -> torch.FloatTensor:
     """
     Sends a black image the way of a real one and returns `inputs_embeds` `(B, T, D)`, bit for bit, with a graph that
     goes through all that the image met and gives it gradients of zero.
     """
-    size = model.config.input_image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    features = model.get_image_features(inputs_embeds.new_zeros(1, 3, height, width)).pooler_output
-    features_ISD = torch.stack(tuple(features)).to(inputs_embeds.device, inputs_embeds.dtype)
+    features_ISD = dummy_features(model) if features is None else features
+    features_ISD = features_ISD.to(inputs_embeds.device, inputs_embeds.dtype)
     first_row = torch.zeros(1, dtype=torch.long, device=inputs_embeds.device)
     vectors_BD, _ = model.get_align_vectors(
         features_ISD, first_row, inputs_embeds, input_ids=input_ids, align_level=align_level

@@ -117,9 +117,16 @@ def _answer(trainer: Any, model: torch.nn.Module, row: dict[str, Any], max_new_t
     if num_images:
         prompt["pixel_values"] = batch["pixel_values"][:num_images]
     prompt = trainer._prepare_inputs(prompt)
+    # all processes take as many steps where each step gathers weights; transformers does not see FSDP2 by itself
+    synced = {"synced_gpus": True} if trainer.is_fsdp_enabled and trainer.args.world_size > 1 else {}
     with trainer.compute_loss_context_manager():
         generated = model.generate(
-            **prompt, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=True
+            **prompt,
+            **synced,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            return_dict_in_generate=True,
         )
     gates = num_images and config.uses_gate
     weights = generated.align_weights[0].float().tolist() if gates else None

@@ -97,6 +97,9 @@ def both(request, parts, tmp_path_factory):
         *("--max_steps=3", "--learning_rate=0.1", "--lr_scheduler_type=constant", "--optim=sgd", "--max_length=512"),
         *("--save_steps=2", "--logging_steps=1", "--gradient_checkpointing=false", "--bf16=false", "--warmup_steps=0"),
         *("--gradient_accumulation_steps=1", "--disable_tqdm=true", "--report_to=none"),
+        # the last of the four rows has no image: its process gathers what the other gathers all the same
+        *(f"--eval_dataset={folder / 'rows'}", "--eval_strategy=steps", "--eval_steps=2"),
+        *("--eval_generations=4", "--eval_generation_tokens=5"),
     ]
     one = [*words, f"--output_dir={folder / 'one'}", "--per_device_train_batch_size=4", "--use_cpu"]
     assert cli.main(one) == 0
@@ -145,6 +148,25 @@ def test_a_sharded_run_learns_what_one_process_learns(both):
     losses = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in both]
     pairs = [[entry["loss"] for entry in log if "loss" in entry] for log in losses]
     assert pairs[0] == pytest.approx(pairs[1], abs=1e-4) and len(pairs[0]) == 3
+
+
+def test_answers_at_evaluation_and_what_is_logged_are_one_process_s(both):
+    lines = [(folder / "generations.jsonl").read_text().splitlines() for folder in both]
+    answers = [list(map(json.loads, of_one)) for of_one in lines]
+    # after the second step and at the end
+    assert len(answers[0]) == len(answers[1]) == 8 and answers[0][3]["align_weights"] is None
+    for ours, theirs in zip(*answers, strict=True):
+        weights = [row.pop("align_weights") for row in (ours, theirs)]
+        assert ours == theirs
+        if weights[0] is not None:
+            assert weights[0] == pytest.approx(weights[1], abs=1e-4)
+    logs = [json.loads((folder / "trainer_state.json").read_text())["log_history"] for folder in both]
+    logged = [[entry for entry in log if "gate_short_0" in entry] for log in logs]
+    # the third batch is of text alone
+    assert len(logged[0]) == len(logged[1]) == 2
+    for ours, theirs in zip(*logged, strict=True):
+        names = [name for name in ours if name.startswith("gate_")]
+        assert [ours[name] for name in names] == pytest.approx([theirs[name] for name in names], abs=2e-3)
 
 
 def test_a_checkpoint_goes_on_only_where_its_optimizer_fits(both, tmp_path):

@@ -75,6 +75,10 @@ options:
   --version   the version
   --debug     show the traceback of an error (or set ALIGNGPT_DEBUG=1)
 
+From nothing to a published model: init, score, pretrain, instruct, chat, publish; each names the next when it ends.
+Something small to try them on: `python -m aligngpt_playground make --output world` writes images with texts, and
+`python -m aligngpt_playground parts` says where its tiny CLIP and language model are.
+
 Several processes: `aligngpt COMMAND ... --accelerate_config FILE|ddp|fsdp2|zero2|zero3 [--num_processes N]`, or
 `accelerate launch -m aligngpt_trainers COMMAND ...`."""
 
@@ -103,6 +107,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         return _run(command, words)
+    except BrokenPipeError:
+        # whoever read the output has seen enough (`| head`); Python must not try to write the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
         # what users can cause: values, files and missing optional packages; a full disk is safetensors' own error, and
         # of tokenizers a bare Exception

@@ -286,6 +286,8 @@ def describe_run(summary: dict[str, Any], output_dir: str) -> str:
     """What a run did, in a few lines."""
     first, last = summary["loss_first"], summary["loss_last"]
     losses = f"loss {first:.3f} -> {last:.3f}" if first is not None else "no loss logged (see logging_steps)"
+    if len(summary.get("loss_curve") or ()) == 1:
+        losses = f"loss {first:.3f} (logged once, see logging_steps)"
     cut = f", {summary['train_rows_cut']} cut" if summary.get("train_rows_cut") else ""
     left_out = f", {summary['train_rows_left_out']} left out" if summary.get("train_rows_left_out") else ""
     rows = f"{summary['train_rows']} rows{left_out}{cut}, " if "train_rows" in summary else ""

@@ -314,6 +314,8 @@ def print_summary(record: dict[str, Any], output: Path):
     cut = "" if limit is None else f"; {rows['captions_cut']:,} captions cut at {limit} tokens"
     print(f"{rows['scored']:,} of {rows['read']:,} rows scored; {left_out}{cut}.")
     print(f"{rows['written']:,} pairs in {output}; {DROPPED} lists what was left out, {HISTOGRAM} shows the scores.")
+    stage = "instruct --model STAGE1 --align_mode level" if record.get("conversations") else "pretrain --model FRESH"
+    print(f"Next: aligngpt {stage} --dataset {output} --output_dir OUT")
     empty = [str(level) for level, count in enumerate(record["counts"]) if not count]
     if empty:
         logger.warning(
