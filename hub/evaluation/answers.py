@@ -34,7 +34,7 @@ class AnsweringLmms(lmms):
 
     def keep_answers(self, path: str | os.PathLike):
         """Keep answers in a file from now on, and take those that it holds already."""
-        self.store = AnswerStore(path, self.identity, self._rank)
+        self.store = AnswerStore(path, self.identity, self.rank)
 
     def clean(self):
         """Nothing: lmms-eval would drop the weights after each task."""
@@ -51,7 +51,7 @@ class AnsweringLmms(lmms):
             else:
                 answers[index] = known["answer"]
         total = sum(map(len, waiting.values()))
-        bar = tqdm(total=len(requests), initial=len(requests) - total, desc="answers", disable=self._rank != 0)
+        bar = tqdm(total=len(requests), initial=len(requests) - total, desc="answers", disable=self.rank != 0)
         for indices in waiting.values():
             # the longest first: what does not fit into memory fails at once
             indices.sort(key=lambda index: -len(requests[index].args[0]))
