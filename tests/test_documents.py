@@ -22,6 +22,7 @@ RUN_ELSEWHERE = {
     ("docs/hub.md", "aligngpt_hub.publishing.model("): "tests/hub/test_publish.py",
     ("docs/hub.md", "pipeline("): "tests/hub/test_publish.py",
     ("docs/hub.md", "load_dataset("): "tests/hub/test_publish_data.py",
+    ("docs/hub.md", "BitsAndBytesConfig("): "tests/modeling/test_small_machine.py",
     ("docs/space.md", "Client("): "tests/hub/test_space_app.py",
     ("docs/serving.md", "OpenAI("): "tests/hub/test_serve.py",
     ("docs/training.md", "AlignGPTGRPOTrainer("): "tests/trainers/test_grpo.py",
