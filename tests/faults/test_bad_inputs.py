@@ -108,7 +108,7 @@ CORPUS = [
     (TRAIN + " --eval_strategy steps", "needs eval_dataset"),
     (TRAIN + " --streaming true --max_steps -1", "streaming needs max_steps"),
     (TRAIN + " --use_peft true", "stage|LoRA|adapter|peft"),
-    (TRAIN + " --report_to wandb", 'pip install "aligngpt\\[wandb\\]"'),
+    (TRAIN + " --report_to wandb", "wandb has no key: run `wandb login`"),
     (TRAIN + " --resume_from_checkpoint gone", "there is no such folder"),
     (TRAIN + " --resume_from_checkpoint full", "is damaged"),
     (TRAIN + " --lerning_rate 1", "did you mean '--learning_rate'"),

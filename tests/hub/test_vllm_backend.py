@@ -47,7 +47,7 @@ def test_a_missing_or_old_vllm_is_one_line(monkeypatch):
 
 def test_vllm_needs_no_extra_of_ours(monkeypatch):
     """Beside vLLM stands the core alone: the packages of `serve` are not asked for."""
-    monkeypatch.setitem(check_extra.__globals__["EXTRAS"], "serve", "wandb")
+    monkeypatch.setitem(check_extra.__globals__["EXTRAS"], "serve", "deepspeed")
     with pytest.raises(ImportError):
         check_extra("serve", ["--model", "x"])
     check_extra("serve", ["--model", "x", "--backend", "vllm"])

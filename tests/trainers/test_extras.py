@@ -74,7 +74,8 @@ def test_the_core_takes_what_the_trainers_do_not(versions, capsys):
     assert "usage: aligngpt convert" in capsys.readouterr().out
 
 
-def test_a_logger_that_is_missing_is_one_line(tmp_path, capsys):
+def test_a_logger_that_is_missing_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
     words = ["pretrain", "--language_model", "x", "--vision_tower", "y", "--dataset", "z", "--use_cpu", "true"]
     line = said(capsys, *words, "--output_dir", str(tmp_path), "--report_to", "wandb")
     assert 'report_to: wandb needs the package wandb: pip install "aligngpt[wandb]".' in line

@@ -144,6 +144,7 @@ def test_wandb_shows_answers_and_weights(stage1_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     import wandb
 
+    wandb.teardown()  # what another test has settled in this process
     trainer = instruct(stage1_folder, tmp_path, report_to=["wandb"], run_name="one", **EVALUATE)
     try:
         trainer.train()

@@ -1,6 +1,7 @@
 """Which extra of this package a command needs, and one line about what is missing or of another version."""
 
 import importlib.util
+import os
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 
@@ -75,11 +76,21 @@ def _range(requirement: Requirement) -> str:
 
 def check_loggers(names: list[str]) -> None:
     """
-    Refuses a `report_to` whose package is missing.
+    Refuses a `report_to` whose package is missing, and W&B where it does not know who reports.
 
     Raises:
         ImportError: naming it and what to install.
+        ValueError: W&B has no key and is not told to stay offline.
     """
     for name in names:
         if name in LOGGERS and importlib.util.find_spec(name) is None:
             raise ImportError(f'report_to: {name} needs the package {name}: pip install "{PACKAGE}[{name}]".')
+    if "wandb" in names and os.environ.get("WANDB_MODE", "online") not in ("offline", "disabled", "dryrun"):
+        import wandb
+
+        try:
+            known = wandb.login(prompt=False)
+        except Exception as error:  # its own kinds, for a refused key and for no connection
+            raise ValueError(f"report_to: wandb: {error} WANDB_MODE=offline keeps everything here.") from error
+        if not known:
+            raise ValueError("report_to: wandb has no key: run `wandb login`, or set WANDB_MODE=offline.")
