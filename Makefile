@@ -62,7 +62,7 @@ engines-smoke: $(ENGINES)/.installed $(VENV)/.installed-dev
 	$(BIN)/python tests/engines/make_models.py runs/engines
 	$(ENGINES)/bin/python tests/engines/vllm_check.py --model runs/engines/levels --prompts 96
 	$(BIN)/python tests/engines/evaluate_check.py --model runs/engines/levels --vllm-python $(ENGINES)/bin/python
-	ALIGNGPT_SHARDED="zero3 untied" $(BIN)/python -m pytest -q tests/trainers/test_sharded.py -k saves_what_one_process
+	ALIGNGPT_SHARDED="zero3 untied" $(BIN)/python -m pytest -q tests/trainers/test_sharded.py -k one_process
 
 runs/quickstart/results.json:
 	$(MAKE) quickstart
