@@ -19,7 +19,7 @@ HEAD_POSITIONS = 1024
 
 class RunWatch:
     """
-    Sums over the batches since the last log, on the device, so that no step waits for them.
+    Sums over the batches since the last log, on the device, and only read when a log is written.
 
     Args:
         model: an `AlignGPTForConditionalGeneration`, not wrapped. Its `model`'s outputs are read, so it must be made
@@ -48,6 +48,8 @@ class RunWatch:
     def __call__(self, inputs: dict[str, Any]) -> Iterator[None]:
         """Within it, the model's forward is a training batch's."""
         self._inputs = inputs
+        if (mask := inputs.get("attention_mask")) is not None:
+            self._positions += torch.stack([mask.sum(), mask.new_tensor(mask.numel())]).to(self._positions)
         try:
             yield
         finally:
@@ -59,8 +61,6 @@ class RunWatch:
         if inputs is None:
             return
         supervised = inputs["labels"][:, 1:] != IGNORE_INDEX
-        if (mask := inputs.get("attention_mask")) is not None:
-            self._positions += torch.stack([mask.sum(), mask.new_tensor(mask.numel())]).to(self._positions)
         if self.levels and "align_level" in inputs:
             self._add_losses(output.last_hidden_state[:, :-1], inputs, supervised)
         elif self.gate and output.align_weights is not None:

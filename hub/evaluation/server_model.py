@@ -82,7 +82,8 @@ class ServerLmms(AnsweringLmms):
 
     def answer_batch(self, requests: Sequence[Instance]) -> Iterator[dict[str, Any]]:
         with ThreadPoolExecutor(self.batch_size) as pool:
-            asked = {pool.submit(self._ask, request): request for request in requests}
+            # tasks open their data as they go: the prompts are made by this one thread, and waited for by many
+            asked = [pool.submit(self._ask, request, *self.messages_of(request)) for request in requests]
             try:
                 for done in as_completed(asked):
                     yield done.result()
@@ -90,8 +91,7 @@ class ServerLmms(AnsweringLmms):
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _ask(self, request: Instance) -> dict[str, Any]:
-        messages, images = self.messages_of(request)
+    def _ask(self, request: Instance, messages: list[dict[str, Any]], images: list) -> dict[str, Any]:
         found = iter(map(data_url, images))
         sent = [
             {
