@@ -5,6 +5,7 @@ import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
+from threading import get_ident
 
 import pytest
 from demo_model import serving
@@ -303,8 +304,14 @@ def test_a_stopped_run_goes_on_and_ends_the_same(run, model_folder, data, tmp_pa
     assert (tmp_path / "evaluation_results.json").read_bytes() == before
 
 
-def test_a_server_answers_as_the_model_here(run, model_folder, data, tmp_path, capsys):
+def test_a_server_answers_as_the_model_here(run, model_folder, data, tmp_path, capsys, monkeypatch):
     """Through `aligngpt serve`: the same answers, four requests at once; steered ones are steered."""
+    from aligngpt_hub.evaluation.answers import AnsweringLmms
+
+    threads, real = set(), AnsweringLmms.messages_of
+    monkeypatch.setattr(
+        AnsweringLmms, "messages_of", lambda self, request: threads.add(get_ident()) or real(self, request)
+    )
     command = ["-m", "aligngpt_trainers", "serve", "--model", str(model_folder), "--port", "0", "--device", "cpu"]
     with serving(command, r"(http://\S+/v1) serves", tmp_path) as ready:
         url = ready.group(1)
@@ -323,6 +330,7 @@ def test_a_server_answers_as_the_model_here(run, model_folder, data, tmp_path, c
         )
         assert ours == whole
     assert identity["server"] == "server" and identity["align_level"] == 0 and identity["weights"]
+    assert threads == {get_ident()}, "tasks open their data as they go, which threads would do at once"
     answers = str(tmp_path / "0" / "evaluation" / "answers-pope.jsonl")
     assert cli.main(["levels", "--answers", answers]) == 2
     assert "a server gave these" in capsys.readouterr().err

@@ -82,6 +82,14 @@ def test_what_no_row_tells_is_not_logged(stage1_folder, tmp_path):
     assert {name for name in log if name.startswith("loss_level_")} >= {f"loss_level_{level}" for level in range(3)}
 
 
+@pytest.mark.parametrize("mode", ["global", "gate", "mean"])
+def test_padding_is_logged_in_every_mode(stage1_folder, tmp_path, mode):
+    trainer = instruct(stage1_folder, tmp_path, align_mode=mode, max_steps=2, logging_steps=2)
+    trainer.train()
+    log = next(log for log in trainer.state.log_history if "loss" in log)
+    assert log["padding"] == pytest.approx(trainer.summary()["padding_waste"], abs=1e-4)
+
+
 def test_watching_changes_nothing(stage1_folder, tmp_path):
     """The weights after a run are those of one that nobody watches, to the last bit."""
     found = []
