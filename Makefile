@@ -4,13 +4,17 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 WORKERS ?= 2
 
-.PHONY: quickstart test lint wheel compat lowest faults engines engines-smoke docs notebooks clean browser
+.PHONY: quickstart test proofs lint wheel compat lowest faults engines engines-smoke docs notebooks clean browser
 
 quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/python -m aligngpt_playground quickstart --output runs/quickstart
 
 test: $(VENV)/.installed-dev browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# What takes a minute or more a test: the ablations, the benchmark scripts, a round of faults, memory of large data
+proofs: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m proof -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,12 +1,12 @@
-"""What belongs to a folder."""
+"""Which files belong to a folder."""
 
 from pathlib import Path
 
 
 def stays_inside(path: Path, folder: Path) -> bool:
     """
-    Whether a file is one of a folder's own: no link out of it, but for those from a snapshot of the Hub's cache to
-    where that keeps its files.
+    Whether a file lies inside a folder. Links out of it do not count, except those from a snapshot in the Hub's cache
+    to its blobs.
     """
     target, folder = path.resolve(), folder.resolve()
     inside = target.is_relative_to(folder)

@@ -1,4 +1,4 @@
-"""What the programs that run here share: which model they show, and the port they listen on."""
+"""What local servers (demo, serve) share: which model they show, and the port they listen on."""
 
 import argparse
 import json

@@ -196,7 +196,7 @@ def _pair(size) -> tuple[int, int]:
 
 @contextmanager
 def _refusing(what: str):
-    """Makes one line of whatever goes wrong in a trial."""
+    """Turns any error of a trial into one line."""
     try:
         yield
     except BackboneError as error:

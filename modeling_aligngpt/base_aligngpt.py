@@ -1,4 +1,4 @@
-"""What every AlignGPT class shares: what it supports, how it is loaded in fewer bits, how it is saved."""
+"""Shared by all AlignGPT classes: supported features, loading in 8 and 4 bits, saving."""
 
 from copy import copy
 

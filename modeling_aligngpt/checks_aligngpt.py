@@ -51,7 +51,7 @@ def check_images(image_BT: torch.Tensor, num_images: int, seq_length: int) -> No
 
 
 def check_levels(levels: torch.Tensor, num_levels: int) -> None:
-    """A ValueError for a level outside 0..`num_levels` - 1."""
+    """Raises a ValueError for a level outside 0..`num_levels` - 1."""
     in_range = ((levels >= 0) & (levels < num_levels)).all()
     message = f"is out of range: levels are 0..{num_levels - 1}, 0-based."
     require(in_range, lambda: f"align_level={levels.tolist()} {message}", f"align_level {message}")
@@ -63,8 +63,8 @@ def _can_look(values: torch.Tensor) -> bool:
 
 def warn_without_images(image_BT: torch.Tensor) -> None:
     """
-    Says once that prompts hold `<image>` and no image came, where looking costs nothing. No error: an assistant model
-    of assisted decoding is asked that way by transformers.
+    Warns once when prompts hold `<image>` but no image came, if checking is free. Not an error: in assisted decoding,
+    transformers calls the assistant model that way.
     """
     if _can_look(image_BT) and bool(image_BT.any()):
         logger.warning_once(
@@ -74,7 +74,7 @@ def warn_without_images(image_BT: torch.Tensor) -> None:
 
 
 def warn_without_align(image_BT: torch.Tensor, align_BT: torch.Tensor) -> None:
-    """Says once that a row has an image and no `<align>`, where looking costs nothing."""
+    """Warns once when a row has an image but no `<align>`, if checking is free."""
     if _can_look(image_BT) and bool((image_BT.any(1) & ~align_BT.any(1)).any()):
         logger.warning_once(
             "A prompt has an image but no <align>: it is answered without an alignment vector, which the model was "
@@ -84,8 +84,8 @@ def warn_without_align(image_BT: torch.Tensor, align_BT: torch.Tensor) -> None:
 
 def warn_about_labels(config, input_ids, labels, prompt_mask, align_level) -> None:
     """
-    Says once what other trainers than this project's do with a row, where looking costs nothing: the gate reads the
-    answers when no `prompt_mask` comes along, and placeholders are supervised when labels are a copy of the ids.
+    Warns once about rows as other trainers make them, if checking is free: without `prompt_mask` the gate reads the
+    answers, and labels that are a copy of the ids supervise the placeholders.
 
     Args:
         config ([`AlignGPTConfig`]): of the model. input_ids, labels, prompt_mask (`(B, T)`), align_level: of `forward`.

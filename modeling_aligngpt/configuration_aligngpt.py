@@ -110,7 +110,7 @@ class AlignGPTConfig(PretrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        """As the parent's; another model's config, whose sizes would become those of a default AlignGPT, is refused."""
+        """As the parent's, but refuses another model's config, whose missing fields would take AlignGPT's defaults."""
         kind = config_dict.get("model_type") or cls.model_type
         if kind != cls.model_type:
             raise ValueError(f"This is the config of a {kind} model, not of an AlignGPT: give the folder or id of one.")
@@ -137,10 +137,18 @@ class AlignGPTConfig(PretrainedConfig):
         return self.align_mode in ("gate", "local", "random")
 
     @property
+    def judges_answers(self) -> bool:
+        """
+        Whether texts are judged as answers to their question: after stage 2 on rows' own levels. In any other mode
+        stage 2 teaches nothing about levels, and texts are judged as captions, as stage 1 learned it.
+        """
+        return self.training_stage == "instruct" and self.align_mode == "level"
+
+    @property
     def head_scale(self) -> float:
         """
-        What the language model multiplies its logits by, in front of a soft cap. Each family names it differently;
-        the order is that of TRL, whose loss must see the same logits.
+        The factor on the language model's logits, before a soft cap. Each family names it differently; the order is
+        TRL's, whose loss must see the same logits.
         """
         text = self.text_config
         for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
@@ -206,7 +214,7 @@ class AlignGPTConfig(PretrainedConfig):
             )
 
     def to_diff_dict(self):
-        """What `save_pretrained` writes: no paths of this machine, and the names that 4.57 reads besides."""
+        """What `save_pretrained` writes: no local paths, and the field names that 4.57 reads as well."""
         saved = super().to_diff_dict()
         for name in self.sub_configs:
             # where a part was loaded from is nobody else's path

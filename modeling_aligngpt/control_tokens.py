@@ -15,7 +15,7 @@ BREAK = "\u2060"
 
 
 def control_tokens(tokenizer, chat_template: str | None) -> re.Pattern:
-    """What has a meaning of its own: special tokens, and added tokens that the chat template writes."""
+    """The control tokens: special tokens, and added tokens that the chat template writes."""
     own = chat_template or ""
     added = tokenizer.added_tokens_decoder.values()
     found = {t.content for t in added if t.special or (t.content in own and not t.content.isspace())}
@@ -33,8 +33,8 @@ def as_text(text: str, tokens: re.Pattern) -> str:
 
 def sanitized(messages: list[dict[str, Any]], tokens: re.Pattern, placeholder: str) -> list[dict[str, Any]]:
     """
-    Messages whose texts are text. In a content that is one string `placeholder` stays what it is, since there it is the
-    only way to say where an image stands; in a list of parts it is text.
+    Messages with control tokens in their texts broken. In string content, `placeholder` is kept, since nothing else can
+    say there where an image stands; in a list of parts it is text.
     """
     return [_sanitized(message, tokens, placeholder) for message in messages]
 

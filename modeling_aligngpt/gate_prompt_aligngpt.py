@@ -67,7 +67,7 @@ def mask_up_to(ids: Sequence[int], attended: Sequence[int], prefix: Sequence[int
 
 
 def without_answers(attention_mask, assistant_masks):
-    """The attention mask with the answers' tokens left out, as the kind of thing (tensor, list) that came."""
+    """The attention mask without the answers' tokens, of the type that came in (tensor or list)."""
     if hasattr(attention_mask, "shape"):
         return attention_mask * (assistant_masks == 0)
     return [

@@ -1,4 +1,4 @@
-"""What AlignGPT adds to transformers' `generate`: a fixed prompt for the gate, levels by hand, padding on any side."""
+"""AlignGPT's additions to transformers' `generate`: a fixed prompt for the gate, `align_level`, padding on any side."""
 
 from contextvars import ContextVar
 
@@ -68,7 +68,7 @@ class AlignGPTGenerationMixin(PrefillOnlyImagesMixin, GenerationMixin):
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
 
     def _check_prompt(self, input_ids: torch.Tensor | None, kwargs: dict) -> None:
-        """What `forward` can only assert on a GPU (see `checks_aligngpt.py`), once, before the first step."""
+        """Checks once, before the first step, what `forward` can only assert on a GPU (see `checks_aligngpt.py`)."""
         pixel_values = kwargs.get("pixel_values")
         begun = any(kwargs.get(name) is not None for name in ("mm_encoder_outputs", "inputs_embeds"))
         if begun or cache_in(kwargs) is not None or input_ids is None:
@@ -112,7 +112,7 @@ def _per_sequence(weights: torch.Tensor | None, sequences: int, mask: torch.Tens
 
 
 def _reordered(values: torch.Tensor | None, order: torch.Tensor) -> torch.Tensor | None:
-    """Positions of `values` `(B, T, ...)` taken in `order` `(B, T)`; what has another shape is left as it is."""
+    """`values` `(B, T, ...)` with positions in `order` `(B, T)`; values of another shape are returned unchanged."""
     if values is None or values.shape[:2] != order.shape:
         return values
     return values[torch.arange(len(order), device=order.device).unsqueeze(1), order]

@@ -2,7 +2,7 @@
 The one door for images: every kind of source becomes the same 8-bit RGB pixels, within limits, in the processor,
 scoring, training, servers and the demo.
 
-What is refused is refused on the header, before a pixel is decoded.
+Images are refused by their header, before a pixel is decoded.
 """
 
 import base64

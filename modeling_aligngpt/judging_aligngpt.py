@@ -1,9 +1,9 @@
 """
 The levels as a judge of texts: how well does a text fit an image?
 
-A model after stage 1 knows what texts of each level look like beside their image. So the likelihoods of one text at
-all levels say of which level it is: under a flat prior p(level | image, text) is proportional to
-p(text | image, level). What makes a text likely at every level (its style, its length) falls out.
+After stage 1, a model knows how texts of each level relate to their images. So the likelihoods of one text at all
+levels tell its level: under a flat prior, p(level | image, text) is proportional to p(text | image, level). What makes
+a text likely at every level (its style, its length) cancels out.
 
 Shape suffixes: B rows, T positions, N levels, P parts of a text.
 """
@@ -108,7 +108,7 @@ class AlignGPTJudgeMixin:
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a text, each with the space behind it; joined they are the text."""
+    """The sentences of a text, each with the space in front of it; joined they are the text."""
     return [piece for piece in re.split(r"(?<=[.!?;\n])(?=\s)", text) if piece] or [text]
 
 

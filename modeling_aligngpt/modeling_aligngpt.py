@@ -349,7 +349,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
 
 
 class AlignGPTForConditionalGeneration(AlignGPTJudgeMixin, AlignGPTGenerationMixin, AlignGPTPreTrainedModel):  # type: ignore[misc]
-    """AlignGPT with a language modelling head: what is trained, published and asked."""
+    """AlignGPT with a language modelling head: the class that is trained, published and used."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}

@@ -1,7 +1,7 @@
 """
 Processor of AlignGPT: images and text in, `input_ids`, `attention_mask` and `pixel_values` out.
 
-Written for transformers 5; what 4.57 needs besides stands in `compat_v4.py`.
+Written for transformers 5; additions for 4.57 are in `compat_v4.py`.
 """
 
 import os
@@ -21,7 +21,7 @@ from .configuration_aligngpt import GATE_CONTEXTS
 from .control_tokens import control_tokens, sanitized
 from .gate_prompt_aligngpt import answer_opening, first_turn, mask_up_to, without_answers
 from .images_aligngpt import LIMITS, ImageLimits, read_image
-from .judging_aligngpt import judge_inputs
+from .judging_aligngpt import judge_inputs, split_sentences
 from .processing_parts import (
     apply_edits,
     image_processor_for,
@@ -149,7 +149,7 @@ class AlignGPTProcessor(ProcessorBase):
         Args:
             conversation: messages, or a list of conversations.
             chat_template (`str`, *optional*): another template than the processor's, or the name of one of several.
-            sanitize_control_tokens (`bool`): `False` lets control tokens in messages have their meaning.
+            sanitize_control_tokens (`bool`): `False` lets control tokens in messages act as such.
         """
         conversation = getattr(conversation, "messages", conversation)
         if sanitize_control_tokens and conversation:
@@ -180,9 +180,14 @@ class AlignGPTProcessor(ProcessorBase):
             `input_ids`, `attention_mask`, `labels` (and `parts`) `(batch, sequence)`, `pixel_values`.
 
         Raises:
-            ValueError: as many texts as images are not there, or a text is empty.
+            ValueError: numbers of texts and images differ, or a text is empty.
         """
         return judge_inputs(self, images, texts, question, return_parts, CHAT_TEMPLATES["plain"])
+
+    @staticmethod
+    def split_sentences(text: str) -> list[str]:
+        """The sentences that `return_parts` tells apart, each with the space in front of it."""
+        return split_sentences(text)
 
     def _is_to_be_learned(self, conversation, chat_template: str | None, kwargs: dict) -> bool:
         """Whether conversations end with their answers, and the gate has to be kept from reading those."""
@@ -203,7 +208,7 @@ class AlignGPTProcessor(ProcessorBase):
         return templates.get(chat_template or "default", chat_template)
 
     def sanitize(self, messages, chat_template: str | None = None) -> list[dict]:
-        """Messages whose texts hold no control tokens; what is no mapping (a library's own) is left as it is."""
+        """Messages without control tokens in their texts; a message that is not a mapping is returned unchanged."""
         messages = getattr(messages, "messages", messages)
         if not all(isinstance(message, dict) for message in messages):
             return messages
@@ -337,7 +342,7 @@ class AlignGPTProcessor(ProcessorBase):
 
     @property
     def unused_input_names(self) -> list[str]:
-        """What some tokenizers return and the model does not take."""
+        """Names that some tokenizers return and the model does not take."""
         return ["token_type_ids"]
 
     @property

@@ -1,4 +1,4 @@
-"""Parts of the processor: the image processor of a tower, the tokenizer's ways, text edits, and saved files."""
+"""Parts of the processor: a tower's image processor, tokenizer properties, text edits, saved files."""
 
 import json
 import logging

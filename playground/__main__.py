@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from . import quickstart
 from .ablation import command as ablation
@@ -40,12 +41,35 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--batch-size", type=int)
     train.add_argument("--learning-rate", type=float)
     train.add_argument("--seed", type=int, default=0)
+    hard = commands.add_parser("hard", help="a model on the harder questions: absent objects, two hops, attributes")
+    hard.add_argument("--model", default="gate", help="a folder of stage 2, or gate or steering: the package's own")
+    hard.add_argument("--images", type=int, default=512, help="held-out images (default: %(default)s)")
+    hard.add_argument("--align-level", type=int, help="level that every answer is steered to (default: the model's)")
+    hard.add_argument("--seed", type=int, default=0)
+    hard.add_argument("--output", help="JSON file with the figures and all answers")
     models = commands.add_parser("train-models", help="train the two models that come with the package")
     models.add_argument("--output", required=True, help="folder for what training changed; replaced")
     models.add_argument("--pairs", type=int, default=3600, help="pairs of stage 1 (default: %(default)s)")
     models.add_argument("--rows", type=int, default=3000, help="rows of each stage 2 (default: %(default)s)")
     models.add_argument("--seed", type=int, default=0)
     return parser
+
+
+def _hard(args: argparse.Namespace) -> str:
+    """`hard`: the table."""
+    from aligngpt_shared.files import write_json
+
+    from .evaluate import Accuracy, format_table
+    from .hard_questions import evaluate_hard
+    from .trained import MODELS, trained_model
+
+    model = trained_model(args.model) if args.model in MODELS else args.model
+    found = evaluate_hard(model, args.images, args.seed, args.align_level)
+    if args.output:
+        write_json(Path(args.output), found)
+    yes = ", ".join(f"{kind} {share:.2f}" for kind, share in found["yes_share"].items())
+    rows = [Accuracy(**row) for row in [*found["rows"], found["overall"]]]
+    return f"{format_table('Harder questions', rows)}\n\nShare of yes: {yes}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,7 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return ablation.run(parsed)
         if command == "tuning":
             return tuning.run(parsed)
-        if command == "make":
+        if command == "hard":
+            print(_hard(parsed))
+        elif command == "make":
             from .world import write_world
 
             written = write_world(**args)

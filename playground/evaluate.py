@@ -119,7 +119,10 @@ def majority_answers(questions: Sequence[Question]) -> dict[str, str]:
 
 
 def question_table(
-    answers: Sequence[str], questions: Sequence[Question], training: Sequence[Question]
+    answers: Sequence[str],
+    questions: Sequence[Question],
+    training: Sequence[Question],
+    types: Sequence[str] = QUESTION_TYPES,
 ) -> tuple[list[Accuracy], Accuracy]:
     """Accuracy by question type, and of all questions together.
 
@@ -127,6 +130,7 @@ def question_table(
         answers: the model's, one for each question.
         questions: held-out questions.
         training: questions that the majority answer of each type is learned from.
+        types: of questions, in the table's order.
     """
     majority = majority_answers(training)
     hits: dict[str, list[bool]] = {}
@@ -134,7 +138,7 @@ def question_table(
     for given, question in zip(answers, questions, strict=True):
         hits.setdefault(question.type, []).append(score_answer(given, question.answer))
         baseline.setdefault(question.type, []).append(majority.get(question.type) == question.answer)
-    kinds = [kind for kind in QUESTION_TYPES if kind in hits]
+    kinds = [kind for kind in types if kind in hits]
     rows = [accuracy_of(kind, hits[kind], baseline[kind], majority.get(kind)) for kind in kinds]
     every = accuracy_of(
         OVERALL, [hit for kind in kinds for hit in hits[kind]], [b for kind in kinds for b in baseline[kind]]

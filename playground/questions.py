@@ -17,12 +17,13 @@ class Question:
     answer: str
 
 
-_NEIGHBOURS = {  # direction -> place of the asked object -> place to look at
+NEIGHBOURS = {
     "left of": {1: 0, 3: 2},
     "right of": {0: 1, 2: 3},
     "above": {2: 0, 3: 1},
     "below": {0: 2, 1: 3},
 }
+"""Direction -> place of the object asked about -> place to look at."""
 
 
 def _what(scene: Scene, rng: random.Random) -> list[Question]:
@@ -47,7 +48,7 @@ def _relation(scene: Scene, rng: random.Random) -> list[Question]:
     return [
         Question("relation", f"what is {direction} the {name}?", scene.at(steps[place]))
         for name, place in scene.objects
-        for direction, steps in _NEIGHBOURS.items()
+        for direction, steps in NEIGHBOURS.items()
         if place in steps and scene.at(steps[place])
     ]
 

@@ -88,7 +88,7 @@ class CheckpointMixin:
         return CheckpointError(f"{what} could not be saved ({_first_line(error)}). {self.last_checkpoint_message()}")
 
     def last_checkpoint_message(self) -> str:
-        """What to continue from after a failure."""
+        """A sentence about which checkpoint to continue from after a failure."""
         last = find_last_checkpoint(self.args.output_dir)
         if last is None:
             return "There is no complete checkpoint yet: see to the cause and start again."
@@ -98,7 +98,7 @@ class CheckpointMixin:
         )
 
     def remove_unfinished(self):
-        """Removes what killed saves left behind."""
+        """Removes leftovers of interrupted saves."""
         if self.args.should_save:
             for path in Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*{STAGING_SUFFIX}"):
                 logger.warning(f"{path.name} is a save that was cut off: removed.")
@@ -175,7 +175,7 @@ class CheckpointMixin:
 
     def check_weights(self):
         """
-        Looks at the weights before they are called final.
+        Checks the weights before they count as final.
 
         Raises:
             NonFiniteError: naming the first that hold NaN or infinity.
@@ -281,7 +281,7 @@ def check_output(args: Any, resumed_from: str | None, remove: bool = True) -> No
 
 
 def read_record(checkpoint: str | os.PathLike | None) -> dict[str, float]:
-    """What a run had counted up to a checkpoint; empty when it says nothing."""
+    """A run's counts up to a checkpoint; empty when it holds none."""
     path = Path(checkpoint or ".") / RECORD_NAME
     return json.loads(path.read_text(encoding="utf-8")) if checkpoint and _is_json(path) else {}
 

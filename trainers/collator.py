@@ -1,4 +1,4 @@
-"""Images and conversations to batches, and what must not happen silently on the way: cut answers, broken images."""
+"""Turns images and conversations into batches; cut answers and broken images never pass silently."""
 
 import bisect
 from collections.abc import Sequence

@@ -1,5 +1,5 @@
 """
-What a continued run must have in common with the one that was stopped: `run_settings.json` in every checkpoint.
+Settings that a continued run must share with the stopped one: `run_settings.json` in every checkpoint.
 
 Data, seed, schedule and the global batch decide what is learned at a step, so another value is refused by name. What
 may change (processes, batch and accumulation at the same product, saving, logging) is said and kept with its step.

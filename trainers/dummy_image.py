@@ -3,7 +3,7 @@ When a batch without an image runs a dummy image through tower, projector, gate 
 
 Processes that train together meet in collective operations: FSDP2 and ZeRO-3 gather the weights of a module when it
 runs, DDP waits for a gradient of every parameter. Where one process has images and another has text alone, the second
-would stay away from them, and both would wait for ever. A process that trains alone needs no dummy and runs none.
+would not take part, and both would wait forever. A process that trains alone needs no dummy and runs none.
 
 Our trainers do it by themselves; with a plain `Trainer` or TRL's, add [`DummyImageCallback`].
 """
@@ -101,7 +101,7 @@ def run_dummy_image(
     features: torch.Tensor | None = None,
 ) -> torch.FloatTensor:
     """
-    Sends a black image the way of a real one and returns `inputs_embeds` `(B, T, D)`, bit for bit, with a graph that
+    Runs a black image like a real one and returns `inputs_embeds` `(B, T, D)`, bit for bit, with a graph that
     goes through all that the image met and gives it gradients of zero.
     """
     features_ISD = dummy_features(model) if features is None else features

@@ -1,4 +1,4 @@
-"""What a run says before its first step: how its first rows look to the model."""
+"""The report before a run's first step: how its first rows look to the model."""
 
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, Any

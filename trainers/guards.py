@@ -1,4 +1,4 @@
-"""What stops a run in good order: signals, and losses or gradients that are not finite."""
+"""Orderly stops of a run: at signals, and at losses or gradients that are not finite."""
 
 import functools
 import signal
@@ -113,7 +113,7 @@ class StopCallback(TrainerCallback):
 
 def outlive_signals(loader: Any) -> Any:
     """
-    Makes a data loader's processes sit out signals that reach the whole group (Ctrl-C, a batch system's SIGTERM), so
+    Makes a data loader's processes ignore signals that reach the whole group (Ctrl-C, a batch system's SIGTERM), so
     that the step can be finished with them. Returns the loader.
     """
     base = getattr(loader, "base_dataloader", loader)

@@ -61,13 +61,13 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
       `super().__init__`, so that nothing there undoes it).
     - `_set_signature_columns_if_needed`: TRL would strip `align_level`, lengths and the names of rows.
     - `_get_train_sampler`: batches of similar rows (`group_by`).
-    - `get_train_dataloader`, `get_eval_dataloader`: their processes sit out signals.
+    - `get_train_dataloader`, `get_eval_dataloader`: their processes ignore signals.
     - `create_optimizer`: gives the projector its own learning rate.
-    - `compute_loss`: takes the rows' names out of the batch, stops at a loss that is not finite, counts padding; on a
+    - `compute_loss`: takes the rows' names out of the batch, stops at a loss that is not finite; on a
       CPU it keeps the head to supervised positions, as TRL does on a GPU.
     - `log`: adds what [`RunWatch`] has seen.
     - `_get_grad_norm`: stops at a gradient that is not finite.
-    - `train`: resumes from the last *complete* checkpoint when asked for `"auto"`, stops in good order at a signal, and
+    - `train`: resumes from the last *complete* checkpoint when asked for `"auto"`, stops orderly at a signal, and
       measures the run.
     - `create_model_card`: TRL's card shows a text-generation pipeline, which cannot run this model; cards are made from
       `training_summary.json` when a model is published.
@@ -166,8 +166,6 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
         self._trained = False
         self._record_before: dict[str, float] = {}
         self.record: dict[str, float] = {}
-        # attended and all positions of the batches trained on
-        self._positions = torch.zeros(2, dtype=torch.int64)
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         self.watch = RunWatch(
             base,
@@ -263,9 +261,6 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
         with watched, self.supervised_head(inputs) if compact else nullcontext(inputs) as given:
             result = super().compute_loss(model, given, return_outputs, num_items_in_batch)
         if self.model.training and "attention_mask" in inputs:
-            mask = inputs["attention_mask"]
-            # on the device: reading it here would make a GPU wait at every step
-            self._positions = self._positions.to(mask.device) + torch.stack([mask.sum(), mask.new_tensor(mask.numel())])
             self.finite_guard.check_loss(result[0] if return_outputs else result, inputs, row_index)
         return result
 
@@ -307,7 +302,7 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
                 f"{change['setting']} changed from {change['before']} to {change['after']} at step {change['step']}."
             )
         self._record_before = read_record(self.resumed_from)
-        self._positions.zero_()
+        self.watch.start()
         self.finite_guard.batches = []
         self.remove_unfinished()
         self.forget_generations_after(read_state(self.resumed_from).get("global_step", 0))
@@ -345,7 +340,7 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
         `attended` of `positions`. Called in all processes at once.
         """
         kind = torch.float32 if self.args.device.type == "mps" else torch.float64
-        positions = self._positions.to(kind).to(self.args.device)
+        positions = self.watch.positions.to(kind)
         if self.args.world_size > 1:
             positions = self.accelerator.reduce(positions, reduction="sum")
         attended, all_positions = positions.tolist()
@@ -354,7 +349,7 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
         return {name: value + self._record_before.get(name, 0.0) for name, value in counts.items()}
 
     def create_model_card(self, *args: Any, **kwargs: Any):
-        """Nothing: see the class."""
+        """Does nothing: see the class."""
 
     def summary(self) -> dict[str, Any]:
         """What the run did, in plain values; see [`~summary.summarize`]."""

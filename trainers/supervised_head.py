@@ -1,4 +1,4 @@
-"""What TRL's fused language-model head lacks: supervised positions alone on a CPU, and FSDP2's way to the weight."""
+"""Additions to TRL's fused language-model head: supervised positions alone on a CPU, and its weight under FSDP2."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

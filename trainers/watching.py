@@ -34,22 +34,29 @@ class RunWatch:
         self.model, self.levels, self.gate, self.device = model, levels, gate, device
         self.num_levels = model.config.num_align_levels
         self._inputs: dict[str, Any] | None = None
-        self.clear()
+        self.start()
         if levels or gate:
             model.model.register_forward_hook(self._read)
 
-    def clear(self) -> None:
-        # loss and tokens of each level; weights of each level and rows, for each kind of answer; attended and all
+    def start(self) -> None:
+        """Forgets everything: a run begins."""
+        self.positions = torch.zeros(2, dtype=torch.int64, device=self.device)
+        """Attended and all positions of the run so far, in this process."""
+        self._clear()
+
+    def _clear(self) -> None:
+        # loss and tokens of each level; weights of each level and rows, for each kind of answer
         self._losses = torch.zeros(self.num_levels, 2, device=self.device)
         self._gates = torch.zeros(len(ANSWER_KINDS), self.num_levels + 1, device=self.device)
-        self._positions = torch.zeros(2, device=self.device)
+        self._positions_before = self.positions.clone()
 
     @contextmanager
     def __call__(self, inputs: dict[str, Any]) -> Iterator[None]:
         """Within it, the model's forward is a training batch's."""
         self._inputs = inputs
         if (mask := inputs.get("attention_mask")) is not None:
-            self._positions += torch.stack([mask.sum(), mask.new_tensor(mask.numel())]).to(self._positions)
+            # on the device: reading it here would make a GPU wait at every step
+            self.positions += torch.stack([mask.sum(), mask.new_tensor(mask.numel())]).to(self.positions)
         try:
             yield
         finally:
@@ -90,8 +97,9 @@ class RunWatch:
         they are told apart `loss_level_K` and `gate_short_K`, `gate_long_K` (mean weight of level K in rows whose
         answers have at most 8 tokens on average, or more). What no row told of is left out.
         """
-        sums = torch.cat([self._losses.flatten(), self._gates.flatten(), self._positions])
-        self.clear()
+        new_positions = (self.positions - self._positions_before).to(self._losses)
+        sums = torch.cat([self._losses.flatten(), self._gates.flatten(), new_positions])
+        self._clear()
         if accelerator.num_processes > 1:
             sums = accelerator.reduce(sums, reduction="sum")
         losses, gates, positions = sums.cpu().split([self._losses.numel(), self._gates.numel(), 2])

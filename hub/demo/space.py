@@ -137,7 +137,7 @@ def find_model(repo_id: str, revision: str | None = None) -> Model:
 
     Args:
         repo_id: USER/NAME.
-        revision: branch, tag or commit; `None`: main. A full commit is taken at its word where the Hub is out of reach.
+        revision: branch, tag or commit; `None`: main. A full commit hash is not looked up if the Hub is out of reach.
 
     Raises:
         ValueError: it is a folder, or the Hub does not know it or cannot be reached.
@@ -173,7 +173,7 @@ def render_space(
     examples: list[Example] | None = None,
 ) -> Path:
     """
-    Writes the Space. A folder that an earlier call wrote is brought up to date, files added to it stay.
+    Writes the Space. A folder from an earlier call is updated; files that were added to it stay.
 
     Raises:
         ValueError: the folder holds something else, or files of the Space changed by hand (and not `overwrite`).
@@ -211,10 +211,10 @@ def push_space(folder: str | os.PathLike, repo_id: str, private: bool | None = N
     Args:
         folder: the Space; files added to it go too.
         repo_id: USER/NAME; made where it does not exist.
-        private: of a new Space; by default what the account's settings say.
+        private: of a new Space; by default the account's own setting.
 
     Raises:
-        ValueError: it is no such folder, a file holds a token or a path of this machine, or the Hub refuses.
+        ValueError: the folder is not a Space, a file holds a token or a path of this machine, or the Hub refuses.
     """
     folder = Path(folder)
     settings = _settings(folder)
@@ -260,7 +260,7 @@ def _write(folder: Path, model: Model, title: str | None, hardware: str, example
 
 
 def _settings(folder: Path) -> dict:
-    """What an earlier call wrote: `model`, `revision`, and `written` (file -> SHA-256)."""
+    """The settings an earlier call wrote: `model`, `revision`, and `written` (file -> SHA-256)."""
     try:
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         assert all(isinstance(settings[name], str) for name in ("model", "revision"))

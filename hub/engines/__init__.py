@@ -1,1 +1,1 @@
-"""Other engines than transformers: vLLM's model class, and a plain LLaVA for what runs no code of ours."""
+"""Other engines than transformers: vLLM's model class, and a plain LLaVA for engines that run no code of ours."""

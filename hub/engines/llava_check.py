@@ -1,4 +1,4 @@
-"""What an export is worth: that it is the same model at its vector, and what the vector costs against the gate."""
+"""Checks of an export: its logits equal the model's at the same vector, and what the vector costs against the gate."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -87,7 +87,7 @@ def mean_level_weights(model, processor: AlignGPTProcessor, talks: Sequence[Talk
 
 def check_equal(source: Path, folder: Path, weights: Sequence[float], tolerance: float = 1e-3) -> dict[str, float]:
     """
-    Runs the export and the model it was made of, with the levels at `weights`, on two prompts with noise as images.
+    Runs the export and its source model, with the levels at `weights`, on two prompts with noise as images.
 
     Args:
         source, folder: the AlignGPT and the export. weights (`(N,)`): of the levels.

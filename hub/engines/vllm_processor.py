@@ -70,8 +70,8 @@ class AlignGPTMultiModalProcessor(BaseMultiModalProcessor[AlignGPTProcessingInfo
         As vLLM's.
 
         Raises:
-            ValueError: a level that the model does not have, another setting than that, or as many images as
-                placeholders are not there: the request is refused, the engine goes on.
+            ValueError: a level that the model does not have, an unknown setting, or numbers of images and placeholders
+                that differ. The request is refused; the engine goes on.
         """
         config, settings = self.info.get_hf_config(), dict(inputs.hf_processor_mm_kwargs)
         level = settings.pop(LEVEL_SETTING, None)

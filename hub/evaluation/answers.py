@@ -33,11 +33,11 @@ class AnsweringLmms(lmms):
         raise NotImplementedError
 
     def keep_answers(self, path: str | os.PathLike):
-        """Keep answers in a file from now on, and take those that it holds already."""
+        """Keeps answers in a file from now on, and reuses those it already holds."""
         self.store = AnswerStore(path, self.identity, self.rank)
 
     def clean(self):
-        """Nothing: lmms-eval would drop the weights after each task."""
+        """Does nothing: lmms-eval calls it to drop the weights after each task."""
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Answers in the order of the requests; prompts of like length share a batch."""
@@ -189,7 +189,7 @@ class AnswerStore:
         return self.rows.get(key)
 
     def add(self, row: dict[str, Any]):
-        """Keep a row, on disk at once."""
+        """Keeps a row and writes it to disk at once."""
         self.rows[row["key"]] = row
         self.written.add(row["key"])
         with self.path.open("a", encoding="utf-8") as file:

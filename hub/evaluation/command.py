@@ -139,7 +139,7 @@ def _answering(args: argparse.Namespace):
 
 
 def _check_server(args: argparse.Namespace) -> None:
-    """A ValueError for what a server cannot be told."""
+    """Raises a ValueError for options that a server cannot take."""
     if args.server is None and args.backend == "transformers":
         return
     if args.server is not None and args.backend != "transformers":

@@ -1,5 +1,5 @@
 """
-Benchmarks asked of a server: `aligngpt evaluate --server URL`, or `--backend vllm`, which starts vLLM's for the while.
+Benchmarks asked of a server: `aligngpt evaluate --server URL`, or `--backend vllm`, which starts vLLM's own.
 
 The prompts are those of the benchmarks; the server's chat template, which comes with the model, makes the same tokens
 of them as our processor does here.
@@ -139,8 +139,8 @@ def data_url(image: Any) -> str:
 
 def ask_server(url: str, key: str = "") -> tuple[str, dict[str, int | None]]:
     """
-    What a server says it is (`vLLM 0.32.0`, or `server`), and the models that it has, each with the most tokens of
-    prompt and answer where it tells.
+    The server's name (`vLLM 0.32.0`, or `server`) and its models, each with its context length in tokens where the
+    server gives one.
 
     Raises:
         ValueError: there is none, or it is no OpenAI-compatible one.
@@ -161,7 +161,7 @@ def ask_server(url: str, key: str = "") -> tuple[str, dict[str, int | None]]:
 
 
 def _get(address: str, key: str = "", timeout: float = 30) -> Any:
-    """JSON of a server whose address the user has given."""
+    """JSON from a server whose address the user has given."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     with urllib.request.urlopen(urllib.request.Request(address, headers=headers), timeout=timeout) as answer:
         return json.load(answer)
@@ -200,7 +200,7 @@ def vllm_server(python: str, words: Sequence[str], log: Path) -> Iterator[str]:
 
 
 def root_cause(text: str) -> str:
-    """Of what vLLM printed the error that the others come from; its processes' names are taken off."""
+    """The error in vLLM's output that caused the others, without the names of its processes."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     lines = [re.sub(r"^\(.*?\) (ERROR .*?\] )?", "", line) for line in lines]
     found = [i for i, line in enumerate(lines) if re.search(r"\w*(Error|error): ", line) and "cause above" not in line]

@@ -33,7 +33,7 @@ class Benchmark:
         title: name in the paper.
         score: `(samples, judgements) -> [(metric, value), ...]`, the paper's metric first.
         paper_7b, paper_13b: AlignGPT's figures in the paper (arXiv 2405.14129, tables 1 and 2); None where the paper
-            has none, or one of another split.
+            has none, or reports another split.
         overrides: settings of the task that differ from lmms-eval's.
         judge: how a judge is asked (a key of `judge.JUDGED`); None: no judge.
         note: what to know when the figure is compared.

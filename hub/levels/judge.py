@@ -1,4 +1,4 @@
-"""`aligngpt judge`: how well texts fit their images, by the likelihoods of each text at all alignment levels."""
+"""`aligngpt judge`: how well texts fit their images, from the likelihood of each text at every alignment level."""
 
 import argparse
 import json
@@ -19,7 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--split", help="split of the data (default: as training takes it)")
     # the reader of training's files, from the command line, which knows both packages
     parser.set_defaults(load_rows=None)
-    parser.add_argument("--question", help="what the texts answer (default: they are captions, or answer their rows')")
+    parser.add_argument(
+        "--question",
+        help="what the texts answer (default: they are captions; after stage 2 on rows' levels, their rows' questions)",
+    )
     parser.add_argument("--sentences", action="store_true", help="judge each sentence, too")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N rows")
     parser.add_argument("--batch-size", type=int, default=16, help="rows at once (default: %(default)s)")
@@ -78,15 +81,13 @@ def _text(message: dict[str, Any]) -> str:
 
 
 def _judge(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    import torch
     from tqdm.auto import tqdm
 
-    from modeling_aligngpt.judging_aligngpt import split_sentences
-
+    from ..verdicts import judge_texts
     from .probe import LevelProbe
 
     probe = LevelProbe(args.model, args.revision, args.dtype, args.device, args.batch_size)
-    is_caption = probe.is_pretrained_only and args.question is None
+    is_caption = not probe.model.config.judges_answers and args.question is None
     # rows of one question make a batch; a caption has none
     order = sorted(range(len(pairs)), key=lambda i: ("" if is_caption else pairs[i]["question"] or "", i))
     verdicts: dict[int, dict[str, Any]] = {}
@@ -97,30 +98,17 @@ def _judge(args: argparse.Namespace, pairs: list[dict[str, Any]]) -> Iterator[di
             batch = [
                 i for i in order[start : start + args.batch_size] if is_caption or pairs[i]["question"] == question
             ]
-            inputs = probe.processor.judge_inputs(
-                [pairs[i]["image"] for i in batch], [pairs[i]["text"] for i in batch], question, args.sentences
-            ).to(probe.device)
-            inputs["pixel_values"] = inputs["pixel_values"].to(probe.model.dtype)
-            found = probe.model.judge(**inputs)
-            for row, i in enumerate(batch):
-                verdict = {
-                    "row": pairs[i]["row"],
-                    "text": pairs[i]["text"],
-                    "mean_level": round(found.mean_level[row].item(), 4),
-                    "probabilities": [round(value, 4) for value in found.probabilities[row].tolist()],
-                }
-                if args.sentences:
-                    pieces = split_sentences(pairs[i]["text"])
-                    levels = found.part_mean_level[row].tolist()
-                    verdict["sentences"] = [
-                        {"text": piece.strip(), "mean_level": round(level, 4)}
-                        for piece, level in zip(pieces, levels, strict=False)
-                    ]
-                verdicts[i] = verdict
+            found = judge_texts(
+                probe.model,
+                probe.processor,
+                [pairs[i]["image"] for i in batch],
+                [pairs[i]["text"] for i in batch],
+                question,
+                args.sentences,
+            )
+            verdicts |= {i: {"row": pairs[i]["row"], **verdict} for i, verdict in zip(batch, found, strict=True)}
             start += len(batch)
             progress.update(len(batch))
-            if not torch.isfinite(found.mean_level).all():
-                raise ValueError("The model gave likelihoods that are no numbers: its weights are damaged.")
     for i in range(len(pairs)):
         yield verdicts[i]
 

@@ -20,7 +20,7 @@ from .statistics import share_between
 
 
 RANDOM_GATES = 59
-"""So many that a gate beyond all of them is beyond chance at 1/60."""
+"""Enough that a gate beyond all of them has p = 1/60."""
 
 
 def gates_to_compare(

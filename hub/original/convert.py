@@ -1,8 +1,8 @@
 """
 The authors' checkpoints to this format: `aligngpt convert`, and back with `--to-original`.
 
-In goes a finetuned model as they released it, or what stage 1 leaves (`mm_projector_align.bin`) with its language
-model; out comes a folder that any Auto class loads. What their format holds beyond the weights (config, tokenizer
+The input is a finetuned model as they released it, or stage 1's `mm_projector_align.bin` with its language model; the
+output is a folder that any Auto class loads. What their format holds beyond the weights (config, tokenizer
 files, stored constants, dtypes) is kept in the subfolder `original`, so that the way back is exact.
 """
 

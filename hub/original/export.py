@@ -101,7 +101,7 @@ def _valid_record(config: AlignGPTConfig, path: Path) -> dict | None:
 
 
 def _is_stage1(config: AlignGPTConfig) -> bool:
-    """Whether the model stands behind stage 1: by its training, or by what it does by default."""
+    """Whether the model has been through stage 1 alone, by its `training_stage` or its `align_mode`."""
     stage, mode = config.training_stage, config.align_mode
     if mode not in ("level", "gate", "random"):
         logger.warning("align_mode=%r is not written: the authors' format has no field for it.", mode)

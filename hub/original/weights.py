@@ -94,7 +94,7 @@ class StoredWeights(dict[str, torch.Tensor]):
         return value
 
     def close(self) -> None:
-        """Lets go of the file that was read last."""
+        """Closes the file that was read last."""
         self._open = None
 
     def not_finite(self) -> list[str]:

@@ -260,7 +260,7 @@ def _prepare_card(
     token: str | None,
     example: dict[str, str] | None,
 ) -> str | None:
-    """Put the card into the stage: the user's own, the folder's, or a new one; a word on which, if not a new one."""
+    """Stages the card: the user's own, the folder's, or a new one. Returns a note unless it is new."""
     if card is not None:
         if not Path(card).is_file():
             raise ValueError(f"--card {card}: there is no such file.")

@@ -33,7 +33,7 @@ OFFLINE = "The Hub is switched off by HF_HUB_OFFLINE: unset it."
 
 @dataclass
 class Upload:
-    """What became of an upload."""
+    """The result of an upload."""
 
     repo_id: str
     repo_type: str
@@ -62,7 +62,7 @@ def check_repo_id(repo_id: str) -> str:
 
 def check_signed_in(token: str | None = None) -> None:
     """
-    Whether the Hub may be asked at all, without asking it.
+    Checks, without a request, that the Hub can be used.
 
     Raises:
         ValueError: the client is offline, or there is no token.
@@ -217,8 +217,8 @@ class HubError(ValueError):
     What the Hub or its client did not do, in one line.
 
     Attributes:
-        reason: the line without what it says of a repository that was to be written.
-        unreachable: nobody was asked: the Hub is switched off, or the connection broke.
+        reason: the line without the part about the repository to be written.
+        unreachable: no answer came: the client is offline, or the connection broke.
     """
 
     def __init__(self, reason: str, unreachable: bool = False, remedy: str = ""):
@@ -242,7 +242,7 @@ def hub_errors(repo_id: str, repo_type: str = "model") -> Iterator[None]:
 
 
 def explain(error: BaseException, repo_id: str, repo_type: str = "model") -> HubError | None:
-    """What a failure of the Hub means; `None` for what is none."""
+    """What an error of the Hub means; `None` for other errors."""
     chain = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)

@@ -2,7 +2,7 @@
 `aligngpt serve`: transformers' own OpenAI-compatible server, told how to load and ask an AlignGPT.
 
 Over `transformers serve` this adds: the model's classes (no code from the Hub is run), `align_level` in requests, one
-pinned model, an allow-list of routes and of what a request may hold (`serve_requests.py`), and no reading of files or
+pinned model, an allow-list of routes and of what a request may hold (`requests.py`), and no reading of files or
 addresses that a request names.
 """
 

@@ -17,6 +17,7 @@ from transformers.utils import is_accelerate_available
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 from modeling_aligngpt.images_aligngpt import image_size, read_image
 
+from . import judging
 from .requests import IMAGE_LIMITS, MAX_IMAGES, MAX_PIXELS, ChatRequest, ResponsesRequest, checked
 
 
@@ -39,7 +40,7 @@ class AlignGPTModelManager(ModelManager):
         super().__init__(force_model=model, **kwargs)
 
     def load_model_and_processor(self, model_id_and_revision: str, **kwargs):
-        """As the parent's; whoever can send a request must not choose what is downloaded and run here."""
+        """As the parent's, but only for the pinned model: a request must not choose what is downloaded and run here."""
         if model_id_and_revision != self.pinned:
             raise ValueError(f"This server has {self.source} and loads no other model.")
         return super().load_model_and_processor(model_id_and_revision, **kwargs)
@@ -79,8 +80,29 @@ class LevelGenerateManager(GenerateManager):
 
     async def generate_non_streaming(self, model, processor, inputs, gen_config, *args, **kwargs):
         inputs, stops = _prepare(model, processor, inputs, gen_config)
+        if (asked := judging.current.get()) is not None:
+            return await self.async_submit(_best_answer, asked, model, processor, inputs, gen_config, stops or ())
         text, *rest = await super().generate_non_streaming(model, processor, inputs, gen_config, *args, **kwargs)
         return (cut_at(text, stops or ()), *rest)
+
+
+def _best_answer(asked, model, processor, inputs, gen_config, stops) -> tuple[str, int, Any]:
+    """What `generate_non_streaming` returns, of the best of the answers that a request asks to be drawn."""
+    sequences = model.generate(**inputs, generation_config=gen_config, num_return_sequences=asked.best_of)
+    length, pad = inputs["input_ids"].shape[-1], gen_config.pad_token_id
+    answers = sequences[:, length:]
+    texts = [cut_at(processor.decode(answer, skip_special_tokens=True), stops) for answer in answers]
+    best = asked.choose(model, processor, texts)
+    # shorter answers are padded to the longest; where padding is EOS, the first one ends the answer
+    padding = (answers[best] == pad).long().cumsum(0) if pad is not None else answers[best].new_zeros(answers.shape[1])
+    is_end = pad in model_ends(gen_config)
+    return texts[best], length, answers[best][padding <= is_end]
+
+
+def model_ends(gen_config) -> list[int]:
+    """Ids that end an answer."""
+    ends = gen_config.eos_token_id
+    return ends if isinstance(ends, list) else [ends]
 
 
 def _prepare(model, processor, inputs, gen_config) -> tuple[dict[str, Any], list[str] | None]:
@@ -157,8 +179,15 @@ class _CheckedRequests:
         self.fetch_urls = fetch_urls
 
     async def handle_request(self, body: dict, request_id: str):
-        """As the parent's, of what a request may hold."""
-        return await super().handle_request(checked(body, self.request_class), request_id)
+        """As the parent's, of what a request may hold, with a verdict where it asks for one."""
+        body = checked(body, self.request_class)
+        asked = judging.Judging.of(body)
+        before = judging.current.set(asked)
+        try:
+            response = await super().handle_request(body, request_id)
+        finally:
+            judging.current.reset(before)
+        return response if asked is None else asked.beside(response)
 
     def _build_generation_config(self, body: dict, model_generation_config, use_cb: bool = False):
         """As the parent's, carrying the request's `align_level`."""
@@ -188,6 +217,8 @@ class _CheckedRequests:
                 part["image"] = read_image(part.pop("url"), IMAGE_LIMITS, self.fetch_urls)
             except Exception as error:
                 raise HTTPException(400, f"Image {number} cannot be read: {error}.") from None
+        if (asked := judging.current.get()) is not None:
+            asked.take_image([part["image"] for part in images])
         return parsed
 
     def _check_length(self, parsed: list[dict], num_images: int) -> None:

@@ -19,6 +19,8 @@ MAX_IMAGES = 8
 MAX_PIXELS = 50_000_000
 IMAGE_LIMITS = ImageLimits(max_bytes=10 * 2**20, max_pixels=MAX_PIXELS)
 MAX_TURNS = 64
+# drawn for one request, of which the best is given
+MAX_ANSWERS = 16
 MAX_CHARACTERS = 100_000
 # Fields of OpenAI's interfaces that mean nothing here, and the values at which they ask for nothing.
 IDLE = {
@@ -117,6 +119,9 @@ class ChatRequest(_Request):
     stop: (
         Annotated[str, StringConstraints(min_length=1)] | list[Annotated[str, StringConstraints(min_length=1)]] | None
     ) = None
+    # ours: see `judging.py`
+    judge: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "ChatRequest":
@@ -124,6 +129,11 @@ class ChatRequest(_Request):
             raise ValueError("stop: at most four strings")
         self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
         check_turns(self.messages)
+        several = self.best_of is not None and self.best_of > 1
+        if self.stream and (self.judge or several):
+            raise ValueError(f"{'best_of' if several else 'judge'}: a whole answer is judged; leave out stream")
+        if several and not self.temperature:
+            raise ValueError("best_of: answers are drawn, and differ, only with a temperature above 0")
         return self
 
 
@@ -146,7 +156,7 @@ class ResponsesRequest(_Request):
 
 
 def check_turns(messages: list[Message]) -> None:
-    """A ValueError where the turns are not those of a conversation that the model can go on with."""
+    """Raises a ValueError for turns that the model cannot answer."""
     turns = [message for message in messages if message.role in ("user", "assistant")]
     if any(message.role not in ("user", "assistant") for message in messages[1:]):
         raise ValueError("messages: a system message may only be the first")
@@ -166,7 +176,7 @@ def check_turns(messages: list[Message]) -> None:
 
 def checked(body: dict[str, Any], kind: type[_Request]) -> dict[str, Any]:
     """
-    A request's body with nothing but what it may hold.
+    A request's body, reduced to the allowed fields.
 
     Raises:
         HTTPException: 422 for a field or a part that is not known here, 400 for a value that is not right; each with

@@ -38,7 +38,7 @@ def read_image(path: str | Path | None) -> Image.Image:
 
 
 def _without_path(error: Exception) -> str:
-    """What an error says, without the name that the file has on this server."""
+    """An error's message without the file's path on this server."""
     text = str(error).partition(" '/")[0].strip().rstrip(".") or type(error).__name__
     return text[:200]
 

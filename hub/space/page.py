@@ -13,7 +13,7 @@ from typing import Any
 
 import answers
 import gradio as gr
-from alignment import NO_MAP, NO_QUESTION, bars_html, map_html
+from alignment import NO_MAP, NO_QUESTION, NO_VERDICT, bars_html, map_html, verdict_html
 from answers import MAX_NEW_TOKENS, MAX_SECONDS, Alignment, QuestionError
 from images import MAX_FILE_BYTES, ImageError, read_image, seen_box
 
@@ -133,16 +133,18 @@ def _chat_column() -> dict[str, Any]:
 def _alignment_column() -> dict[str, Any]:
     gr.HTML("<h2>Levels in this answer</h2>", padding=False)
     bars = gr.HTML(NO_QUESTION, elem_id="bars", padding=False)
+    gr.HTML("<h2>How well the answer fits the image</h2>", padding=False)
+    verdict = gr.HTML(NO_VERDICT, elem_id="verdict", padding=False)
     gr.HTML("<h2>Image and question, patch by patch</h2>", padding=False)
     heat = gr.HTML(NO_MAP, elem_id="heat", padding=False)
-    return {"bars": bars, "heat": heat}
+    return {"bars": bars, "verdict": verdict, "heat": heat}
 
 
 def _connect(on: SimpleNamespace):
-    """What happens when; only `/ask` is open to programs."""
+    """Connects events with their handlers; only `/ask` is open to programs."""
     given = [on.image, on.question, on.chat, on.other, on.level, on.second, on.compare]
     given += [on.temperature, on.top_p, on.length]
-    beside = [on.chat, on.other, on.bars, on.heat, on.status]
+    beside = [on.chat, on.other, on.bars, on.verdict, on.heat, on.status]
     # one answer at a time, whoever asks
     model_only = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
     private = {"api_visibility": "private", "show_progress": "hidden"}
@@ -165,7 +167,7 @@ def _connect(on: SimpleNamespace):
 
 
 def _uploaded_path(cache: Path, payload) -> str | None:
-    """The file of an upload, wherever in the payload a caller claims it to be."""
+    """The path of an upload, wherever it stands in the payload."""
     if payload is None or payload.path is None:
         return None
     # gradio checks only what is declared as a file: another path could name any image of this machine
@@ -233,7 +235,7 @@ def _example(example: dict[str, Any]):
 
 
 def start_over():
-    return [], [], NO_QUESTION, NO_MAP, _status("")
+    return [], [], NO_QUESTION, NO_VERDICT, NO_MAP, _status("")
 
 
 def check_image(path: str | None):
@@ -262,7 +264,7 @@ def retry(image, question, chat: Messages, other: Messages, level, second, compa
     """The last question once more, at the levels chosen now."""
     question = next((turn["content"] for turn in reversed(_turns(chat)) if turn["role"] == "user"), None)
     if question is None:
-        yield (*(gr.skip() for _ in range(5)), _status("There is no question to repeat yet.", "error"))
+        yield (*(gr.skip() for _ in range(6)), _status("There is no question to repeat yet.", "error"))
         return
     chat, other = _before(chat, question), _before(other, question)
     for shown in chat_on(image, question, chat, other, level, second, compare, *sampling):
@@ -307,13 +309,18 @@ def chat_on(
                 if item.ending is not None:
                     chats[index] = [*chats[index], _message("assistant", item.text or "(no words)")]
                     endings.append(_ENDINGS[item.ending])
-        seconds = time.monotonic() - started
-        yield _shown("", chats, _status(f"Answered in {seconds:.1f} seconds.{''.join(dict.fromkeys(endings))}"))
+        said = _status(f"Answered in {time.monotonic() - started:.1f} seconds.{''.join(dict.fromkeys(endings))}")
+        yield _shown("", chats, said)
+        verdicts = [
+            (_title(lane[0]), answers.judge_answer(image, question, _turns(chats[index])[-1]["content"]))
+            for index, lane in enumerate(lanes)
+        ]
+        yield _shown("", chats, said, verdict=verdict_html(verdicts, answers.loaded().config.num_align_levels))
     except (ImageError, QuestionError) as error:
-        yield (question, *before, gr.skip(), gr.skip(), _status(str(error), "error"))
+        yield (question, *before, *(gr.skip() for _ in range(3)), _status(str(error), "error"))
     # for instance no memory left: what happened, and everything as it was before
     except Exception as error:
-        yield (question, *before, gr.skip(), gr.skip(), _status(f"No answer: {_what(error)}", "error"))
+        yield (question, *before, *(gr.skip() for _ in range(3)), _status(f"No answer: {_what(error)}", "error"))
         raise gr.Error(_what(error), title="No answer") from error
 
 
@@ -329,19 +336,25 @@ def ask_once(image, question: str, level: int | None) -> Iterator[tuple[str, dic
                 yield item.text, None
             else:
                 assert alignment is not None
-                yield item.text, {**vars(alignment), "ending": item.ending}
+                judged = answers.judge_answer(image, question, item.text)
+                verdict = [{"sentence": sentence, "mean_level": level} for sentence, level in judged]
+                yield item.text, {**vars(alignment), "ending": item.ending, "judged": verdict}
     except (ImageError, QuestionError) as error:
         raise gr.Error(str(error), title="No answer", print_exception=False) from error
 
 
-def _shown(question: str, chats: list[Messages], status: str, image=None, alignments=None) -> tuple:
-    """One state of the page; the alignment is drawn when it is new."""
+def _shown(question: str, chats: list[Messages], status: str, image=None, alignments=None, verdict=None) -> tuple:
+    """One state of the page; alignment and verdict are drawn when they are new."""
     bars = heat = gr.skip()
+    if alignments and verdict is None:
+        # of the answer before
+        verdict = NO_VERDICT
     if alignments:
         bars = bars_html(alignments)
         similarity = alignments[0][1].similarity
         heat = map_html(image, similarity, seen_box(image.size, answers.loaded().processor.image_processor))
-    return question, chats[0], chats[1] if len(chats) > 1 else gr.skip(), bars, heat, status
+    verdict = gr.skip() if verdict is None else verdict
+    return question, chats[0], chats[1] if len(chats) > 1 else gr.skip(), bars, verdict, heat, status
 
 
 def _level(value: int | None) -> int | None:

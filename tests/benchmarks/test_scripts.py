@@ -11,6 +11,10 @@ import pytest
 from benchmarks import run_scripts
 
 
+# run by `make proofs`
+pytestmark = pytest.mark.proof
+
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 

@@ -6,6 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+
+# run by `make proofs`
+pytestmark = pytest.mark.proof
+
 
 SCRIPT = Path(__file__).with_name("suite.py")
 

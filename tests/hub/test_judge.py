@@ -1,6 +1,7 @@
 """`aligngpt judge` and an AlignGPT as the scorer of `aligngpt score`."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -36,9 +37,14 @@ def expected(world, question):
     return model.judge(**processor.judge_inputs(images, CAPTIONS, question)).mean_level.tolist()
 
 
-def test_rows_are_judged_as_answers_to_their_questions(world, monkeypatch):
+@pytest.mark.parametrize(("align_mode", "question"), [("gate", None), ("level", "what is it?")])
+def test_rows_are_captions_or_where_stage_2_learned_levels_answers(world, monkeypatch, align_mode, question):
     monkeypatch.chdir(world)
-    words = "judge --model model --data rows.json --output verdicts.jsonl --sentences --batch-size 3"
+    config = json.loads((world / "model" / "config.json").read_text())
+    shutil.copytree(world / "model", world / align_mode)
+    config |= {"align_mode": align_mode, "training_stage": "instruct"}
+    (world / align_mode / "config.json").write_text(json.dumps(config))
+    words = f"judge --model {align_mode} --data rows.json --output verdicts.jsonl --sentences --batch-size 3"
     assert cli.main(words.split()) == 0
     verdicts = [json.loads(line) for line in (world / "verdicts.jsonl").read_text().splitlines()]
     assert [verdict["text"] for verdict in verdicts] == CAPTIONS and [verdict["row"] for verdict in verdicts] == [
@@ -47,7 +53,7 @@ def test_rows_are_judged_as_answers_to_their_questions(world, monkeypatch):
         2,
         3,
     ]
-    assert [verdict["mean_level"] for verdict in verdicts] == pytest.approx(expected(world, "what is it?"), abs=2e-3)
+    assert [verdict["mean_level"] for verdict in verdicts] == pytest.approx(expected(world, question), abs=2e-3)
     assert [len(verdict["sentences"]) for verdict in verdicts] == [1, 2, 1, 1]
     assert verdicts[1]["sentences"][1]["text"] == "a castle"
 

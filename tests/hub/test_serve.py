@@ -338,3 +338,53 @@ def test_a_port_in_use_is_one_line(model_folder, capsys):
         assert main(["serve", "--model", str(model_folder), "--port", str(port)]) == 2
     said = capsys.readouterr().err
     assert f"127.0.0.1:{port} cannot be used (Address already in use)" in said and said.count("\n") == 1
+
+
+# ---- answers judged by the model's levels ----
+
+
+def judged_alone(model_folder, text: str):
+    processor = AlignGPTProcessor.from_pretrained(model_folder)
+    model = AlignGPTForConditionalGeneration.from_pretrained(model_folder).eval()
+    return model.judge(**processor.judge_inputs([Image.open(IMAGE)], [text.strip()], None, True))
+
+
+def test_an_answer_comes_with_how_well_it_fits(client, pipe, model_folder):
+    asked = {"model": "demo", "messages": messages(), "temperature": 0, "max_tokens": 32}
+    plain = client.chat.completions.create(**asked).choices[0]
+    assert not hasattr(plain, "alignment")
+    choice = client.chat.completions.create(**asked, extra_body={"judge": True}).choices[0]
+    assert choice.message.content == plain.message.content == by_pipeline(pipe) and choice.finish_reason == "stop"
+    expected = judged_alone(model_folder, choice.message.content)
+    assert choice.alignment["mean_level"] == pytest.approx(expected.mean_level.item(), abs=2e-3)
+    assert choice.alignment["probabilities"] == pytest.approx(expected.probabilities[0].tolist(), abs=2e-3)
+    levels = [sentence["mean_level"] for sentence in choice.alignment["sentences"]]
+    assert levels == pytest.approx(expected.part_mean_level[0].tolist(), abs=2e-3)
+
+
+def test_the_best_of_several_answers_is_given(client, model_folder):
+    completion = client.chat.completions.create(
+        model="demo", messages=messages(), temperature=1.5, max_tokens=16, seed=3, extra_body={"best_of": 6}
+    )
+    choice, candidates = completion.choices[0], completion.choices[0].alignment["candidates"]
+    texts = {candidate["text"] for candidate in candidates}
+    assert len(candidates) == 6 and len(texts) > 1
+    best = max(candidates, key=lambda candidate: candidate["mean_level"])
+    assert choice.message.content.strip() == best["text"]
+    assert best["mean_level"] == pytest.approx(judged_alone(model_folder, best["text"]).mean_level.item(), abs=2e-3)
+    assert 0 < completion.usage.completion_tokens <= 16
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"extra_body": {"best_of": 4}, "temperature": 0}, "temperature above 0"),
+        ({"extra_body": {"best_of": 40}, "temperature": 1}, "best_of: Input should be less than or equal to 16"),
+        ({"extra_body": {"judge": True}, "stream": True}, "judge: a whole answer is judged; leave out stream"),
+        ({"extra_body": {"judge": True}, "messages": [{"role": "user", "content": "hello"}]}, "one image, not by 0"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_and_the_server_lives(client, asked, reason):
+    with pytest.raises(openai.BadRequestError, match=re.escape(reason)):
+        client.chat.completions.create(**{"model": "demo", "messages": messages(), "max_tokens": 8} | asked)
+    assert client.models.list().data[0].id == "demo"

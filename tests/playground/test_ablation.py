@@ -18,6 +18,10 @@ from aligngpt_playground.captions import DESCRIBE, exact_caption
 from aligngpt_playground.scenes import Scene
 
 
+# run by `make proofs`
+pytestmark = pytest.mark.proof
+
+
 TINY = ["--pairs", "64", "--pretrain-steps", "2", "--conversations", "32", "--heldout", "6"]
 CHOSEN = "gate + global, N = 8; no alignment; noisy: each row's level"
 

@@ -185,6 +185,7 @@ def test_pretraining_trains_on_answers_alone_and_is_reproducible(llama):
         assert (batch["place_ids"][row, :, 0] >= 0).sum() == 16 * len(cells)
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize("part", ["clip", "llama"])
 def test_train_parts_command(part, tmp_path, capsys):
     output = tmp_path / part

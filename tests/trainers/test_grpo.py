@@ -1,6 +1,7 @@
 """Tuning by rewards: what the gate reads while answers are scored, what trains, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -134,10 +135,15 @@ def prompts(tmp_path, number: int = 4, **more) -> str:
     return str(tmp_path / "prompts.json")
 
 
-def test_the_judge_rewards_as_the_command_judges(folder, tmp_path):
+@pytest.mark.parametrize("reads_prompt", [False, True])
+def test_the_judge_rewards_as_the_command_judges(folder, tmp_path, reads_prompt):
     """Each answer's reward is the mean level of `judge` for it alone; an empty answer gets nothing."""
+    if reads_prompt:
+        shutil.copytree(folder, folder := tmp_path / "by-level")
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "align_mode": "level"}))
     judge = JudgeReward(str(folder))
-    assert judge.reads_prompt
+    assert judge.reads_prompt is reads_prompt
     data = load_prompts(prompts(tmp_path))
     texts = ["a whale", "", "three robots in the snow", "a cat and a dog"]
     completions = [[{"role": "assistant", "content": text}] for text in texts]
@@ -146,7 +152,7 @@ def test_the_judge_rewards_as_the_command_judges(folder, tmp_path):
     model = AlignGPTForConditionalGeneration.from_pretrained(folder).eval()
     for row, text in enumerate(texts):
         if text:
-            question = f"what is in picture {row % 2}?"
+            question = f"what is in picture {row % 2}?" if reads_prompt else None
             alone = model.judge(**processor.judge_inputs(data[row]["images"], [text], question)).mean_level.item() / 7
             assert rewards[row] == pytest.approx(alone, abs=1e-5)
     assert rewards[1] == 0 and len({round(reward, 6) for reward in rewards}) > 2

@@ -4,6 +4,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+
+# run by `make proofs`
+pytestmark = pytest.mark.proof
+
 
 WATCH = """
 import json, sys, threading, time

@@ -1,5 +1,5 @@
 """
-`aligngpt check`: a stage's settings, model, rows, tokens, images and memory tried without training.
+`aligngpt check`: tries a stage's settings, model, rows, tokens, images and memory without training.
 
     aligngpt check --config pretrain.yaml
 
@@ -283,7 +283,7 @@ def _measure_rows(run: "StageRun", report: dict[str, Any], num_images: int | Non
 
 
 def _first_overlong(run: "StageRun") -> str:
-    """What training says about the first row that is too long."""
+    """The message of training about the first row that is too long."""
     from .train import rows_of
 
     data_args, trainer = run.data_args, run.trainer

@@ -1,4 +1,4 @@
-"""What `aligngpt check` found, as text."""
+"""Text of what `aligngpt check` found."""
 
 from typing import Any
 

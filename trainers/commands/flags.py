@@ -1,4 +1,4 @@
-"""Names of options as users write them."""
+"""Spellings of options."""
 
 import argparse
 from collections.abc import Sequence

@@ -71,7 +71,7 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def check_config(path: Path, launch_words: Sequence[str]) -> dict[str, Any]:
     """
-    Refuses what accelerate would trip over later, or do otherwise than it says.
+    Refuses files that accelerate would fail on later, or silently run in another way.
 
     Returns:
         The file's settings.

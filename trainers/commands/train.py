@@ -158,7 +158,7 @@ def _check_run(stage: str, model_args: ModelArguments, data_args: DataArguments,
 
 
 def check_places(model_args: ModelArguments, data_args: DataArguments, config: StageConfig) -> None:
-    """A ValueError where a run would write over what it reads."""
+    """Raises a ValueError where a run would write over what it reads."""
     output = Path(config.output_dir)
     sources = {name: getattr(model_args, name, None) for name in ("model", "language_model", "vision_tower")}
     sources |= {"dataset": data_args.dataset, "eval_dataset": data_args.eval_dataset}
@@ -168,7 +168,7 @@ def check_places(model_args: ModelArguments, data_args: DataArguments, config: S
 
 
 def _is_fresh(stage: str, args: ModelArguments) -> bool:
-    """Whether a model is to be assembled; refuses too much and too little."""
+    """Whether a model is to be assembled; refuses contradictory or missing settings."""
     if stage == "instruct":
         if args.model is None:
             raise ValueError("model is missing: give the output folder of `aligngpt pretrain`.")
@@ -258,7 +258,7 @@ ALIGNMENT_FACTS = (
 
 
 def run_records(stage: str, model_args: ModelArguments, data_args: DataArguments) -> dict[str, Any]:
-    """What the run started from, and what is on record of it."""
+    """What the run started from, and its records."""
     sources = {"dataset": data_args.dataset, "dataset_revision": data_args.dataset_revision}
     for name in ("model", "language_model", "vision_tower"):
         for key in (name, f"{name}_revision"):

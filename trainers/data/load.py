@@ -1,4 +1,4 @@
-"""Whatever a researcher has -> the rows that both trainers take.
+"""Data in any accepted layout -> the rows that both trainers take.
 
 `load_rows` reads LLaVA JSON and JSONL, CSV and TSV, parquet files, folders of `Dataset.save_to_disk`, Hub data sets and
 data sets in memory, in the layouts of `conversations.py`, and returns a `datasets.Dataset` with the columns

@@ -170,7 +170,7 @@ def _open_files(paths: list[Path], streaming: bool) -> Dataset | IterableDataset
 
 
 def _array_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a JSON array one by one, by a parser that lets nothing pass that is no JSON."""
+    """Records of a JSON array one by one, by a strict parser."""
     refused = f"{path}: expected a list of records (JSON) or a record a line (JSONL)"
     number = 0
     with path.open("rb") as file:

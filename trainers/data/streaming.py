@@ -1,4 +1,4 @@
-"""Rows of data sets that are read on the way: the same conversion as `data.py`, one row at a time, and its counts."""
+"""Rows of data sets that are read on the way: the same conversion as `load.py`, one row at a time, and its counts."""
 
 import logging
 import os
@@ -60,7 +60,7 @@ class StreamCounts:
             logger.warning("%s: %d row%s %s so far; the last: %s", self.title, total, "s"[: total > 1], verb, reason)
 
     def reset(self) -> None:
-        """Forgets what was counted, after a look at the first rows."""
+        """Sets the counts to zero, after the first rows were read for a check."""
         self._counts.zero_()
 
     def totals(self) -> dict[str, int]:

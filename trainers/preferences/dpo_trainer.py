@@ -39,7 +39,7 @@ class AlignGPTPreferenceCollator(DataCollatorForVisionPreference):
 
 
 def train_as_stage_2(model: AlignGPTForConditionalGeneration) -> None:
-    """Leaves what stage 2 trains to be trained, in float32: language model, head, projector, gate where it decides."""
+    """Unfreezes what stage 2 trains, in float32: language model, head, projector, gate where it decides."""
     model.requires_grad_(False)
     trained = [model.model.language_model, model.lm_head, model.model.multi_modal_projector]
     for module in [*trained, *([model.model.align_gate] if model.config.uses_gate else [])]:
@@ -107,4 +107,4 @@ class AlignGPTDPOTrainer(DPOTrainer):
             self._signature_columns = [*self._signature_columns, "align_level"]
 
     def create_model_card(self, *args: Any, **kwargs: Any):
-        """Nothing: `aligngpt publish` writes the card."""
+        """Does nothing: `aligngpt publish` writes the card."""

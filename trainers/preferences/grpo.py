@@ -91,11 +91,11 @@ class AlignGPTGRPOTrainer(GRPOTrainer):
         return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any):
-        """Nothing: `aligngpt publish` writes the card."""
+        """Does nothing: `aligngpt publish` writes the card."""
 
 
 def _show_the_prompt(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Where TRL scores answers, the labels say what the prompt is: the gate reads nothing else."""
+    """Limits the gate to the prompt where TRL scores answers: the labels tell it."""
     labels = kwargs.get("labels")
     if labels is not None and kwargs.get("prompt_mask") is None:
         kwargs["prompt_mask"] = (labels == -100) & kwargs["attention_mask"].bool()

@@ -38,7 +38,7 @@ class JudgeReward:
 
     Args:
         model: folder or Hub id of an AlignGPT, best one after stage 1, which reads answers as captions; one after
-            stage 2 reads the prompt too. It stays as it is.
+            stage 2 on rows' own levels reads the prompt too. It stays as it is.
         revision: of the Hub id.
         device: where it runs.
 
@@ -57,7 +57,7 @@ class JudgeReward:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model.to(device)
-        self.reads_prompt = self.model.config.training_stage != "pretrain"
+        self.reads_prompt = self.model.config.judges_answers
 
     def __call__(self, prompts: list, completions: list, images: list, **kwargs) -> list[float]:
         rewards = [0.0] * len(completions)

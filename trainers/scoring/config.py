@@ -22,10 +22,10 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass
 class ScoreConfig:
-    """What `aligngpt score` is asked to do.
+    """Settings of `aligngpt score`.
 
     The score of a pair is the cosine similarity of its image and its caption under the scorer; levels are cut from
-    the scores by `binning` (see `score_levels.cut_levels`).
+    the scores by `binning` (see `levels.cut_levels`).
     """
 
     dataset: str = field(

@@ -54,7 +54,7 @@ class Scores:
     levels: np.ndarray | None = None
 
     def count(self, status: str) -> int:
-        """How many rows it befell."""
+        """How many rows have this status."""
         return int(np.count_nonzero(self.statuses == STATUSES.index(status)))
 
     def written(self) -> np.ndarray:

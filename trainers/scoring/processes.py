@@ -1,4 +1,4 @@
-"""Several processes at one job: who is who, and how all stop when one fails."""
+"""Several processes that share a scoring: their ranks, and how all stop when one fails."""
 
 import atexit
 import contextlib
@@ -108,11 +108,11 @@ class Processes:
 
 
 class _OtherFailed(ValueError):
-    """Not this process's own failure."""
+    """A failure of another process."""
 
 
 def end_process_group():
-    """Says good-bye, so that the other processes and NCCL do not wait for this one."""
+    """Leaves the process group, so that the other processes and NCCL do not wait for this one."""
     if dist.is_available() and dist.is_initialized():
         with contextlib.suppress(Exception):
             dist.destroy_process_group()

@@ -1,6 +1,6 @@
 """
 `manifest.json` of a checkpoint: which files it holds, how large, and the headers of their tensors; so that damage is
-named and an earlier checkpoint taken, before anything is read into a model.
+named, and an earlier checkpoint used, before anything is read into a model.
 """
 
 import hashlib

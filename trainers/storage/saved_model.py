@@ -1,4 +1,4 @@
-"""A save is read back before it is called done: by the loader itself, without taking up memory."""
+"""Reads a save back before it counts as done: with the loader itself, on the meta device."""
 
 import os
 import subprocess
