@@ -4,7 +4,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ class CheckpointMixin:
                 shutil.rmtree(self._staging, ignore_errors=True)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            if args.should_save and self.saves_shards:
+                self._describe_shards(self._staging / name)
             if args.should_save:
                 if self.state.best_model_checkpoint != best_before:
                     self.state.best_model_checkpoint = str(run_dir / name)
@@ -83,6 +86,31 @@ class CheckpointMixin:
         if args.should_save:
             # by step and not by time: a clock that was ahead must not make a new checkpoint the oldest
             rotate_checkpoints(str(run_dir), args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False)
+
+    @property
+    def saves_shards(self) -> bool:
+        """Whether each process writes its own part of a checkpoint's weights (FSDP's SHARDED_STATE_DICT)."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        return plugin is not None and "SHARDED_STATE_DICT" in str(plugin.state_dict_type)
+
+    def _describe_shards(self, checkpoint: Path) -> None:
+        """What `aligngpt merge --checkpoint` needs beside the parts of the weights: config, code and processor."""
+        self.model.config.save_pretrained(checkpoint)
+        self.model.generation_config.save_pretrained(checkpoint)
+        self.processing_class.save_pretrained(checkpoint)
+
+    @contextmanager
+    def _whole_weights(self) -> Iterator[None]:
+        """The finished model is whole, however checkpoints are written."""
+        if not self.saves_shards:
+            yield
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            yield
+        finally:
+            plugin.set_state_dict_type("SHARDED_STATE_DICT")
 
     def _save_error(self, what: str, error: Exception) -> CheckpointError:
         return CheckpointError(f"{what} could not be saved ({_first_line(error)}). {self.last_checkpoint_message()}")
@@ -142,7 +170,8 @@ class CheckpointMixin:
             if self.args.should_save:
                 shutil.rmtree(beside, ignore_errors=True)
             self.accelerator.wait_for_everyone()
-            self.save_model(str(beside))
+            with self._whole_weights():
+                self.save_model(str(beside))
             self.save_state()
             summary = versioned({**self.summary(), **(extra or {})})
             self.accelerator.wait_for_everyone()

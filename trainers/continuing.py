@@ -97,6 +97,8 @@ def _sharding(trainer: Any) -> str:
     """
     if trainer.is_deepspeed_enabled:
         return f"DeepSpeed over {trainer.args.world_size} processes"
+    if trainer.saves_shards:
+        return "FSDP with sharded checkpoints"
     return "FSDP" if trainer.is_fsdp_enabled else "none"
 
 

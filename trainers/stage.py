@@ -157,6 +157,11 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
         )
         self._freeze()
         self.generation_metrics = generation_metrics
+        if self.saves_shards and is_peft_model(self.model):
+            raise ValueError(
+                "fsdp_state_dict_type is SHARDED_STATE_DICT and use_peft is set: adapters are small, their checkpoints "
+                "are whole. Take FULL_STATE_DICT."
+            )
         self.finite_guard, self.stop_callback = FiniteGuard(self), StopCallback(self)
         self.add_callback(self.stop_callback)
         self.resumed_from: str | None = None

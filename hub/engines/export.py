@@ -15,7 +15,13 @@ RECORD = "export.json"
 def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--model", required=True, help="an AlignGPT: folder or Hub id")
     parser.add_argument("--output", required=True, type=Path, help="folder to write, absent or empty")
-    parser.add_argument("--format", choices=("llava",), default="llava", help="what to write (default: %(default)s)")
+    parser.add_argument(
+        "--format",
+        choices=("llava", "gguf"),
+        default="llava",
+        help="what to write: a LLaVA of transformers (default), or that with mmproj.gguf, of which llama.cpp's own "
+        "converter makes the rest",
+    )
     parser.add_argument(
         "--align-level",
         default=None,
@@ -33,8 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace) -> int:
     """Run `aligngpt export`; the exit code."""
     # torch's and transformers' imports wait for a command that is to be run
+    import torch
+
     from modeling_aligngpt import AlignGPTConfig
 
+    from .gguf_mmproj import MMPROJ, write_mmproj
     from .llava import check_exportable, write_llava
     from .llava_check import check_equal, compare, talks_of
 
@@ -44,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     source = locate(args.model, "model")
     config = AlignGPTConfig.from_pretrained(source)
     check_exportable(config)
+    if args.format == "gguf":
+        _check_gguf(config, source)
     if args.align_level == CALIBRATED and not args.data:
         raise ValueError(f"--align-level {CALIBRATED} needs --data: conversations that the gate is averaged over.")
     talks = []
@@ -53,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     with new_folder(args.output) as folder:
         weights, vector = _weights(args, config, source, talks)
         write_llava(source, folder, weights)
+        if args.format == "gguf":
+            write_mmproj(folder, "float32" if config.dtype == torch.float32 else "float16")
         check = check_equal(source, folder, weights)
         cost = compare(source, folder, talks, args.batch_size) if talks else None
         record = {"of": Path(args.model).name, "level_weights": weights, "check": check, "cost": cost}
@@ -68,7 +81,22 @@ def run(args: argparse.Namespace) -> int:
             f"On {cost['rows']} conversations: {cost['same_answers']:.1%} of the first answers equal the gate's; loss "
             f"{cost['loss']:.4f}, with the gate {cost['loss_of_the_gate']:.4f}."
         )
+    if args.format == "gguf":
+        model = args.output / "model.gguf"
+        print(f"Next, with llama.cpp's converter: python convert_hf_to_gguf.py {args.output} --outfile {model}")
+        print(f"Then: llama-mtmd-cli -m {model} --mmproj {args.output / MMPROJ} --jinja --image IMAGE -p QUESTION")
     return 0
+
+
+def _check_gguf(config, source: Path) -> None:
+    """Refuses, before anything is written, what llama.cpp cannot run."""
+    from modeling_aligngpt import AlignGPTProcessor
+
+    from .gguf_mmproj import check_convertible
+    from .llava import llava_config
+
+    processor = AlignGPTProcessor.from_pretrained(source)
+    check_convertible(llava_config(config).to_dict(), processor.image_processor.to_dict())
 
 
 def export_at_level(source: Path, folder: Path, name: str, align_level: int | None = None) -> None:

@@ -145,6 +145,8 @@ CORPUS = [
     ("check --model gone --dataset mix.json", "its config cannot be read"),
     # ---- merge, chat ----
     ("merge", "required"),
+    ("merge --output out", "one of them"),
+    ("merge --checkpoint {model} --output out", "no sharded checkpoint"),
     ("merge --adapter gone --output out", "gone"),
     ("merge --adapter {model} --output out", "adapter_config.json"),
     ("chat --model nowhere --question x", "nowhere cannot be loaded"),

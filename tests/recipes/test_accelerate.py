@@ -16,6 +16,7 @@ KINDS = {
     "one_gpu": DistributedType.NO,
     "ddp": DistributedType.MULTI_GPU,
     "fsdp2": DistributedType.FSDP,
+    "fsdp2_sharded": DistributedType.FSDP,
     "zero2": DistributedType.DEEPSPEED,
     "zero3": DistributedType.DEEPSPEED,
 }
@@ -75,5 +76,5 @@ def test_names_are_ours_and_never_trls(monkeypatch, tmp_path):
     (tmp_path / "own.yaml").write_text("distributed_type: 'NO'\n")
     assert find_config("own.yaml") == Path("own.yaml")
     for name in ("zero4", "multi_gpu", "zero1"):
-        with pytest.raises(ValueError, match=r"neither a file nor one of ddp, fsdp2, one_gpu, zero2, zero3\."):
+        with pytest.raises(ValueError, match=r"neither a file nor one of ddp, fsdp2, fsdp2_sharded, one_gpu, zero2, zero3\."):
             find_config(name)

@@ -72,7 +72,16 @@ def deepspeed(request, tmp_path_factory) -> Path:
 # the others take minutes more: `make engines-smoke`, which CI calls, runs "zero3 untied", and `make engines` all
 RUNS = ["fsdp2 tied"]
 if wanted := os.environ.get("ALIGNGPT_SHARDED"):
-    every = [*RUNS, "fsdp2 untied", "zero2 untied", "zero2 tied", "zero3 untied", "zero3 tied"]
+    every = [
+        *RUNS,
+        "fsdp2 untied",
+        "fsdp2_sharded tied",
+        "fsdp2_sharded untied",
+        "zero2 untied",
+        "zero2 tied",
+        "zero3 untied",
+        "zero3 tied",
+    ]
     RUNS = every if wanted == "all" else wanted.split(",")
 
 
@@ -174,7 +183,7 @@ def test_a_checkpoint_goes_on_only_where_its_optimizer_fits(both, tmp_path):
     one, two = both
     checkpoint = max(two.glob("checkpoint-*"))
     kept = json.loads((checkpoint / "run_settings.json").read_text())["fixed"]["sharding"]
-    assert kept in ("FSDP", "DeepSpeed over 2 processes")
+    assert kept in ("FSDP", "FSDP with sharded checkpoints", "DeepSpeed over 2 processes")
     shutil.copytree(checkpoint, tmp_path / "run" / checkpoint.name)
     words = json.loads((one.parent / "plan.json").read_text())["words"]
     words = [word for word in words if not word.startswith(("--output_dir", "--per_device_train_batch_size"))]
@@ -184,6 +193,29 @@ def test_a_checkpoint_goes_on_only_where_its_optimizer_fits(both, tmp_path):
         assert cli.main(words) == 2
     assert f"sharding was {kept} and is none" in said.getvalue()
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def test_a_checkpoint_in_parts_is_made_whole(both, tmp_path, capsys):
+    """After the last step it holds the finished model."""
+    checkpoint = max(both[1].glob("checkpoint-*"))
+    words = ["merge", "--checkpoint", str(checkpoint), "--output", str(tmp_path / "whole")]
+    if not (checkpoint / "pytorch_model_fsdp_0").is_dir():
+        assert cli.main(words) == 2 and "is no sharded checkpoint" in capsys.readouterr().err
+        return
+    assert not list(checkpoint.glob("*.safetensors")), "nobody has written the whole"
+    assert cli.main(words) == 0
+    assert headers(tmp_path / "whole") == headers(both[1])
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "whole", both[1])]
+    for config in configs:  # TRL switches the cache off while it trains
+        config.pop("use_cache", None)
+    assert configs[0] == configs[1]
+    expected = load_file(both[1] / "model.safetensors")
+    for name, value in load_file(tmp_path / "whole" / "model.safetensors").items():
+        assert torch.equal(value, expected[name]), name
+    part = max((checkpoint / "pytorch_model_fsdp_0").glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:-100])
+    assert cli.main([*words[:-1], str(tmp_path / "again")]) == 2
+    assert f"{part.name} has" in capsys.readouterr().err and not (tmp_path / "again").exists()
 
 
 def test_stage_2_keeps_the_gate_that_it_found(both):

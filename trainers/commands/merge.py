@@ -1,4 +1,4 @@
-"""`aligngpt merge`: a LoRA adapter and its base become a model of its own."""
+"""`aligngpt merge`: a LoRA adapter and its base, or the parts of a sharded checkpoint, become a model of its own."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from aligngpt_shared.files import new_folder
 from aligngpt_shared.records import SUMMARY
 
 from ..lora import load_adapter
+from ..storage.shards import consolidate
 from .settings import parse_settings
 
 
@@ -22,8 +23,13 @@ MERGE_DTYPES = ("auto", "float32", "bfloat16")
 class MergeArguments:
     """`aligngpt merge`."""
 
-    adapter: str = field(metadata={"help": "Adapter folder: what `aligngpt instruct` with use_peft wrote."})
     output: str = field(metadata={"help": "Folder for the whole model; must not exist."})
+    adapter: str | None = field(
+        default=None, metadata={"help": "Adapter folder: what `aligngpt instruct` with use_peft wrote."}
+    )
+    checkpoint: str | None = field(
+        default=None, metadata={"help": "Instead: a checkpoint that a run under FSDP with SHARDED_STATE_DICT saved."}
+    )
     base: str | None = field(default=None, metadata={"help": "Base model, where it is not where it was."})
     base_revision: str | None = field(default=None, metadata={"help": "Revision of a base model on the Hub."})
     dtype: str = field(
@@ -34,14 +40,27 @@ class MergeArguments:
 
 def merge_command(argv: Sequence[str]) -> None:
     """
-    `aligngpt merge`: adapter and base become a model of its own, which needs neither peft nor the base.
+    `aligngpt merge`: adapter and base become a model of its own, which needs neither peft nor the base; or the parts
+    of a sharded checkpoint do.
 
     Raises:
         ValueError: unusable settings or folders.
     """
     (args,) = parse_settings(
-        "aligngpt merge", (MergeArguments,), argv, "Merge a LoRA adapter into its base: a model folder like any other."
+        "aligngpt merge",
+        (MergeArguments,),
+        argv,
+        "Merge a LoRA adapter into its base, or a sharded checkpoint's parts: a model folder like any other.",
     )
+    if (args.adapter is None) == (args.checkpoint is None):
+        raise ValueError("Give --adapter, or --checkpoint: one of them.")
+    if args.checkpoint is not None:
+        if args.base or args.base_revision or args.dtype != "auto":
+            raise ValueError("--base, --base_revision and --dtype belong to --adapter, not to --checkpoint.")
+        size = consolidate(args.checkpoint, args.output)
+        print(f"{args.checkpoint} made whole: {size:,} parameters; saved to {args.output}")
+        print(f"Next: aligngpt chat --model {args.output} --image IMAGE")
+        return
     if args.dtype not in MERGE_DTYPES:
         raise ValueError(f"dtype={args.dtype!r} is not one of {', '.join(MERGE_DTYPES)}.")
     with new_folder(args.output) as beside:
