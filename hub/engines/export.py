@@ -1,6 +1,7 @@
 """`aligngpt export`: an AlignGPT as a plain LLaVA, for engines that run no code of ours."""
 
 import argparse
+import json
 from pathlib import Path
 
 from aligngpt_shared.files import new_folder, write_json
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
     from modeling_aligngpt import AlignGPTConfig
 
-    from .gguf_mmproj import MMPROJ, write_mmproj
+    from .gguf_mmproj import MMPROJ, TEMPLATE
     from .llava import check_exportable, write_llava
     from .llava_check import check_equal, compare, talks_of
 
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         weights, vector = _weights(args, config, source, talks)
         write_llava(source, folder, weights)
         if args.format == "gguf":
-            write_mmproj(folder, "float32" if config.dtype == torch.float32 else "float16")
+            todo = _write_gguf(source, folder, "float32" if config.dtype == torch.float32 else "float16")
         check = check_equal(source, folder, weights)
         cost = compare(source, folder, talks, args.batch_size) if talks else None
         record = {"of": Path(args.model).name, "level_weights": weights, "check": check, "cost": cost}
@@ -83,9 +84,27 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.format == "gguf":
         model = args.output / "model.gguf"
+        for line in todo:
+            print(line)
         print(f"Next, with llama.cpp's converter: python convert_hf_to_gguf.py {args.output} --outfile {model}")
-        print(f"Then: llama-mtmd-cli -m {model} --mmproj {args.output / MMPROJ} --jinja --image IMAGE -p QUESTION")
+        print(
+            f"Then: llama-mtmd-cli -m {model} --mmproj {args.output / MMPROJ} --jinja --chat-template-file "
+            f"{args.output / TEMPLATE} --image IMAGE -p QUESTION"
+        )
     return 0
+
+
+def _write_gguf(source: Path, folder: Path, dtype: str) -> list[str]:
+    """What llama.cpp needs besides its own converter; what there is to know and to do."""
+    from modeling_aligngpt import AlignGPTProcessor
+
+    from .gguf_mmproj import copy_vocabulary, notes, write_mmproj, write_template
+
+    write_mmproj(folder, dtype)
+    write_template(folder, AlignGPTProcessor.from_pretrained(source).chat_template)
+    todo = copy_vocabulary(source, folder)
+    said = notes(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    return [*said, todo] if todo else said
 
 
 def _check_gguf(config, source: Path) -> None:

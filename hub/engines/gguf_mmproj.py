@@ -5,6 +5,8 @@ the same folder by llama.cpp's own `convert_hf_to_gguf.py`, which knows no CLIP 
 
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,10 @@ from .llava import weight_files
 
 
 MMPROJ = "mmproj.gguf"
+TEMPLATE = "llama_cpp.jinja"
+MEDIA_MARKER = "<__media__>"
+"""What llama.cpp puts into a message where an image stands."""
+VOCABULARY = "tokenizer.model"
 LANGUAGE_MODELS = ("llama", "mistral")
 """Families whose LLaVA llama.cpp's converter takes for what they are."""
 # the activation of the tower -> llama.cpp's `use_gelu` (its other one is CLIP's quick GELU)
@@ -116,6 +122,49 @@ def write_mmproj(folder: Path, dtype: str = "float16") -> Path:
     writer.close()
     os.replace(beside, folder / MMPROJ)
     return folder / MMPROJ
+
+
+def write_template(folder: Path, template: str) -> None:
+    """
+    Writes `llama_cpp.jinja`: the model's chat template with llama.cpp's marker of an image. Its tokenizer writes the
+    spaces behind special tokens itself, which transformers needs in the template (`image_suffix`).
+    """
+    marked = template.replace("default('<image>')", f"default('{MEDIA_MARKER}')")
+    # a tag of transformers'
+    marked = re.sub(r"\{%-? (?:end)?generation -?%\}", "", marked)
+    marked = re.sub(r"(set (?:image|head)_suffix) = ' '", r"\1 = ''", marked)
+    (folder / TEMPLATE).write_text(marked, encoding="utf-8")
+
+
+def copy_vocabulary(source: Path, folder: Path) -> str | None:
+    """
+    Brings the language model's `tokenizer.model` along, without which llama.cpp's converter guesses how a sentencepiece
+    tokenizer splits words.
+
+    Returns:
+        What the user has to do where the model's folder does not hold it.
+    """
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if not tokenizer["model"].get("byte_fallback"):
+        return None
+    for place in (source / VOCABULARY, source / "original" / VOCABULARY):
+        if place.is_file():
+            shutil.copyfile(place, folder / VOCABULARY)
+            return None
+    return f"First copy the language model's {VOCABULARY} into the folder: without it llama.cpp splits words otherwise."
+
+
+def notes(config: dict[str, Any]) -> list[str]:
+    """What llama.cpp does otherwise than transformers, in sentences."""
+    said = [
+        "llama.cpp resizes images by its own code: of images of another size than the tower's, pixels differ a little."
+    ]
+    if config["vision_config"]["model_type"] == "clip_vision_model":
+        said.append(
+            "llama.cpp puts CLIP's class token behind the patches and not in front (seen in llama-cpp-python 0.3.36): "
+            "each patch gets its neighbour's position, and answers differ. With a SigLIP tower they are the same."
+        )
+    return said
 
 
 def _tensors(folder: Path, layers: int):

@@ -1,13 +1,15 @@
 """`aligngpt export --format gguf`: the file of the image side, read back by llama.cpp's own library."""
 
 import json
+import shutil
 
 import gguf
 import numpy as np
 import pytest
-from engines.make_models import save_sentencepiece_model
+from engines.make_models import TOKENIZER, save_sentencepiece_model
 from modeling.tiny import LLAMA, SIGLIP, randomize
 from safetensors.torch import load_file
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from aligngpt_hub.engines.gguf_mmproj import check_convertible, write_mmproj
 from aligngpt_trainers.commands import cli
@@ -72,6 +74,31 @@ def test_weights_are_those_of_the_llava(exported):
     assert len(found) == 25 and not [name for name in found if "blk.1" in name or "post" in name]
     for name, key in expected.items():
         np.testing.assert_array_equal(found[name].reshape(weights[key].shape), weights[key].numpy(), err_msg=name)
+
+
+def test_the_template_marks_images_as_llama_cpp_does(exported):
+    template = (exported / "llama_cpp.jinja").read_text()
+    content = "<__media__>\nwhat is it?"
+    prompt = render_jinja_template(
+        [[{"role": "user", "content": content}]], chat_template=template, add_generation_prompt=True, bos_token="<s>"
+    )[0][0]
+    # its tokenizer writes the spaces behind special tokens itself
+    assert prompt.startswith("<s><align>A chat") and prompt.endswith("USER: <__media__>\nwhat is it? ASSISTANT:")
+
+
+def test_the_vocabulary_comes_along_or_is_asked_for(exported, tmp_path, capsys):
+    assert not (exported / "tokenizer.model").exists()
+    words = ["export", "--model", str(exported.parent / "model"), "--output", str(tmp_path / "a"), "--format", "gguf"]
+    assert cli.main(words) == 0
+    assert "First copy the language model's tokenizer.model" in capsys.readouterr().out
+    model = tmp_path / "model"
+    shutil.copytree(exported.parent / "model", model)
+    (model / "original").mkdir()
+    shutil.copyfile(TOKENIZER / "tokenizer.model", model / "original" / "tokenizer.model")
+    assert cli.main(["export", "--model", str(model), "--output", str(tmp_path / "b"), "--format", "gguf"]) == 0
+    said = capsys.readouterr().out
+    assert "First copy" not in said and "puts CLIP's class token behind the patches" in said
+    assert (tmp_path / "b" / "tokenizer.model").read_bytes() == (TOKENIZER / "tokenizer.model").read_bytes()
 
 
 def test_half_precision_is_for_matrices(exported, tmp_path):

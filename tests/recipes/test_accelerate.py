@@ -76,5 +76,7 @@ def test_names_are_ours_and_never_trls(monkeypatch, tmp_path):
     (tmp_path / "own.yaml").write_text("distributed_type: 'NO'\n")
     assert find_config("own.yaml") == Path("own.yaml")
     for name in ("zero4", "multi_gpu", "zero1"):
-        with pytest.raises(ValueError, match=r"neither a file nor one of ddp, fsdp2, fsdp2_sharded, one_gpu, zero2, zero3\."):
+        with pytest.raises(
+            ValueError, match=r"neither a file nor one of ddp, fsdp2, fsdp2_sharded, one_gpu, zero2, zero3\."
+        ):
             find_config(name)
