@@ -29,7 +29,24 @@ SETTINGS = {"score": (ScoreConfig,), "init": (InitArguments,), "merge": (MergeAr
 SETTINGS["dpo"] = (ModelArguments, PreferenceArguments, AlignGPTDPOConfig)
 SETTINGS["grpo"] = (ModelArguments, PreferenceArguments, RewardArguments, AlignGPTGRPOConfig)
 # What else a shell is asked for; each is another project's, or the shell's own.
-FOREIGN = ("hf", "curl", "cd", "export", "source", "sbatch", "wget", "unzip", "tar", "mkdir", "mv", "git", "lmms-eval")
+FOREIGN = (
+    "hf",
+    "curl",
+    "cd",
+    "export",
+    "source",
+    "sbatch",
+    "wget",
+    "unzip",
+    "tar",
+    "mkdir",
+    "mv",
+    "git",
+    "lmms-eval",
+    "llama-mtmd-cli",
+)
+# of llama.cpp's sources
+FOREIGN_SCRIPTS = ("convert_hf_to_gguf.py",)
 
 
 def blocks(text: str, *languages: str) -> Iterator[str]:
@@ -91,6 +108,8 @@ def parse_line(line: str) -> None:
         importlib.import_module("aligngpt_playground.__main__").build_parser().parse_args(words[3:])
     elif words[:2] in (["python", "-m"], ["python3", "-m"]):
         assert words[2] in ("build", "venv", "pip"), line
+    elif words[0] == "python" and words[1] in FOREIGN_SCRIPTS:
+        return
     elif words[0] == "python":
         assert (ROOT / words[1]).is_file(), line
     else:

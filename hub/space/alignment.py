@@ -91,7 +91,7 @@ def verdict_html(lanes: list[tuple[str, list[tuple[str, float]]]], num_levels: i
     for title, sentences in lanes:
         rows = "".join(
             f'<tr><th scope="row">{escape(text)}</th><td class="track" aria-hidden="true">'
-            f'<span class="bar" style="width:{min(max(level / top, 0), 1):.1%}"></span></td>'
+            f'<span class="rail"><span class="bar" style="width:{min(max(level / top, 0), 1):.1%}"></span></span></td>'
             f'<td class="share">{level:.1f}</td></tr>'
             for text, level in sentences
         )
