@@ -17,7 +17,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "build" / "site-source"
-PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs/*.md", "benchmarks/*.md")
+PAGES = (
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "docs/*.md",
+    "benchmarks/*.md",
+    "notebooks/*.ipynb",
+)
 LINK = re.compile(r"(?<!\!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 
 # Settings by command: (module, dataclasses). What is inherited of TRL and transformers is named and not repeated.
@@ -104,12 +112,30 @@ def copy(paths: list[Path]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix != ".md":
             shutil.copyfile(ROOT / path, target)
+            if path.suffix == ".ipynb":
+                copy_notebook(target)
             continue
         text = (ROOT / path).read_text(encoding="utf-8")
         if text.startswith("---\n"):  # metadata of a card: shown as what it is
             head, _, rest = text[4:].partition("\n---\n")
             text = f"```yaml\n{head}\n```\n{rest}"
         target.write_text(_with_page_links(text, path), encoding="utf-8")
+
+
+def copy_notebook(path: Path) -> None:
+    """A notebook as a page beside it, with its outputs."""
+    from nbconvert import MarkdownExporter
+
+    images = f"{path.stem}_files"
+    text, resources = MarkdownExporter().from_filename(str(path), {"output_files_dir": images})
+    (path.parent / images).mkdir(exist_ok=True)
+    for name, content in resources["outputs"].items():
+        (path.parent / name).write_bytes(content)
+    title, _, rest = text.strip().partition("\n")
+    text = f"{title}\n\n[The notebook itself]({path.name}), with its outputs as they were here.\n{rest}\n"
+    # from notebook to notebook
+    text = re.sub(r"\]\((\d\d-[\w-]+)\.ipynb\)", r"](\1.md)", text)
+    path.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 def _with_page_links(text: str, page: Path) -> str:

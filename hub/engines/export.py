@@ -88,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
             print(line)
         print(f"Next, with llama.cpp's converter: python convert_hf_to_gguf.py {args.output} --outfile {model}")
         print(
-            f"Then: llama-mtmd-cli -m {model} --mmproj {args.output / MMPROJ} --jinja --chat-template-file "
-            f"{args.output / TEMPLATE} --image IMAGE -p QUESTION"
+            f"Then: llama-mtmd-cli -m {model} --mmproj {args.output / MMPROJ} --jinja --chat-template "
+            f'"$(cat {args.output / TEMPLATE})" --image IMAGE -p QUESTION --temp 0'
         )
     return 0
 
