@@ -6,8 +6,8 @@ Batches of mixed rows: stage 2 with grouped batches beside plain SFTTrainer with
 
 Training: the same rows (conversations of 1 to 21 turns about a drawn image, some without one), the same starting
 weights, one epoch. Plain is what one does without this project: TRL's SFTTrainer, its collator, transformers' LLaVA.
-Answering: prompts of every length, with an image or not, eight at a time beside one by one; the answers are the same.
-What came out: `batching.md`.
+Packed is with `pack_rows`. Answering: prompts of every length, with an image or not, eight at a time beside one by one;
+the answers are the same. What came out: `batching.md`.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from modeling_aligngpt.assembly import assemble
 
 
 PLAIN, RANDOM, GROUPED = "SFTTrainer + LLaVA", "AlignGPT, batches drawn at random", "AlignGPT, batches grouped"
+PACKED, GROUPED_PACKED = f"{RANDOM}, packed", f"{GROUPED}, packed"
 TURNS = (1, 1, 2, 3, 5, 8, 13, 21)
 TEXT_SHARE = 0.1
 
@@ -128,8 +129,9 @@ def make_trainer(name: str, models: Models, rows, args: argparse.Namespace, fold
         llava.model.vision_tower.requires_grad_(False)
         trainer = SFTTrainer(llava, config, train_dataset=rows, processing_class=models.llava_processor)
     else:
-        group_by = "modality_length" if name == GROUPED else "none"
-        config = AlignGPTInstructConfig(group_by=group_by, allow_unaligned=True, **settings)
+        group_by = "modality_length" if name in (GROUPED, GROUPED_PACKED) else "none"
+        packed = name in (PACKED, GROUPED_PACKED)
+        config = AlignGPTInstructConfig(group_by=group_by, pack_rows=packed, allow_unaligned=True, **settings)
         model = copy.deepcopy(models.model)
         trainer = AlignGPTInstructTrainer(model, config, rows, processing_class=copy.deepcopy(models.processor))
     trainer.remove_callback(PrinterCallback)
@@ -174,7 +176,7 @@ def held_out_loss(model, collate, held_out) -> float:
 def measure_training(models: Models, args: argparse.Namespace) -> dict[str, Any]:
     rows = as_dataset(draw_rows(args.rows, args.seed))
     held_out = list(as_dataset(draw_rows(max(8, args.rows // 16), args.seed, "heldout")))
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in (PLAIN, RANDOM, GROUPED)}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in (PLAIN, RANDOM, GROUPED, PACKED, GROUPED_PACKED)}
     for number in range(-min(args.warmup, 1), args.repeats):
         for name in runs if number % 2 == 0 else reversed(runs):
             run = train(name, models, rows, held_out, args)

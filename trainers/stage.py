@@ -30,6 +30,7 @@ from .continuing import ContinuationError, compare_settings
 from .dummy_image import add_dummy_images
 from .eval_callback import GenerationMetrics, GenerationMixin
 from .guards import FiniteGuard, NonFiniteError, StopCallback, TrainingStopped, outlive_signals
+from .packing import RowPacking, check_packing
 from .rows import ENCODED_FEATURES, prepare_rows
 from .sampling import make_sampler
 from .stage_config import IMAGE_ASPECT_RATIOS, StageConfig
@@ -181,6 +182,11 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
         )
         self.supervised_head = SupervisedHead(base.model)
         gather_head(base)
+        self.packing: RowPacking | None = None
+        if self.args.pack_rows:
+            check_packing(base.config.text_config)
+            attention = base.config.text_config._attn_implementation or ""
+            self.packing = RowPacking(base.model.language_model, one_line="flash" in attention)
         add_dummy_images(base)
 
     # ---- what a stage is ----
@@ -272,6 +278,9 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None):
         if "loss" in logs:
             logs |= self.watch.take(self.accelerator)
+            if self.packing is not None and self.packing.positions[1]:
+                # of the positions of the batches, those that this process's language model saw
+                logs["positions_left"] = round(self.packing.positions[0] / self.packing.positions[1], 4)
         super().log(logs, start_time)
 
     def _get_grad_norm(self, model, grad_norm=None):

@@ -97,6 +97,9 @@ class StageConfig(SFTConfig):
         group_by (`str`): which rows share a batch: `"none"` (drawn at random), `"length"` (rows of similar length) or
             `"modality_length"` (besides, rows with images apart from rows without). Needs `check_rows`, which
             measures the rows.
+        pack_rows (`bool`): the language model sees the rows of a batch one behind the other, without padding, each with
+            its own positions and attention; losses are the same. Tried on a small copy at the start: families that
+            cannot keep rows apart are refused. Not with `torch_compile`.
         projector_learning_rate (`float`, *optional*): the projector's own peak learning rate.
         eval_generations (`int`): held-out rows answered by generation at each evaluation; answers go to
             `generations.jsonl` in `output_dir`, the share of exact answers and the gate's mean weights to the log.
@@ -150,6 +153,10 @@ class StageConfig(SFTConfig):
         default="none",
         metadata={"help": "Rows of a batch: `none` (random), `length` or `modality_length`.", "choices": GROUPINGS},
     )
+    pack_rows: bool = field(
+        default=False,
+        metadata={"help": "Run the language model without padding: rows one behind the other."},
+    )
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Peak learning rate of the projector, where it is to differ."}
     )
@@ -178,7 +185,10 @@ class StageConfig(SFTConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}.")
         for name, only in (("assistant_only_loss", True), ("packing", False), ("padding_free", False)):
             if getattr(self, name) != only:
-                raise ValueError(f"{name}={getattr(self, name)} has no effect here: leave it at {only}.")
+                more = "" if name == "assistant_only_loss" else " (pack_rows leaves out padding)"
+                raise ValueError(f"{name}={getattr(self, name)} has no effect here: leave it at {only}{more}.")
+        if self.pack_rows and self.torch_compile:
+            raise ValueError("pack_rows makes batches of other shapes at each step: leave out torch_compile.")
         if self.enable_jit_checkpoint:
             raise ValueError(
                 "enable_jit_checkpoint has no effect here: a signal (SIGTERM or SIGINT) always finishes the step, "
