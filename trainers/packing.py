@@ -52,7 +52,8 @@ class RowPacking:
         self.one_line = one_line
         self.positions = [0, 0]
         self._shape: tuple[int, int] | None = None
-        self._index: torch.Tensor | None = None
+        # of the batch that runs: its places of the rows' positions, and the positions of the lines that are rows'
+        self._index = self._is_row = torch.empty(0)
         language_model.register_forward_pre_hook(self._pack, with_kwargs=True)
         language_model.register_forward_hook(self._unpack)
 

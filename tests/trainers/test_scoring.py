@@ -264,6 +264,7 @@ class TestNothingIsLost:
         assert score_dataset(config(pairs, scorers, tmp_path / "out"))["rows"]["written"] == 50
         assert not (tmp_path / "out.lock").exists()
 
+    @pytest.mark.proof
     @pytest.mark.parametrize("streaming", [False, True])
     def test_killed_at_random_moments(self, pairs, scorers, tmp_path, streaming, monkeypatch):
         """Every batch is logged as it is scored: no more than a shard is scored again for each kill."""
