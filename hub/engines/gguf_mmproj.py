@@ -3,6 +3,7 @@ The image side of an exported LLaVA as a file that llama.cpp reads (`--mmproj`).
 the same folder by llama.cpp's own `convert_hf_to_gguf.py`, which knows no CLIP tower.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -54,7 +55,10 @@ def check_convertible(config: dict[str, Any], image_processor: dict[str, Any]) -
 
     Raises:
         ValueError: naming what this model has and llama.cpp lacks.
+        ImportError: the package gguf is missing.
     """
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError("Writing GGUF needs the package gguf: pip install gguf.")
     text, vision = config["text_config"], config["vision_config"]
     lacks = []
     if text["model_type"] not in LANGUAGE_MODELS:
@@ -82,16 +86,13 @@ def write_mmproj(folder: Path, dtype: str = "float16") -> Path:
         dtype: of matrices, "float16" or "float32"; vectors and the patches' convolution are float32.
 
     Raises:
-        ValueError: see [`check_convertible`].
-        ImportError: the package gguf is missing.
+        ValueError, ImportError: see [`check_convertible`].
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError("Writing GGUF needs the package gguf: pip install gguf.") from error
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     settings = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))["image_processor"]
     check_convertible(config, settings)
+    import gguf
+
     vision = config["vision_config"]
     # hidden state 0 is the tower's input: so many layers run
     layers = config["vision_feature_layer"] % (vision["num_hidden_layers"] + 1)

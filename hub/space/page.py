@@ -311,17 +311,19 @@ def chat_on(
                     endings.append(_ENDINGS[item.ending])
         said = _status(f"Answered in {time.monotonic() - started:.1f} seconds.{''.join(dict.fromkeys(endings))}")
         yield _shown("", chats, said)
-        verdicts = [
-            (_title(lane[0]), answers.judge_answer(image, question, _turns(chats[index])[-1]["content"]))
-            for index, lane in enumerate(lanes)
-        ]
-        yield _shown("", chats, said, verdict=verdict_html(verdicts, answers.loaded().config.num_align_levels))
     except (ImageError, QuestionError) as error:
         yield (question, *before, *(gr.skip() for _ in range(3)), _status(str(error), "error"))
     # for instance no memory left: what happened, and everything as it was before
     except Exception as error:
         yield (question, *before, *(gr.skip() for _ in range(3)), _status(f"No answer: {_what(error)}", "error"))
         raise gr.Error(_what(error), title="No answer") from error
+    else:
+        # behind the answers, which stay whatever happens here
+        verdicts = [
+            (_title(lane[0]), answers.judge_answer(image, question, _turns(chats[index])[-1]["content"]))
+            for index, lane in enumerate(lanes)
+        ]
+        yield _shown("", chats, said, verdict=verdict_html(verdicts, answers.loaded().config.num_align_levels))
 
 
 def ask_once(image, question: str, level: int | None) -> Iterator[tuple[str, dict | None]]:
