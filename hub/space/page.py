@@ -153,6 +153,8 @@ def _connect(on: SimpleNamespace):
         gr.on([on.ask.click, on.question.submit], chat_on, given, [on.question, *beside], **private | model_only),
         on.retry.click(retry, given, [on.question, *beside], **private | model_only),
     ]
+    judged = [on.image, on.chat, on.other, on.level, on.second, on.compare]
+    running += [asked.success(judge_shown, judged, on.verdict, **private | model_only) for asked in running]
     on.stop.click(lambda: _status("Stopped."), None, on.status, cancels=running, **at_once)
     on.clear.click(start_over, None, beside, cancels=running, **at_once)
     on.image.change(check_image, on.image, [on.image, on.notice, *beside], cancels=running, **at_once)
@@ -309,21 +311,25 @@ def chat_on(
                 if item.ending is not None:
                     chats[index] = [*chats[index], _message("assistant", item.text or "(no words)")]
                     endings.append(_ENDINGS[item.ending])
-        said = _status(f"Answered in {time.monotonic() - started:.1f} seconds.{''.join(dict.fromkeys(endings))}")
-        yield _shown("", chats, said)
+        seconds = time.monotonic() - started
+        yield _shown("", chats, _status(f"Answered in {seconds:.1f} seconds.{''.join(dict.fromkeys(endings))}"))
     except (ImageError, QuestionError) as error:
         yield (question, *before, *(gr.skip() for _ in range(3)), _status(str(error), "error"))
     # for instance no memory left: what happened, and everything as it was before
     except Exception as error:
         yield (question, *before, *(gr.skip() for _ in range(3)), _status(f"No answer: {_what(error)}", "error"))
         raise gr.Error(_what(error), title="No answer") from error
-    else:
-        # behind the answers, which stay whatever happens here
-        verdicts = [
-            (_title(lane[0]), answers.judge_answer(image, question, _turns(chats[index])[-1]["content"]))
-            for index, lane in enumerate(lanes)
-        ]
-        yield _shown("", chats, said, verdict=verdict_html(verdicts, answers.loaded().config.num_align_levels))
+
+
+def judge_shown(image, chat: Messages, other: Messages, level, second, compare) -> str:
+    """How well the answers fit: an event of its own, so that the next question need not wait for it to be asked."""
+    verdicts = []
+    for lane_level, lane in [(level, chat)] + ([(second, other)] if compare else []):
+        turns = _turns(lane)[-2:]
+        if [turn["role"] for turn in turns] == ["user", "assistant"]:
+            question, answer = (turn["content"] for turn in turns)
+            verdicts.append((_title(lane_level), answers.judge_answer(read_image(image), question, answer)))
+    return verdict_html(verdicts, answers.loaded().config.num_align_levels)
 
 
 def ask_once(image, question: str, level: int | None) -> Iterator[tuple[str, dict | None]]:
@@ -345,17 +351,14 @@ def ask_once(image, question: str, level: int | None) -> Iterator[tuple[str, dic
         raise gr.Error(str(error), title="No answer", print_exception=False) from error
 
 
-def _shown(question: str, chats: list[Messages], status: str, image=None, alignments=None, verdict=None) -> tuple:
-    """One state of the page; alignment and verdict are drawn when they are new."""
-    bars = heat = gr.skip()
-    if alignments and verdict is None:
-        # of the answer before
-        verdict = NO_VERDICT
+def _shown(question: str, chats: list[Messages], status: str, image=None, alignments=None) -> tuple:
+    """One state of the page; the alignment is drawn when it is new, and the verdict on the answer before goes."""
+    bars = verdict = heat = gr.skip()
     if alignments:
+        verdict = NO_VERDICT
         bars = bars_html(alignments)
         similarity = alignments[0][1].similarity
         heat = map_html(image, similarity, seen_box(image.size, answers.loaded().processor.image_processor))
-    verdict = gr.skip() if verdict is None else verdict
     return question, chats[0], chats[1] if len(chats) > 1 else gr.skip(), bars, verdict, heat, status
 
 
