@@ -206,20 +206,34 @@ def _from_parts(config: AlignGPTConfig, causal_lm, tower, seed: int) -> AlignGPT
     model.lm_head = causal_lm.get_output_embeddings()
     model.model.vision_tower = getattr(tower, "vision_model", tower)
     embedding = model.get_input_embeddings().weight
-    hidden_size, act = config.text_config.hidden_size, config.projector_hidden_act
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inner = model.model
-        inner.multi_modal_projector = AlignGPTMLP(config.projector_in_features, hidden_size, hidden_size, act)
-        inner.align_gate = AlignGPTMLP(
-            config.image_seq_length, config.gate_hidden_size, config.num_align_levels - 1, act
-        )
-        # a level starts as a random vector of the size of a token's
-        inner.align_embeddings = nn.Embedding(config.num_align_levels, hidden_size)
-        nn.init.normal_(inner.align_embeddings.weight, std=float(embedding.detach().float().std()))  # type: ignore[operator]
+    std = float(embedding.detach().float().std())  # type: ignore[operator]
+    for name, part in fresh_parts(config, std, seed).items():
+        setattr(model.model, name, part)
     model.to(embedding.dtype)  # type: ignore[arg-type]
     model.tie_weights()
     return model.eval()
+
+
+def fresh_parts(config: AlignGPTConfig, embedding_std: float, seed: int) -> dict[str, nn.Module]:
+    """
+    Untrained projector, gate and level table, by the names they have in [`AlignGPTModel`].
+
+    Args:
+        embedding_std: standard deviation of the token embeddings: a level starts as a random vector of a token's size.
+        seed: of all three.
+    """
+    hidden_size, act = config.text_config.hidden_size, config.projector_hidden_act
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        parts: dict[str, nn.Module] = {
+            "multi_modal_projector": AlignGPTMLP(config.projector_in_features, hidden_size, hidden_size, act),
+            "align_gate": AlignGPTMLP(
+                config.image_seq_length, config.gate_hidden_size, config.num_align_levels - 1, act
+            ),
+            "align_embeddings": (table := nn.Embedding(config.num_align_levels, hidden_size)),
+        }
+        nn.init.normal_(table.weight, std=embedding_std)
+    return parts
 
 
 __all__ = [
@@ -227,6 +241,7 @@ __all__ = [
     "assemble",
     "extend_rows",
     "extend_vocabulary",
+    "fresh_parts",
     "load_vision_tower",
     "padded_vocabulary_size",
     "placeholder_generation_config",

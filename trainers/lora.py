@@ -157,6 +157,26 @@ def settle_adapter(model: "PeftModel") -> None:
         del config.quantization_config
 
 
+def base_of(adapter: str | os.PathLike, base: str | os.PathLike | None = None) -> str:
+    """
+    Folder or Hub id of an adapter's base model: the one given, or the one that its config names.
+
+    Raises:
+        ValueError: no adapter folder, or no base there.
+    """
+    from peft import PeftConfig
+
+    folder = Path(adapter)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{adapter} holds no {ADAPTER_CONFIG}: give what `aligngpt instruct` with use_peft wrote.")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{adapter} holds no config.json, which says what the adapter was trained for.")
+    found = str(base or PeftConfig.from_pretrained(folder).base_model_name_or_path or "")
+    if not is_hub_id(found) and not os.path.isdir(found):
+        raise ValueError(f"{adapter}: its base model {found!r} is not there; name where it is now with `base`.")
+    return found
+
+
 def load_adapter(
     adapter: str | os.PathLike,
     *,
@@ -183,17 +203,9 @@ def load_adapter(
     Raises:
         ValueError: no adapter folder, no base there, or an adapter that does not fit it.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    folder = Path(adapter)
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise ValueError(f"{adapter} holds no {ADAPTER_CONFIG}: give what `aligngpt instruct` with use_peft wrote.")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{adapter} holds no config.json, which says what the adapter was trained for.")
-    peft_config = PeftConfig.from_pretrained(folder)
-    base = str(base or peft_config.base_model_name_or_path or "")
-    if not is_hub_id(base) and not os.path.isdir(base):
-        raise ValueError(f"{adapter}: its base model {base!r} is not there; name where it is now with `base`.")
+    folder, base = Path(adapter), base_of(adapter, base)
     config = AlignGPTConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

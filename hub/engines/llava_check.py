@@ -14,6 +14,8 @@ from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcesso
 from modeling_aligngpt.processing_parts import pil_image_processor
 
 
+# weights up to this many bytes run as a whole
+LARGEST_WHOLE, CHECKED_LAYERS = 4 * 2**30, 2
 PROBE_QUESTIONS = ("What is in the image?", "How many things are there, and where?")
 
 
@@ -87,7 +89,8 @@ def mean_level_weights(model, processor: AlignGPTProcessor, talks: Sequence[Talk
 
 def check_equal(source: Path, folder: Path, weights: Sequence[float], tolerance: float = 1e-3) -> dict[str, float]:
     """
-    Runs the export and its source model, with the levels at `weights`, on two prompts with noise as images.
+    Runs the export and its source model, with the levels at `weights`, on two prompts with noise as images. Of a large
+    model two layers run (`LARGEST_WHOLE`): the others are copied as they are, under names made by the same rule.
 
     Args:
         source, folder: the AlignGPT and the export. weights (`(N,)`): of the levels.
@@ -99,30 +102,59 @@ def check_equal(source: Path, folder: Path, weights: Sequence[float], tolerance:
     Raises:
         ValueError: prompt ids or logits differ.
     """
-    model = AlignGPTForConditionalGeneration.from_pretrained(source).eval()
-    processor = AlignGPTProcessor.from_pretrained(source)
-    plain, plain_processor = LlavaForConditionalGeneration.from_pretrained(folder).eval(), load_processor(folder)
+    processor, plain_processor = AlignGPTProcessor.from_pretrained(source), load_processor(folder)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(0, 256, (96, 128, 3), generator=generator, dtype=torch.uint8)
     image = Image.fromarray(noise.numpy())
-    with torch.no_grad():  # the vector as a level of its own
-        table = model.model.align_embeddings.weight
-        table[0] = (torch.tensor(weights) @ table.float()).to(table.dtype)
-    worst = largest = 0.0
+    prompts = []
     for question in PROBE_QUESTIONS:
         content = [{"type": "image"}, {"type": "text", "text": question}]
         talk = Talk([image], [{"role": "user", "content": content}, {"role": "assistant", "content": []}])
         ours, theirs = _questions(processor, [talk]), _questions(plain_processor, [talk])
         if ours["input_ids"].tolist() != theirs["input_ids"].tolist():
             raise ValueError(f"The export tokenises {question!r} differently: it is not the same model.")
-        with torch.inference_mode():
-            expected = model(**_on(model, ours), align_level=0).logits.float()
-            given = plain(**_on(plain, theirs)).logits.float()
-        worst = max(worst, (expected - given).abs().max().item())
-        largest = max(largest, expected.abs().max().item())
-    if worst > largest * tolerance * (1 if model.dtype == torch.float32 else 20):
+        prompts.append((ours, theirs))
+    depth = _check_depth(source)
+    # one after the other: both at once may be more than fits into memory
+    model = _load(AlignGPTForConditionalGeneration, source, depth)
+    with torch.no_grad():  # the vector as a level of its own
+        table = model.model.align_embeddings.weight
+        table[0] = (torch.tensor(weights) @ table.float()).to(table.dtype)
+    with torch.inference_mode():
+        expected = [model(**_on(model, ours), align_level=0).logits.float() for ours, _ in prompts]
+    dtype = model.dtype
+    del model
+    plain = _load(LlavaForConditionalGeneration, folder, depth)
+    with torch.inference_mode():
+        given = [plain(**_on(plain, theirs)).logits.float() for _, theirs in prompts]
+    del plain
+    worst = max((one - other).abs().max().item() for one, other in zip(expected, given, strict=True))
+    largest = max(one.abs().max().item() for one in expected)
+    if worst > largest * tolerance * (1 if dtype == torch.float32 else 20):
         raise ValueError(f"The export's logits differ by {worst:g} (the largest is {largest:g}): it is not the same.")
     return {"largest_difference": worst, "largest_logit": largest}
+
+
+def _check_depth(source: Path) -> int | None:
+    """How many layers of the language model the check runs; `None` is all of them."""
+    size = sum(file.stat().st_size for file in source.glob("model*.safetensors"))
+    return None if size <= LARGEST_WHOLE else CHECKED_LAYERS
+
+
+def _load(model_class: type, folder: Path, depth: int | None):
+    """A model, or one with its first layers alone; the weights of the others stay on disk."""
+    if depth is None:
+        return model_class.from_pretrained(folder).eval()
+    config = model_class.config_class.from_pretrained(folder)
+    text, count = config.text_config, config.text_config.num_hidden_layers
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == count:
+            setattr(text, name, value[:depth])
+    text.num_hidden_layers = min(depth, count)
+    model, report = model_class.from_pretrained(folder, config=config, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"{folder} lacks {len(missing)} weights, such as {missing[0]}.")
+    return model.eval()
 
 
 def compare(source: Path, folder: Path, talks: Sequence[Talk], batch_size: int = 16, tokens: int = 32) -> dict:

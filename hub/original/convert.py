@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from aligngpt_shared.files import new_folder
+from aligngpt_shared.weights import StoredWeights, read_weights, save_model
 from modeling_aligngpt.assembly import (
     add_placeholder_tokens,
     extend_rows,
@@ -34,7 +35,6 @@ from ..folders import stays_inside
 from . import format as original_format
 from .format import BUFFERS_FILE, KEPT_FILES, ORIGINAL_FOLDER, RECORD_FILE, OriginalCheckpoint, to_our_key
 from .locate import locate
-from .weights import StoredWeights
 
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def _collect_weights(
     if not source.has_tower:
         parts.append(original_format.tower_weights(tower))
     if source.is_stage1:
-        parts.append(original_format.read_weights(llm))
+        parts.append(read_weights(llm))
     for part in parts:
         for key in part:
             if key not in weights and not original_format.is_buffer(key):
@@ -256,16 +256,6 @@ def _finish_weights(
     weights.rename(to_our_key)
     config.text_config.vocab_size = size
     return _on_meta(config).to(config.dtype)
-
-
-def save_model(
-    model: AlignGPTForConditionalGeneration, weights: StoredWeights, folder: Path, max_shard_size: str
-) -> None:
-    """What `model.save_pretrained` writes (config, generation config, code), with weights that stayed on disk."""
-    model.save_pretrained(folder, state_dict={})
-    for path in folder.glob("model*.safetensors*"):
-        path.unlink()
-    weights.save(folder, max_shard_size)
 
 
 def _generation_config(folder: Path, config: AlignGPTConfig) -> GenerationConfig:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from aligngpt_shared.files import new_folder
+from aligngpt_shared.files import new_folder, read_json
+from aligngpt_shared.weights import StoredWeights, read_weights
 from modeling_aligngpt.configuration_aligngpt import AlignGPTConfig
 from modeling_aligngpt.modeling_aligngpt import AlignGPTForConditionalGeneration
 from modeling_aligngpt.processing_aligngpt import AlignGPTProcessor
@@ -24,12 +25,9 @@ from .format import (
     RECORD_FILE,
     STAGE1_WEIGHTS,
     original_fields,
-    read_json,
-    read_weights,
     to_original_key,
 )
 from .locate import locate
-from .weights import StoredWeights
 
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,6 @@ all weights, the vision tower's inside or not), and what stage 1 leaves (`mm_pro
 the level table, `config.json` beside it).
 """
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from pathlib import Path
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
+from aligngpt_shared.files import read_json
+from aligngpt_shared.weights import StoredWeights, find_weight_files, read_weights
 from modeling_aligngpt.configuration_aligngpt import AlignGPTConfig
-
-from .weights import StoredWeights
 
 
 STAGE1_WEIGHTS = "mm_projector_align.bin"
@@ -72,7 +71,6 @@ _MULTIMODAL_FIELDS = frozenset(
 # What their code takes where `use_s2` stands alone.
 _S2_SCALES = "336,672,1008"
 _BOOKKEEPING_FIELDS = frozenset({"_name_or_path", "architectures", "model_type", "torch_dtype", "transformers_version"})
-_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def to_our_key(key: str) -> str:
@@ -94,55 +92,6 @@ def to_original_key(key: str) -> str:
 def is_buffer(key: str) -> bool:
     """Whether the key names a stored constant (rotary frequencies, position ids) instead of a weight."""
     return _BUFFER.search(key) is not None
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; a `ValueError` that names the file otherwise."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object.")
-    return content
-
-
-def find_weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder: safetensors before `.bin`, one file or the shards of an index; empty if none."""
-    for name in _WEIGHT_FILES:
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ValueError(f"{index} has no weight_map.")
-            names = list(weight_map.values())
-            if not all(isinstance(shard, str) and Path(shard).name == shard for shard in names):
-                raise ValueError(f"{index}: its weight_map must name files of this folder.")
-            shards = [folder / shard for shard in sorted(set(names))]
-            absent = [shard.name for shard in shards if not shard.is_file()]
-            if absent:
-                raise ValueError(f"{index} names files that are not there: {', '.join(absent)}. Download them again.")
-            return shards
-        if (folder / name).is_file():
-            return [folder / name]
-    return []
-
-
-def read_weights(folder: Path) -> StoredWeights:
-    """All weights of a folder, shards joined; a `ValueError` when there are none or one stands in two shards."""
-    files = find_weight_files(folder)
-    if not files:
-        wanted = " or ".join(f"{name} (or {name}.index.json)" for name in _WEIGHT_FILES)
-        raise ValueError(f"{folder} holds no weights: {wanted} expected.")
-    weights = StoredWeights()
-    for file in files:
-        shard = StoredWeights.of_file(file)
-        twice = sorted(weights.keys() & shard.keys())
-        if twice:
-            raise ValueError(f"{file} repeats weights of an earlier shard: {_listed(twice)}.")
-        for key in shard:
-            weights.take(shard, key)
-    return weights
 
 
 @dataclass

@@ -6,8 +6,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from aligngpt_shared.references import is_hub_id
-
-from .format import find_weight_files
+from aligngpt_shared.weights import find_weight_files
 
 
 def locate(reference: str | os.PathLike, role: str, near: Path | None = None) -> Path:

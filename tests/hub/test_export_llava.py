@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import LlavaForConditionalGeneration
 
+from aligngpt_hub.engines import llava_check
 from aligngpt_hub.engines.llava import check_exportable, write_llava
-from aligngpt_hub.engines.llava_check import load_processor
+from aligngpt_hub.engines.llava_check import check_equal, load_processor
 from aligngpt_trainers.commands import cli
 from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
 
@@ -65,6 +66,31 @@ def test_the_export_answers_as_the_model_at_its_level(world, tmp_path, name, lev
         assert (other - expected).abs().max() > 1e-2, "the levels do not matter here"
         same = model.generate(**ours, align_level=int(level), max_new_tokens=8, do_sample=False)
         assert plain.generate(**theirs, max_new_tokens=8, do_sample=False).tolist() == same.tolist()
+
+
+def test_of_a_large_model_two_layers_are_checked(world, tmp_path, monkeypatch):
+    source = tmp_path / "deep"
+    model = AlignGPTForConditionalGeneration.from_pretrained(world / "bpe")
+    values = {**model.config.to_dict(), "text_config": {**model.config.text_config.to_dict(), "num_hidden_layers": 4}}
+    randomize(AlignGPTForConditionalGeneration(AlignGPTConfig(**values))).save_pretrained(source)
+    AlignGPTProcessor.from_pretrained(world / "bpe").save_pretrained(source)
+    tmp_path.joinpath("out").mkdir()
+    weights = [0.0] * 7 + [1.0]
+    write_llava(source, tmp_path / "out", weights)
+    whole = check_equal(source, tmp_path / "out", weights)
+    monkeypatch.setattr(llava_check, "LARGEST_WHOLE", 1000)
+    ran = []
+    monkeypatch.setattr(llava_check, "_load", lambda *args, load=llava_check._load: ran.append(load(*args)) or ran[-1])
+    part = check_equal(source, tmp_path / "out", weights)
+    assert [len(model.model.language_model.layers) for model in ran] == [2, 2]
+    assert part["largest_difference"] < 1e-4 and part["largest_logit"] != whole["largest_logit"]
+    # what was written wrongly is found there as well
+    plain = LlavaForConditionalGeneration.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        plain.lm_head.weight[3] += 1
+    plain.save_pretrained(tmp_path / "out")
+    with pytest.raises(ValueError, match="it is not the same"):
+        check_equal(source, tmp_path / "out", weights)
 
 
 def test_names_are_those_of_llava_hf(world, tmp_path):

@@ -10,8 +10,8 @@ import yaml
 
 from aligngpt_shared.files import new_folder
 from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
-from modeling_aligngpt.assembly import assemble
 
+from ..storage.assembled import write_assembled
 from ..storage.folders import at_revision
 from .arguments import DTYPES
 from .settings import nearest, parse_settings
@@ -93,17 +93,16 @@ def init_command(argv: Sequence[str]) -> None:
     if args.dtype not in DTYPES:
         raise ValueError(f"dtype={args.dtype!r} is not one of {', '.join(DTYPES)}.")
     with new_folder(args.output) as beside:
-        model, processor = assemble(
+        model, processor = write_assembled(
             at_revision(args.llm, args.llm_revision, "llm"),
             at_revision(args.vision_tower, args.vision_tower_revision, "vision_tower"),
+            beside,
             chat_template=args.chat_template,
             num_align_levels=args.num_align_levels,
             dtype=getattr(torch, args.dtype),
             seed=args.seed,
             **checked_overrides(args.config_overrides),
         )
-        model.save_pretrained(beside)
-        processor.save_pretrained(beside)
     print(describe_model(model, processor))
     print(f"saved to {args.output}\nNext: aligngpt pretrain --model {args.output} --dataset SCORED --output_dir OUT")
 

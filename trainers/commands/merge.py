@@ -10,8 +10,11 @@ import torch
 
 from aligngpt_shared.files import new_folder
 from aligngpt_shared.records import SUMMARY
+from modeling_aligngpt import AlignGPTProcessor
 
-from ..lora import load_adapter
+from ..lora import base_of, load_adapter
+from ..storage.folders import at_revision
+from ..storage.merged import write_merged
 from ..storage.shards import consolidate
 from .settings import parse_settings
 
@@ -64,18 +67,26 @@ def merge_command(argv: Sequence[str]) -> None:
     if args.dtype not in MERGE_DTYPES:
         raise ValueError(f"dtype={args.dtype!r} is not one of {', '.join(MERGE_DTYPES)}.")
     with new_folder(args.output) as beside:
-        dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
-        adapted, processor = load_adapter(args.adapter, base=args.base, base_revision=args.base_revision, dtype=dtype)
-        base_name = adapted.active_peft_config.base_model_name_or_path
-        merged = adapted.merge_and_unload(safe_merge=True)
-        # modules that trained in float32 beside a base in bfloat16
-        merged.to(merged.get_input_embeddings().weight.dtype)
-        merged.save_pretrained(beside)
-        processor.save_pretrained(beside)
-        copy_summary(Path(args.adapter), beside, args.base or base_name)
-    size = sum(parameter.numel() for parameter in merged.parameters())
-    print(f"merged {args.adapter} into {args.base or base_name}: {size:,} parameters; saved to {args.output}")
+        base = base_of(args.adapter, args.base)
+        dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+        source = at_revision(base, args.base_revision, "base")
+        size = write_merged(Path(args.adapter), source, beside, dtype=dtype)
+        if size is None:
+            size = merge_loaded(args, beside)
+        AlignGPTProcessor.from_pretrained(args.adapter).save_pretrained(beside)
+        copy_summary(Path(args.adapter), beside, base)
+    print(f"merged {args.adapter} into {base}: {size:,} parameters; saved to {args.output}")
     print(f"Next: aligngpt chat --model {args.output} --image IMAGE")
+
+
+def merge_loaded(args: MergeArguments, folder: Path) -> int:
+    """Merges with the whole model in memory, and saves it; the number of its parameters."""
+    adapted, _ = load_adapter(args.adapter, base=args.base, base_revision=args.base_revision, dtype=args.dtype)
+    merged = adapted.merge_and_unload(safe_merge=True)
+    # modules that trained in float32 beside a base in bfloat16
+    merged.to(merged.get_input_embeddings().weight.dtype)
+    merged.save_pretrained(folder)
+    return sum(parameter.numel() for parameter in merged.parameters())
 
 
 def copy_summary(source: Path, target: Path, base: str) -> None:

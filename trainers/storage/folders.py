@@ -31,6 +31,13 @@ def at_revision(source: str, revision: str | None, what: str) -> str:
     return snapshot_download(source, revision=revision, ignore_patterns=skip)
 
 
+def local_copy(source: str | os.PathLike) -> Path:
+    """A folder as it is, or the local copy of a repository on the Hub."""
+    if os.path.isdir(source):
+        return Path(source)
+    return Path(at_revision(os.fspath(source), "main", "model"))
+
+
 def find_record(source: str | None, name: str, revision: str | None = None, kind: str = "model") -> dict | None:
     """
     A JSON file that lies with a model or data set, in a folder or on the Hub; `None` where there is none.

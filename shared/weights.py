@@ -15,8 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from .files import read_json
+
 
 Change = Callable[[torch.Tensor], torch.Tensor]
+
+_WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 class StoredWeights(dict[str, torch.Tensor]):
@@ -136,3 +140,49 @@ def load_file(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise ValueError(f"{path} holds no flat dict of tensors.")
     return weights
+
+
+def find_weight_files(folder: Path) -> list[Path]:
+    """The weight files of a folder: safetensors before `.bin`, one file or the shards of an index; empty if none."""
+    for name in _WEIGHT_FILES:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise ValueError(f"{index} has no weight_map.")
+            names = list(weight_map.values())
+            if not all(isinstance(shard, str) and Path(shard).name == shard for shard in names):
+                raise ValueError(f"{index}: its weight_map must name files of this folder.")
+            shards = [folder / shard for shard in sorted(set(names))]
+            absent = [shard.name for shard in shards if not shard.is_file()]
+            if absent:
+                raise ValueError(f"{index} names files that are not there: {', '.join(absent)}. Download them again.")
+            return shards
+        if (folder / name).is_file():
+            return [folder / name]
+    return []
+
+
+def read_weights(folder: Path) -> StoredWeights:
+    """All weights of a folder, shards joined; a `ValueError` when there are none or one stands in two shards."""
+    files = find_weight_files(folder)
+    if not files:
+        wanted = " or ".join(f"{name} (or {name}.index.json)" for name in _WEIGHT_FILES)
+        raise ValueError(f"{folder} holds no weights: {wanted} expected.")
+    weights = StoredWeights()
+    for file in files:
+        shard = StoredWeights.of_file(file)
+        twice = sorted(weights.keys() & shard.keys())
+        if twice:
+            raise ValueError(f"{file} repeats weights of an earlier shard: {', '.join(twice[:12])}.")
+        for key in shard:
+            weights.take(shard, key)
+    return weights
+
+
+def save_model(model, weights: StoredWeights, folder: Path, max_shard_size: str = "5GB") -> None:
+    """What `model.save_pretrained` writes (config, generation config, code), with weights that stayed on disk."""
+    model.save_pretrained(folder, state_dict={})
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
+    weights.save(folder, max_shard_size)

@@ -1,0 +1,123 @@
+"""`aligngpt init` puts a model together on disk: the same files as `assemble` and `save_pretrained` make."""
+
+import json
+
+import pytest
+import torch
+from modeling.test_assembly import save_language_model, save_tower
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+from aligngpt_trainers.commands import cli
+from aligngpt_trainers.storage import assembled
+from aligngpt_trainers.storage.assembled import write_assembled
+from modeling_aligngpt import AlignGPTForConditionalGeneration
+from modeling_aligngpt.assembly import assemble
+
+
+FAMILIES = {
+    "llama": {},
+    "llama tied": {"tie_word_embeddings": True},
+    "mistral": {"model_type": "mistral"},
+    "phi with a head bias": {"model_type": "phi", "partial_rotary_factor": 0.5},
+    "qwen2": {"model_type": "qwen2"},
+    "gemma": {"model_type": "gemma", "head_dim": 8, "tie_word_embeddings": True},
+    "opt": {"model_type": "opt", "ffn_dim": 24, "word_embed_proj_dim": 16, "do_layer_norm_before": True},
+}
+
+
+def assert_same_folder(one, other):
+    names = {path.name for path in one.iterdir()}
+    assert names == {path.name for path in other.iterdir()}
+    for name in sorted(names - {"model.safetensors"}):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    mine, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert mine.keys() == theirs.keys()
+    assert [name for name in mine if mine[name].dtype != theirs[name].dtype] == []
+    assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
+
+
+@pytest.fixture
+def in_memory(monkeypatch):
+    """How often a model was assembled in memory."""
+    calls = []
+    monkeypatch.setattr(assembled, "assemble", lambda *args, **kwargs: calls.append(args) or assemble(*args, **kwargs))
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["clip", "siglip tower"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_folder_without_holding_it(tmp_path, in_memory, family, kind, dtype):
+    language_model = save_language_model(tmp_path / "lm", **FAMILIES[family])
+    tower = save_tower(tmp_path / "tower", kind)
+    model, processor = assemble(language_model, tower, dtype=dtype, num_align_levels=6, seed=3)
+    model.save_pretrained(tmp_path / "memory")
+    processor.save_pretrained(tmp_path / "memory")
+    (tmp_path / "disk").mkdir()
+    written, _ = write_assembled(
+        language_model, tower, tmp_path / "disk", dtype=dtype, num_align_levels=6, seed=3, max_shard_size="5GB"
+    )
+    assert not in_memory and {value.device.type for value in written.parameters()} == {"meta"}
+    assert_same_folder(tmp_path / "disk", tmp_path / "memory")
+    AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "disk")
+
+
+def test_a_language_model_in_half_precision_and_several_files(tmp_path, in_memory):
+    """The padded rows are the mean in the dtype that is asked for, not in the stored one."""
+    folder = save_language_model(
+        tmp_path / "lm", generation_config=GenerationConfig(bos_token_id=256, eos_token_id=257, max_new_tokens=7)
+    )
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).save_pretrained(folder, max_shard_size="10KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    tower = save_tower(tmp_path / "tower", "clip tower")
+    model, processor = assemble(folder, tower)
+    model.save_pretrained(tmp_path / "memory")
+    processor.save_pretrained(tmp_path / "memory")
+    (tmp_path / "disk").mkdir()
+    write_assembled(folder, tower, tmp_path / "disk")
+    assert not in_memory
+    assert_same_folder(tmp_path / "disk", tmp_path / "memory")
+    (tmp_path / "sharded").mkdir()
+    write_assembled(folder, tower, tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 2
+    loaded = AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "sharded").state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "mixtral"])
+def test_weights_in_another_form_are_assembled_in_memory(tmp_path, in_memory, family):
+    """GPT-NeoX's files call the head otherwise than its class does, Mixtral's hold each expert apart."""
+    text = {"model_type": family, **({"num_local_experts": 2, "num_experts_per_tok": 1} if family == "mixtral" else {})}
+    language_model, tower = save_language_model(tmp_path / "lm", **text), save_tower(tmp_path / "tower", "clip")
+    stored = load_file(language_model / "model.safetensors").keys()
+    own = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(language_model)).state_dict().keys()
+    (tmp_path / "disk").mkdir()
+    write_assembled(language_model, tower, tmp_path / "disk")
+    # which of the two it is, is transformers' and changes with its version
+    assert bool(in_memory) == (not own <= stored)
+    model, _ = assemble(language_model, tower)
+    loaded = AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "disk").state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+
+
+def test_a_damaged_file_is_named_and_leaves_nothing(tmp_path, capsys):
+    language_model, tower = save_language_model(tmp_path / "lm"), save_tower(tmp_path / "tower", "clip")
+    weights = language_model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    words = ["init", "--llm", str(language_model), "--vision_tower", str(tower), "--output", str(tmp_path / "out")]
+    assert cli.main(words) == 2
+    assert "model.safetensors" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_describes_what_it_wrote(tmp_path, capsys):
+    language_model, tower = save_language_model(tmp_path / "lm"), save_tower(tmp_path / "tower", "clip")
+    words = ["init", "--llm", str(language_model), "--vision_tower", str(tower), "--output", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    said = capsys.readouterr().out
+    size = sum(value.numel() for value in load_file(tmp_path / "out" / "model.safetensors").values())
+    counts = [int(line.split()[-2].replace(",", "")) for line in said.splitlines() if line.endswith("parameters")]
+    assert sum(counts) == size
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
