@@ -1,5 +1,5 @@
 """
-Peak memory of the commands that rewrite weights, on a made-up checkpoint of the authors' 7B size; big_checkpoints.md.
+Peak memory of the commands that write weights, on a made-up checkpoint of the authors' 7B size; big_checkpoints.md.
 
     python benchmarks/big_checkpoints.py --output runs/big --layers 32
 
@@ -103,6 +103,53 @@ def make_parts(original: Path, tower: Path, tokenizer: Path, layers: int, mixed:
     make_tower(tower)
 
 
+def make_language_model(folder: Path, converted: Path) -> None:
+    """A Llama of zeros with the converted model's sizes and tokenizer, in safetensors."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from aligngpt_shared.weights import StoredWeights, save_model
+    from modeling_aligngpt import AlignGPTConfig
+
+    config = AlignGPTConfig.from_pretrained(converted).text_config
+    config.vocab_size = VOCAB
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    weights = StoredWeights()
+    for name, value in model.state_dict().items():
+        weights.put(name, torch.zeros((), dtype=torch.float16).expand(value.shape))
+    save_model(model, weights, folder)
+    AutoTokenizer.from_pretrained(converted / "original", config=config).save_pretrained(folder)
+
+
+def make_adapter(folder: Path, base: Path) -> None:
+    """A LoRA adapter of all linear layers of the language model, rank 16, as `aligngpt instruct` saves it."""
+    from peft import get_peft_model, get_peft_model_state_dict
+
+    from aligngpt_trainers.lora import LoraArguments, lora_config
+    from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
+
+    config = AlignGPTConfig.from_pretrained(base)
+    with torch.device("meta"):
+        model = AlignGPTForConditionalGeneration(config)
+    adapted = get_peft_model(model, lora_config(LoraArguments(use_peft=True), model), low_cpu_mem_usage=True)
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    folder.mkdir()
+    adapted.peft_config["default"].save_pretrained(folder)
+    state = get_peft_model_state_dict(adapted)
+    save_file({name: torch.zeros(value.shape) for name, value in state.items()}, folder / "adapter_model.safetensors")
+    config.save_pretrained(folder)
+    AlignGPTProcessor.from_pretrained(base).save_pretrained(folder)
+
+
+def apart(target, *args: object) -> None:
+    """Runs a function in a process of its own: a child's peak begins at what its parent holds."""
+    maker = multiprocessing.get_context("spawn").Process(target=target, args=args)
+    maker.start()
+    maker.join()
+    if maker.exitcode:
+        raise SystemExit(f"{target.__name__} ended with status {maker.exitcode}.")
+
+
 def run(*words: object) -> dict:
     """Runs `aligngpt ...`; its peak memory, mapped files included, and its time."""
     started, command = time.time(), [sys.executable, "-m", "aligngpt_trainers", *map(str, words)]
@@ -130,19 +177,28 @@ def main() -> None:
     args = parser.parse_args()
     shutil.rmtree(args.output, ignore_errors=True)
     original, ours = args.output / "original", args.output / "ours"
-    # in a process of its own: a child's peak begins at what its parent holds
-    maker = multiprocessing.get_context("spawn").Process(
-        target=make_parts, args=(original, args.output / "tower", args.tokenizer, args.layers, args.mixed)
-    )
-    maker.start()
-    maker.join()
+    tower, back = args.output / "tower", args.output / "back"
+    apart(make_parts, original, tower, args.tokenizer, args.layers, args.mixed)
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"largest shard {largest(original):.2f} GB; this process {own:.2f} GB")
-    rows = [run("convert", "--checkpoint", original, "--output", ours, "--vision-tower", args.output / "tower")]
+    rows = [run("convert", "--checkpoint", original, "--output", ours, "--vision-tower", tower)]
     rows[-1]["largest shard GB"] = max(largest(original), largest(ours))
     shutil.rmtree(original)
-    rows.append(run("convert", "--to-original", "--checkpoint", ours, "--output", args.output / "back"))
-    rows[-1]["largest shard GB"] = max(largest(args.output / "back"), largest(ours))
+    rows.append(run("convert", "--to-original", "--checkpoint", ours, "--output", back))
+    rows[-1]["largest shard GB"] = max(largest(back), largest(ours))
+    shutil.rmtree(back)
+    rows.append(run("export", "--model", ours, "--output", args.output / "llava"))
+    rows[-1]["largest shard GB"] = largest(args.output / "llava")
+    shutil.rmtree(args.output / "llava")
+    apart(make_adapter, args.output / "adapter", ours)
+    rows.append(run("merge", "--adapter", args.output / "adapter", "--output", args.output / "merged"))
+    rows[-1]["largest shard GB"] = largest(args.output / "merged")
+    shutil.rmtree(args.output / "merged")
+    llm = args.output / "llm"
+    apart(make_language_model, llm, ours)
+    shutil.rmtree(ours)
+    rows.append(run("init", "--llm", llm, "--vision_tower", tower, "--output", args.output / "fresh"))
+    rows[-1]["largest shard GB"] = largest(args.output / "fresh")
     if not args.keep:
         shutil.rmtree(args.output)
     print("| command | largest shard, GB | peak memory, GB | beyond the shard | seconds |")

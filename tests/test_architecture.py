@@ -38,7 +38,7 @@ ROOMS = {
     "aligngpt_hub.metrics": (),
     "aligngpt_hub.original": (*_CORE, "aligngpt_hub"),
     "aligngpt_hub.engines": (*_CORE, "aligngpt_hub", "aligngpt_hub.original"),
-    "aligngpt_hub.publishing": (*_CORE, "aligngpt_hub", "aligngpt_hub.engines"),
+    "aligngpt_hub.publishing": (*_CORE, "aligngpt_hub", "aligngpt_hub.original", "aligngpt_hub.engines"),
     "aligngpt_hub.evaluation": (*_CORE, "aligngpt_hub", "aligngpt_hub.metrics"),
     "aligngpt_hub.levels": (*_CORE, "aligngpt_hub"),
     "aligngpt_hub.serving": (*_CORE, "aligngpt_hub"),

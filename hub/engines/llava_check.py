@@ -10,12 +10,12 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
+from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
 from modeling_aligngpt.processing_parts import pil_image_processor
 
 
 # weights up to this many bytes run as a whole
-LARGEST_WHOLE, CHECKED_LAYERS = 4 * 2**30, 2
+LARGEST_WHOLE, CHECKED_LAYERS = 2 * 2**30, 2
 PROBE_QUESTIONS = ("What is in the image?", "How many things are there, and where?")
 
 
@@ -114,15 +114,15 @@ def check_equal(source: Path, folder: Path, weights: Sequence[float], tolerance:
         if ours["input_ids"].tolist() != theirs["input_ids"].tolist():
             raise ValueError(f"The export tokenises {question!r} differently: it is not the same model.")
         prompts.append((ours, theirs))
-    depth = _check_depth(source)
+    depth, stored = _check_depth(source), AlignGPTConfig.from_pretrained(source).dtype or torch.float32
     # one after the other: both at once may be more than fits into memory
     model = _load(AlignGPTForConditionalGeneration, source, depth)
     with torch.no_grad():  # the vector as a level of its own
         table = model.model.align_embeddings.weight
-        table[0] = (torch.tensor(weights) @ table.float()).to(table.dtype)
+        # rounded as the export stores it
+        table[0] = (torch.tensor(weights) @ table.float()).to(stored).to(table.dtype)
     with torch.inference_mode():
         expected = [model(**_on(model, ours), align_level=0).logits.float() for ours, _ in prompts]
-    dtype = model.dtype
     del model
     plain = _load(LlavaForConditionalGeneration, folder, depth)
     with torch.inference_mode():
@@ -130,7 +130,7 @@ def check_equal(source: Path, folder: Path, weights: Sequence[float], tolerance:
     del plain
     worst = max((one - other).abs().max().item() for one, other in zip(expected, given, strict=True))
     largest = max(one.abs().max().item() for one in expected)
-    if worst > largest * tolerance * (1 if dtype == torch.float32 else 20):
+    if worst > largest * tolerance * (1 if stored == torch.float32 else 20):
         raise ValueError(f"The export's logits differ by {worst:g} (the largest is {largest:g}): it is not the same.")
     return {"largest_difference": worst, "largest_logit": largest}
 
@@ -142,16 +142,16 @@ def _check_depth(source: Path) -> int | None:
 
 
 def _load(model_class: type, folder: Path, depth: int | None):
-    """A model, or one with its first layers alone; the weights of the others stay on disk."""
+    """A model in float32, or one with its first layers alone; the weights of the others stay on disk."""
     if depth is None:
-        return model_class.from_pretrained(folder).eval()
+        return model_class.from_pretrained(folder, dtype=torch.float32).eval()
     config = model_class.config_class.from_pretrained(folder)
     text, count = config.text_config, config.text_config.num_hidden_layers
     for name, value in vars(text).items():
         if isinstance(value, list) and len(value) == count:
             setattr(text, name, value[:depth])
     text.num_hidden_layers = min(depth, count)
-    model, report = model_class.from_pretrained(folder, config=config, output_loading_info=True)
+    model, report = model_class.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"{folder} lacks {len(missing)} weights, such as {missing[0]}.")
     return model.eval()

@@ -1,7 +1,11 @@
-"""Models for the engines' checks: one whose levels change every answer, one with a sentencepiece tokenizer."""
+"""
+Models for the engines' checks: one whose levels change every answer, one with a sentencepiece tokenizer, and with
+`--more` other towers, families of language models and ways to mix levels.
+"""
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,14 +25,27 @@ from modeling_aligngpt.processing_aligngpt import AlignGPTProcessor
 TOKENIZER = Path(__file__).parents[1] / "fixtures" / "golden" / "base_llm"
 
 
-def save_sentencepiece_model(folder: Path) -> None:
+# tower, language model and config of further models; the first has a tower without class token, the second two scales
+MORE = {
+    "siglip-mistral": ({"model_type": "siglip_vision_model"}, {"model_type": "mistral"}, {}),
+    "s2-qwen2-local": ({}, {"model_type": "qwen2"}, {"vision_scales": [1, 2], "align_mode": "local"}),
+    "clip-gemma-global": ({}, {"model_type": "gemma", "head_dim": 32}, {"align_mode": "global"}),
+    "siglip-phi-mean": (
+        {"model_type": "siglip_vision_model"},
+        {"model_type": "phi", "partial_rotary_factor": 0.5},
+        {"align_mode": "mean", "lm_head_bias": True},
+    ),
+}
+
+
+def save_sentencepiece_model(folder: Path, vision: dict | None = None, text: dict | None = None, **values) -> None:
     """A tiny Vicuna with random weights: its chat template writes what the processor would edit."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     tokenizer.add_tokens(["<image>", "<align>"], special_tokens=True)
     tokenizer.pad_token = tokenizer.unk_token
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = AlignGPTConfig(
-        vision_config={"model_type": "clip_vision_model", **sizes, "image_size": 32, "patch_size": 8},
+        vision_config={"model_type": "clip_vision_model", **sizes, "image_size": 32, "patch_size": 8, **(vision or {})},
         text_config={
             "model_type": "llama",
             **sizes,
@@ -38,10 +55,12 @@ def save_sentencepiece_model(folder: Path) -> None:
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
+            **(text or {}),
         },
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         align_token_id=tokenizer.convert_tokens_to_ids("<align>"),
         gate_context="first_turn",
+        **values,
     )
     torch.manual_seed(0)
     model = randomize(AlignGPTForConditionalGeneration(config))
@@ -61,9 +80,15 @@ def save_level_model(folder: Path) -> None:
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-if __name__ == "__main__":
-    output = Path(sys.argv[1])
-    for name, save in (("levels", save_level_model), ("sentencepiece", save_sentencepiece_model)):
+def main(output: Path, more: bool) -> None:
+    makers = {"levels": save_level_model, "sentencepiece": save_sentencepiece_model}
+    for name, (vision, text, values) in MORE.items() if more else ():
+        makers[name] = partial(save_sentencepiece_model, vision=vision, text=text, **values)
+    for name, save in makers.items():
         with new_folder(output / name, replace=True) as beside:
             save(beside)
-    print(f"two models in {output}")
+    print(f"{len(makers)} models in {output}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), "--more" in sys.argv)

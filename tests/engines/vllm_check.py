@@ -194,13 +194,17 @@ def main() -> None:
     parser.add_argument("--model", action="append", required=True, help="folder of an AlignGPT; may be repeated")
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--compiled", action="store_true", help="compiled, too")
+    parser.add_argument(
+        "--tensor-parallel", type=int, default=1, help="processes over which the language model is split"
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
     results: dict[str, Any] = {"runs": [], "without_plugin": check_without_plugin(args.model[0])}
     print(f"without the plugin: {results['without_plugin']}", flush=True)
     for folder in args.model:
         for eager in (True, False) if args.compiled else (True,):
-            run = check_model(folder, args.prompts, eager)
+            split = {} if args.tensor_parallel == 1 else {"tensor_parallel_size": args.tensor_parallel}
+            run = check_model(folder, args.prompts, eager, **split)
             print(json.dumps(run, indent=2), flush=True)
             results["runs"].append(run)
             for state in ("cold", "warm"):

@@ -43,6 +43,7 @@ COMMANDS = {
     "convert": ("aligngpt_hub.original.convert", "convert the authors' checkpoints to this format, and back"),
     "export": ("aligngpt_hub.engines.export", "write a model as a plain LLaVA, for other engines"),
     "publish": ("aligngpt_hub.publishing.model", "publish a trained model to the Hub, with code and card"),
+    "republish": ("aligngpt_hub.publishing.republish", "convert, check and publish the authors' weights in one go"),
     "publish-data": ("aligngpt_hub.publishing.dataset", "publish a scored data set to the Hub, with its card"),
     "space": ("aligngpt_hub.demo.space", "make a Gradio Space for a model"),
     "demo": ("aligngpt_hub.demo.command", "start the Gradio demo here"),

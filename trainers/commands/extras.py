@@ -13,7 +13,7 @@ PACKAGE = "aligngpt"
 # Command -> its extra; the others (chat, convert, doctor) need the core alone.
 EXTRAS = {
     **dict.fromkeys(("init", "score", "check", "pretrain", "instruct", "dpo", "grpo", "merge"), "train"),
-    **dict.fromkeys(("export", "publish", "publish-data", "judge", "levels"), "train"),
+    **dict.fromkeys(("export", "publish", "republish", "publish-data", "judge", "levels"), "train"),
     "evaluate": "eval",
     "demo": "demo",
     "serve": "demo",
