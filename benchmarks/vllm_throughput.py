@@ -4,9 +4,9 @@ vLLM: an AlignGPT beside vLLM's own LLaVA with the same parts, 64 requests at on
     python benchmarks/vllm_throughput.py make --output runs/throughput
     .venv-engines/bin/python benchmarks/vllm_throughput.py measure --folder runs/throughput
 
-The second command needs vLLM's environment (`make engines-smoke` makes it). vLLM's LLaVA imports torchvision; where that
-is a build for CUDA beside a torch for CPUs, `--torchvision DIR` names a folder with it, and the operators it misses are
-declared here (nothing of them is called: towers and image processors of both run without).
+The second command needs vLLM's environment (`make engines-smoke` makes it). vLLM's LLaVA imports torchvision; where
+that is a build for CUDA beside a torch for CPUs, `--torchvision DIR` names a folder with it (`pip install --no-deps
+--target DIR torchvision`), and the operators that it misses are declared here; none of them is called.
 """
 
 import argparse
@@ -14,7 +14,9 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 
@@ -44,14 +46,20 @@ def make(output: Path) -> None:
         raise SystemExit(status)
 
 
-def declare_torchvision(folder: Path) -> None:
-    import torch
+DECLARE = """\
+import torch
+library = torch.library.Library("torchvision", "DEF")
+for name in ("nms", "qnms"):
+    library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+"""
 
-    sys.path.insert(0, str(folder))
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    globals()["_library"] = library  # declared for as long as this process lives
+
+def with_torchvision(folder: Path) -> None:
+    """Starts this program again, so that it and the processes that vLLM starts find torchvision and its operators."""
+    place = Path(tempfile.mkdtemp(prefix="aligngpt-torchvision-"))
+    (place / "sitecustomize.py").write_text(DECLARE)
+    os.environ["PYTHONPATH"] = f"{place}{os.pathsep}{folder.resolve()}"
+    os.execv(sys.executable, [sys.executable, *sys.argv])
 
 
 def prompts_of(processor, images: list, questions: list[str]) -> list[dict]:
@@ -125,7 +133,7 @@ def measure(folder: Path, requests: int, tokens: int, rounds: int, cached: bool)
                 found[name].append(spent)
         if number and number <= 2 and not cached:
             prompts = prompts_of(ours, images, questions)
-            found["one after the other"].append(seconds_of(lambda: answer(model, ours, images, prompts, tokens)))
+            found["one after the other"].append(seconds_of(partial(answer, model, ours, images, prompts, tokens)))
     ratios = [llava / own for own, llava in zip(found["aligngpt"], found["llava"], strict=True)]
     result = {"requests": requests, "tokens": tokens, "rounds": rounds, "cached": cached, "seconds": found}
     result["throughput, of LLaVA's"] = interval(ratios)
@@ -160,8 +168,8 @@ def main() -> None:
     if args.command == "make":
         make(args.folder)
         return
-    if args.torchvision:
-        declare_torchvision(args.torchvision)
+    if args.torchvision and "aligngpt-torchvision-" not in os.environ.get("PYTHONPATH", ""):
+        with_torchvision(args.torchvision)
     print(json.dumps(measure(args.folder, args.requests, args.tokens, args.rounds, args.cached), indent=2))
 
 

@@ -143,7 +143,8 @@ class AlignGPTForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP
         """The language model's hidden states; see vLLM's models."""
         if intermediate_tensors is not None:
             inputs_embeds = None
-        return self.language_model.model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
+        # not its `.model`: where vLLM has no class of its own (Phi), that is transformers', which is called otherwise
+        return self.language_model(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Logits `(T, vocab_size)`, those of `suppress_tokens` left out as in transformers."""

@@ -30,11 +30,13 @@ MORE = {
     "siglip-mistral": ({"model_type": "siglip_vision_model"}, {"model_type": "mistral"}, {}),
     "s2-qwen2-local": ({}, {"model_type": "qwen2"}, {"vision_scales": [1, 2], "align_mode": "local"}),
     "clip-gemma-global": ({}, {"model_type": "gemma", "head_dim": 32}, {"align_mode": "global"}),
-    "siglip-phi-mean": (
+    "siglip-qwen3-mean": (
         {"model_type": "siglip_vision_model"},
-        {"model_type": "phi", "partial_rotary_factor": 0.5},
-        {"align_mode": "mean", "lm_head_bias": True},
+        {"model_type": "qwen3", "head_dim": 32},
+        {"align_mode": "mean"},
     ),
+    # vLLM runs this language model by transformers' class
+    "clip-phi": ({}, {"model_type": "phi", "partial_rotary_factor": 0.5}, {"lm_head_bias": True}),
 }
 
 
