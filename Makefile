@@ -40,8 +40,9 @@ faults: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/suite.py --minutes $(MINUTES)
 
 # The site: all pages, and a reference made of the code; broken links and settings without a text fail it
-docs: $(VENV)/.installed-dev
+docs: $(VENV)/.installed-dev browser
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python docs/site/build.py
+	$(BIN)/python docs/site/search_check.py build/site
 
 # The notebooks from top to bottom, and the pictures in them
 notebooks: $(VENV)/.installed-dev
@@ -59,6 +60,12 @@ engines: $(ENGINES)/.installed runs/quickstart/results.json $(VENV)/.installed-d
 	$(BIN)/python tests/engines/make_models.py runs/engines
 	$(ENGINES)/bin/python tests/engines/vllm_check.py --model runs/quickstart/instruct --model runs/engines/sentencepiece \
 		--prompts $(PROMPTS) --compiled --output runs/engines/vllm.json
+	# other towers, language models and ways to mix levels; then the language model split over two processes
+	$(BIN)/python tests/engines/make_models.py runs/engines --more
+	$(ENGINES)/bin/python tests/engines/vllm_check.py --prompts 96 --output runs/engines/vllm-more.json \
+		$(foreach name,siglip-mistral s2-qwen2-local clip-gemma-global siglip-qwen3-mean clip-phi,--model runs/engines/$(name))
+	VLLM_CPU_OMP_THREADS_BIND="0|1" $(ENGINES)/bin/python tests/engines/vllm_check.py --model runs/engines/sentencepiece \
+		--prompts 96 --tensor-parallel 2
 	ALIGNGPT_SHARDED=all $(BIN)/python -m pytest -q tests/trainers/test_sharded.py
 
 # what CI runs: 96 prompts, one model, not compiled; benchmarks answered by vLLM; one training by ZeRO-3

@@ -131,7 +131,7 @@ def measure(folder: Path, requests: int, tokens: int, rounds: int, cached: bool)
             )
             if number:
                 found[name].append(spent)
-        if number and number <= 2 and not cached:
+        if number == 1 and not cached:
             prompts = prompts_of(ours, images, questions)
             found["one after the other"].append(seconds_of(partial(answer, model, ours, images, prompts, tokens)))
     ratios = [llava / own for own, llava in zip(found["aligngpt"], found["llava"], strict=True)]

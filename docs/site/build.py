@@ -124,10 +124,14 @@ def copy(paths: list[Path]) -> None:
 
 def copy_notebook(path: Path) -> None:
     """A notebook as a page beside it, with its outputs."""
+    import nbformat
     from nbconvert import MarkdownExporter
 
     images = f"{path.stem}_files"
-    text, resources = MarkdownExporter().from_filename(str(path), {"output_files_dir": images})
+    notebook = nbformat.read(path, as_version=4)
+    # what code is highlighted as; a kernel writes it when it runs
+    notebook.metadata.setdefault("language_info", {})["name"] = notebook.metadata.kernelspec.language
+    text, resources = MarkdownExporter().from_notebook_node(notebook, {"output_files_dir": images})
     (path.parent / images).mkdir(exist_ok=True)
     for name, content in resources["outputs"].items():
         (path.parent / name).write_bytes(content)
@@ -225,6 +229,10 @@ def _setting_row(where: str, field: dataclasses.Field) -> str:
     return f"| `{field.name}` | {default} | {text.replace('|', chr(92) + '|')} |"
 
 
+# in place of the script that the theme would fetch, for pages that are opened from a folder
+FOLDER_SEARCH = "assets/folder-search.js"
+
+
 def finish(output: Path) -> None:
     """
     Names what the theme leaves without a name, for screen readers and keyboards; nothing is fetched from elsewhere.
@@ -234,6 +242,8 @@ def finish(output: Path) -> None:
     """
     for page in output.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
+        own = "../" * (len(page.relative_to(output).parts) - 1) + FOLDER_SEARCH
+        text = text.replace("https://unpkg.com/iframe-worker/shim", own)
         foreign = re.findall(r"<(?:script|link)[^>]+(?:src|href)=[\"']?(https?://[^\"' >]+)", text)
         if foreign:
             raise SystemExit(f"{page.relative_to(output)} fetches {foreign[0]}: keep it with the site.")

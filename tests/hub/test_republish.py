@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 from local_hub.client import run_command, run_script
-from local_hub.repos import HubError
 from local_hub.server import HubServer
 from parity.golden import GOLDEN, read_json
 
@@ -81,20 +80,20 @@ def test_one_command_from_their_weights_to_both_forms(hub, tmp_path, answers):
     assert len(hub.commits("models", "user/tiny")) <= 2
 
 
-def test_an_answer_that_differs_stops_it_before_anything_is_sent(hub, tmp_path, answers):
+def test_an_answer_that_differs_stops_it_before_anything_is_sent(tmp_path, answers, capsys):
     rows = [json.loads(line) for line in answers.read_text().splitlines()]
     rows[1] = {**rows[1], "answer": "a whale", "ids": None}
     answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = run_command(hub, *words(tmp_path, answers, "user/other"))
-    assert result.returncode == 2
-    assert "answers.jsonl, line 2: the model answers" in result.stderr and "'a whale'" in result.stderr
-    with pytest.raises(KeyError):
-        hub.files("models", "user/other")
+    local = ["--checkpoint", str(GOLDEN / "checkpoint"), "--vision-tower", str(GOLDEN / "clip-vit-tiny")]
+    common = ["republish", *local, "--output", str(tmp_path / "converted"), "--answers", str(answers)]
+    common += ["--repo-id", "user/other", "--dry-run"]
+    assert cli.main(common) == 2
+    error = capsys.readouterr().err
+    assert "answers.jsonl, line 2: the model answers" in error and "'a whale'" in error
     share = (len(rows) - 1) / len(rows)
-    result = run_command(hub, *words(tmp_path, answers, "user/other", "--min-equal", share, "--no-llava"))
-    assert result.returncode == 0, result.stderr[-2000:]
-    with pytest.raises(HubError, match="llava"):
-        hub.files("models", "user/other", "llava")
+    assert cli.main([*common, "--min-equal", str(share), "--no-llava"]) == 0
+    said = capsys.readouterr().out
+    assert "not converted again" in said and "dry run: nothing was sent" in said and "plain LLaVA" not in said
 
 
 @pytest.mark.parametrize(

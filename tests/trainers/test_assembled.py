@@ -45,8 +45,9 @@ def in_memory(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", ["clip", "siglip tower"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("clip", torch.float32), ("siglip tower", torch.bfloat16)], ids=["clip", "siglip in bfloat16"]
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_folder_without_holding_it(tmp_path, in_memory, family, kind, dtype):
     language_model = save_language_model(tmp_path / "lm", **FAMILIES[family])
