@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from local_hub.client import run_command
+from local_hub.server import HubServer
 from modeling.test_assembly import save_language_model, save_tower
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -122,3 +124,18 @@ def test_the_command_describes_what_it_wrote(tmp_path, capsys):
     counts = [int(line.split()[-2].replace(",", "")) for line in said.splitlines() if line.endswith("parameters")]
     assert sum(counts) == size
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_from_the_hub_and_again_from_its_cache_without_a_network(tmp_path):
+    save_language_model(tmp_path / "lm")
+    save_tower(tmp_path / "tower", "clip")
+    with HubServer(tmp_path / "hub") as hub:
+        hub.add_repo("models", "some/llm", tmp_path / "lm")
+        hub.add_repo("models", "some/tower", tmp_path / "tower")
+        words = ["init", "--llm", "some/llm", "--vision_tower", "some/tower", "--output"]
+        result = run_command(hub, *words, tmp_path / "one", home=tmp_path / "home")
+        assert result.returncode == 0, result.stderr[-3000:]
+    # the server is gone
+    result = run_command(hub, *words, tmp_path / "other", home=tmp_path / "home", HF_HUB_OFFLINE="1")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_same_folder(tmp_path / "one", tmp_path / "other")

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
 
-from aligngpt_shared.references import is_hub_id
 from aligngpt_shared.weights import StoredWeights, read_weights, save_model
 from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
 from modeling_aligngpt.assembly import (
@@ -42,7 +41,9 @@ def write_assembled(
     another form than their class are assembled in memory.
 
     Args:
-        as [`assemble`]; folder: where to write. max_shard_size: greatest size of a weight file.
+        language_model, vision_tower, dtype, seed, chat_template, config_overrides: as [`assemble`].
+        folder: where to write.
+        max_shard_size: greatest size of a weight file.
 
     Returns:
         The model (without its weights where they stayed on disk), and its processor.
@@ -51,10 +52,9 @@ def write_assembled(
         ValueError: as [`assemble`]; a weight file that cannot be read.
     """
     config, tokenizer, template = plan(language_model, vision_tower, chat_template=chat_template, **config_overrides)
-    weights = None
-    if is_local_or_hub(language_model) and is_local_or_hub(vision_tower):
-        llm, tower = local_copy(language_model), local_copy(vision_tower)
-        weights = _part_weights(config, llm, tower, len(tokenizer), dtype)
+    # both are there: their configs were read
+    llm, tower = local_copy(language_model), local_copy(vision_tower)
+    weights = _part_weights(config, llm, tower, len(tokenizer), dtype)
     if weights is None:
         model, processor = assemble(
             language_model, vision_tower, chat_template=chat_template, dtype=dtype, seed=seed, **config_overrides
@@ -76,10 +76,6 @@ def write_assembled(
     save_model(model, weights, folder, max_shard_size)
     processor.save_pretrained(folder)
     return model, processor
-
-
-def is_local_or_hub(source: str | os.PathLike) -> bool:
-    return os.path.isdir(source) or is_hub_id(os.fspath(source))
 
 
 def _part_weights(

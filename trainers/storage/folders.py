@@ -23,8 +23,14 @@ def at_revision(source: str, revision: str | None, what: str) -> str:
         return source
     if os.path.exists(source):
         raise ValueError(f"{what}_revision={revision!r} has no effect on the folder {source}: leave it out.")
-    from huggingface_hub import list_repo_files, snapshot_download
+    return _snapshot(source, revision)
 
+
+def _snapshot(source: str, revision: str | None) -> str:
+    from huggingface_hub import constants, list_repo_files, snapshot_download
+
+    if constants.HF_HUB_OFFLINE:
+        return snapshot_download(source, revision=revision, local_files_only=True)
     skip = list(NOT_NEEDED)
     if any(name.endswith(".safetensors") for name in list_repo_files(source, revision=revision)):
         skip.append("*.bin")
@@ -32,10 +38,8 @@ def at_revision(source: str, revision: str | None, what: str) -> str:
 
 
 def local_copy(source: str | os.PathLike) -> Path:
-    """A folder as it is, or the local copy of a repository on the Hub."""
-    if os.path.isdir(source):
-        return Path(source)
-    return Path(at_revision(os.fspath(source), "main", "model"))
+    """A folder as it is, or the local copy of a repository on the Hub; without a network, what its cache holds."""
+    return Path(source if os.path.isdir(source) else _snapshot(os.fspath(source), None))
 
 
 def find_record(source: str | None, name: str, revision: str | None = None, kind: str = "model") -> dict | None:
