@@ -15,6 +15,8 @@ from .questions import draw_questions
 from .scenes import SPLITS, draw_scenes, render
 
 
+# held-out images that are written as files, too
+SHOWN = 8
 KIND_WEIGHTS = {"exact": 8, "partial": 4, "loose": 2, "wrong": 3, "unrelated": 3}
 
 
@@ -149,7 +151,8 @@ def write_world(
     """Write pairs and conversations, each a `datasets` folder with the splits `train` and `heldout`.
 
     Args:
-        output: a folder; `output/pairs` and `output/conversations` are replaced, each when it is complete.
+        output: a folder; `output/pairs`, `output/conversations` and `output/images` (the first held-out images, as
+            files) are replaced, each when it is complete.
         pairs, conversations: rows of the training split.
         heldout_pairs, heldout_conversations: rows of the held-out split.
         seed: seeds everything.
@@ -174,4 +177,9 @@ def write_world(
         with new_folder(folder, replace=True) as beside:
             DatasetDict(splits).save_to_disk(str(beside))
         written |= {f"{name}/{split}": n for split, n in numbers[name].items()}
+    # a few held-out scenes as files, to ask a model about
+    shown = make_conversations(min(SHOWN, heldout_conversations), seed=seed, split="heldout", progress=False)
+    with new_folder(Path(output, "images"), replace=True) as beside:
+        for number, row in enumerate(shown):
+            row["images"][0].save(beside / f"{number}.png")
     return written

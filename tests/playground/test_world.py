@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 from datasets import load_from_disk
+from PIL import Image
 
 from aligngpt_playground import (
     CATEGORIES,
@@ -233,6 +234,10 @@ def test_write_world_and_command(tmp_path, capsys):
     assert main([*command, "--heldout-pairs", "3", "--heldout-conversations", "2"]) == 0
     assert "pairs/train: 5 rows" in capsys.readouterr().out
     assert len(load_from_disk(tmp_path / "pairs")["train"]) == 5
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["conversations", "pairs"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["conversations", "images", "pairs"]
+    heldout = load_from_disk(tmp_path / "conversations")["heldout"]
+    assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["0.png", "1.png"]
+    with Image.open(tmp_path / "images" / "1.png") as image:
+        assert (np.asarray(image) == np.asarray(heldout[1]["images"][0])).all()
     assert main(["make", "--output", str(tmp_path), "--pairs", "-1"]) == 2
     assert "n is -1" in capsys.readouterr().err
