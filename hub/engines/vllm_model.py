@@ -1,5 +1,6 @@
 """AlignGPT in vLLM: tower, projector, levels and gate are this project's own; the language model is vLLM's."""
 
+from collections import OrderedDict
 from collections.abc import Iterable
 
 import torch
@@ -29,6 +30,10 @@ from .vllm_processor import (
     AlignGPTMultiModalProcessor,
     AlignGPTProcessingInfo,
 )
+
+
+# images whose tokens are kept for further questions: of 576 tokens of 4,096 in bfloat16 each takes 4.7 MB
+KEPT_IMAGES = 16
 
 
 class AlignGPTEncoder(AlignGPTModel):
@@ -102,11 +107,13 @@ class AlignGPTForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP
                 prefix=maybe_prefix(prefix, "language_model"),
                 architectures=list(names),
             )
+        self._seen: OrderedDict[int, torch.Tensor] = OrderedDict()
         self.make_empty_intermediate_tensors = self.language_model.make_empty_intermediate_tensors
 
     def embed_multimodal(
         self,
         pixel_values: torch.Tensor | None = None,
+        pixel_keys: torch.Tensor | None = None,
         num_pixel_values: torch.Tensor | None = None,
         gate_ids: torch.Tensor | None = None,
         num_gate_ids: torch.Tensor | None = None,
@@ -118,8 +125,7 @@ class AlignGPTForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP
         """
         if pixel_values is None:
             return []
-        features = self.encoder.get_image_features(pixel_values.to(self.encoder.dtype)).pooler_output
-        of_items = torch.stack(list(features)).split(num_pixel_values.tolist())
+        of_items = self._image_tokens(pixel_values, pixel_keys.tolist()).split(num_pixel_values.tolist())
         prompts = gate_ids.split(num_gate_ids.tolist())
         found = []
         for images, ids, level in zip(of_items, prompts, align_levels.tolist(), strict=True):
@@ -131,6 +137,25 @@ class AlignGPTForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP
             vector = self.encoder.align_vector(images, embeds.mean(0), level)
             found.append(torch.cat([vector[None], images[0]]))
         return found
+
+    def _image_tokens(self, pixel_values: torch.Tensor, keys: list[int]) -> torch.Tensor:
+        """
+        Image tokens `(I, S, D)`. vLLM keeps an embedding for one question alone, since the alignment vector is in it;
+        the tower's part is the same for every question, and is kept here.
+        """
+        new = list(dict.fromkeys(key for key in keys if key not in self._seen))
+        found = {key: self._seen[key] for key in keys if key in self._seen}
+        if new:
+            pixels = pixel_values[[keys.index(key) for key in new]]
+            features = self.encoder.get_image_features(pixels.to(self.encoder.dtype)).pooler_output
+            # copies: a part of the batch would keep all of it
+            found |= {key: tokens.clone() for key, tokens in zip(new, features, strict=True)}
+        for key in keys:
+            self._seen[key] = found[key]
+            self._seen.move_to_end(key)
+        while len(self._seen) > KEPT_IMAGES:
+            self._seen.popitem(last=False)
+        return torch.stack([found[key] for key in keys])
 
     def forward(
         self,
@@ -154,4 +179,5 @@ class AlignGPTForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsPP
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        self._seen.clear()
         return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)

@@ -7,6 +7,7 @@ tokens; both places count as its placeholder, and what the vector depends on is 
 or of embeddings, hands one question's vector to another.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -157,6 +158,7 @@ class AlignGPTMultiModalProcessor(BaseMultiModalProcessor[AlignGPTProcessingInfo
         return BatchFeature(
             {
                 "pixel_values": pixels,
+                "pixel_keys": torch.tensor([_key(each) for each in pixels]),
                 "num_pixel_values": torch.tensor([len(of_item) for of_item in shown.values()]),
                 # one more than is read: a field of a request is never empty
                 "gate_ids": torch.tensor([token for ids in gate for token in [*ids, 0]]),
@@ -171,6 +173,7 @@ class AlignGPTMultiModalProcessor(BaseMultiModalProcessor[AlignGPTProcessingInfo
         by_size, one_each = MultiModalFieldConfig.flat_from_sizes, MultiModalFieldConfig.batched
         return {
             "pixel_values": by_size("image", hf_inputs["num_pixel_values"]),
+            "pixel_keys": by_size("image", hf_inputs["num_pixel_values"], keep_on_cpu=True),
             "num_pixel_values": one_each("image", keep_on_cpu=True),
             "gate_ids": by_size("image", hf_inputs["num_gate_ids"]),
             "num_gate_ids": one_each("image", keep_on_cpu=True),
@@ -189,3 +192,9 @@ class AlignGPTMultiModalProcessor(BaseMultiModalProcessor[AlignGPTProcessingInfo
             return PromptUpdateDetails.select_token_ids(ids, [config.align_token_id, *image])
 
         return [PromptReplacement(modality="image", target=target, replacement=replacement)]
+
+
+def _key(pixels: torch.Tensor) -> int:
+    """What an image's tokens are kept under, for other questions about it: 63 bits of a digest of its pixels."""
+    digest = hashlib.blake2b(pixels.contiguous().numpy().tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
