@@ -1,6 +1,7 @@
 """The `aligngpt` command: both stages and a question in a row, and the errors that a user meets."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -338,3 +339,15 @@ def test_a_full_disk_is_a_sentence_for_every_library(monkeypatch, capsys):
     monkeypatch.setattr(cli, "_run", lambda *_: (_ for _ in ()).throw(KeyError("a")))
     with pytest.raises(KeyError):
         cli.main(["score"])
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_seen_enough_is_no_error(unbuffered):
+    """`aligngpt --help | head -3`: the pipe is closed before all of it is written."""
+    command = [sys.executable, "-m", "aligngpt_trainers", "--help"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    process.stdout.close()
+    said = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait(60) == 141 and said == ""

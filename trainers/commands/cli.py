@@ -86,6 +86,17 @@ Several processes: `aligngpt COMMAND ... --accelerate_config FILE|ddp|fsdp2|zero
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status: 0, or 2 after a one-line error about what the user gave."""
+    try:
+        status = _main(argv)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # whoever read the output has seen enough (`| head`); Python must not try to write the rest
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _main(argv: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("ALIGNGPT_DEBUG", "0") not in ("", "0")
     if words and words[0] == "--debug":
@@ -109,9 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(command, words)
     except BrokenPipeError:
-        # whoever read the output has seen enough (`| head`); Python must not try to write the rest
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        raise
     except Exception as error:
         # what users can cause: values, files and missing optional packages; a full disk is safetensors' own error, and
         # of tokenizers a bare Exception
