@@ -179,7 +179,7 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 
 def test_folders_are_evaluated_from_end_to_end(untrained_folder, tmp_path):
     write_world(tmp_path, 20, 20, 6, 4, progress=False)
-    (tmp_path / "images").mkdir()
+    (tmp_path / "images").mkdir(exist_ok=True)
     captions = evaluate_captions(untrained_folder, tmp_path / "pairs", tmp_path / "images", examples=2)
     assert captions["number"] == 6 and [entry["level"] for entry in captions["by_level"]] == [0, 7]
     assert [len(example["by_level"]) for example in captions["examples"]] == [8, 8]
