@@ -179,11 +179,11 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 
 def test_folders_are_evaluated_from_end_to_end(untrained_folder, tmp_path):
     write_world(tmp_path, 20, 20, 6, 4, progress=False)
-    (tmp_path / "images").mkdir(exist_ok=True)
-    captions = evaluate_captions(untrained_folder, tmp_path / "pairs", tmp_path / "images", examples=2)
+    (tmp_path / "shown").mkdir()
+    captions = evaluate_captions(untrained_folder, tmp_path / "pairs", tmp_path / "shown", examples=2)
     assert captions["number"] == 6 and [entry["level"] for entry in captions["by_level"]] == [0, 7]
     assert [len(example["by_level"]) for example in captions["examples"]] == [8, 8]
-    found = evaluate_questions(untrained_folder, tmp_path / "conversations", tmp_path / "images")
+    found = evaluate_questions(untrained_folder, tmp_path / "conversations", tmp_path / "shown")
     rows, overall = found["questions"]["rows"], found["questions"]["overall"]
     assert overall["number"] == sum(row["number"] for row in rows)
     right = sum(row["accuracy"] * row["number"] for row in rows)
@@ -194,4 +194,4 @@ def test_folders_are_evaluated_from_end_to_end(untrained_folder, tmp_path):
     assert f"gets {sum(chances) / len(chances):.3f} right" in found["questions"]["notes"][0]
     assert sum(found["gate"]["mean"]) == pytest.approx(1, abs=1e-3)
     assert found["gate"]["top"] >= max(max(row["weights"]) for row in found["gate"]["by_type"])
-    assert len(list((tmp_path / "images").glob("*.png"))) >= 3
+    assert len(list((tmp_path / "shown").glob("*.png"))) >= 3
