@@ -148,7 +148,7 @@ def _load(model_class: type, folder: Path, depth: int | None):
     config = model_class.config_class.from_pretrained(folder)
     text, count = config.text_config, config.text_config.num_hidden_layers
     for name, value in vars(text).items():
-        if isinstance(value, list) and len(value) == count:
+        if isinstance(value, (list, tuple)) and len(value) == count:
             setattr(text, name, value[:depth])
     text.num_hidden_layers = min(depth, count)
     model, report = model_class.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)

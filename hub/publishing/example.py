@@ -2,12 +2,37 @@
 
 from pathlib import Path
 
+import torch
+from PIL import Image
+
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 from modeling_aligngpt.images_aligngpt import read_image
 
 
 IMAGE = "assets/example.png"
 LARGEST_SIDE, MOST_TOKENS = 512, 128
+
+
+def ask(
+    model: AlignGPTForConditionalGeneration,
+    processor: AlignGPTProcessor,
+    image: Image.Image | None,
+    question: str,
+    max_new_tokens: int,
+) -> torch.Tensor:
+    """The tokens `(T,)` of a greedy answer, about an image or about none."""
+    content = [] if image is None else [{"type": "image", "image": image}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    ).to(model.device)
+    if image is not None:
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return ids[0, inputs["input_ids"].shape[1] :]
 
 
 def answer_example(folder: Path, image: str, question: str, output: Path) -> dict[str, str]:
@@ -29,17 +54,8 @@ def answer_example(folder: Path, image: str, question: str, output: Path) -> dic
     shown = read_image(image)
     model = AlignGPTForConditionalGeneration.from_pretrained(folder).eval()
     processor = AlignGPTProcessor.from_pretrained(folder)
-    content = [{"type": "image", "image": shown}, {"type": "text", "text": question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    ids = model.generate(**inputs, max_new_tokens=MOST_TOKENS, do_sample=False)
-    answer = processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    ids = ask(model, processor, shown, question, MOST_TOKENS)
+    answer = processor.tokenizer.decode(ids, skip_special_tokens=True)
     small = shown.copy()
     small.thumbnail((LARGEST_SIDE, LARGEST_SIDE))
     (output / IMAGE).parent.mkdir(parents=True, exist_ok=True)

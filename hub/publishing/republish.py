@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from aligngpt_shared.files import read_json
 from aligngpt_shared.references import is_hub_id
 
 from ..folders import stays_inside
@@ -103,23 +104,15 @@ def compare_answers(folder: Path, recorded: Sequence[Recorded], device: str | No
     from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
     from modeling_aligngpt.images_aligngpt import read_image
 
+    from .example import ask
+
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = AlignGPTForConditionalGeneration.from_pretrained(folder).to(device).eval()
     processor = AlignGPTProcessor.from_pretrained(folder)
     different = []
     for each in tqdm(recorded, desc="recorded answers", unit="answer", disable=len(recorded) < 2):
-        content = [{"type": "image", "image": read_image(each.image)}] if each.image else []
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": [*content, {"type": "text", "text": each.question}]}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        ).to(device)
-        if each.image:
-            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-        ids = model.generate(**inputs, max_new_tokens=each.max_new_tokens, do_sample=False)
-        new = ids[0, inputs["input_ids"].shape[1] :]
+        image = read_image(each.image) if each.image else None
+        new = ask(model, processor, image, each.question, each.max_new_tokens)
         answer = processor.tokenizer.decode(new, skip_special_tokens=True)
         made = [token for token in new.tolist() if token != processor.tokenizer.eos_token_id]
         same = answer.strip() == each.answer.strip() if each.ids is None else made == list(each.ids)
@@ -161,7 +154,9 @@ def converted(args: argparse.Namespace) -> Path:
 
 def original_parts(folder: Path, given: Sequence[str | None]) -> list[str]:
     """Hub ids of language model and tower: those given, else those that the authors' config names."""
-    config = json.loads((folder / "original" / "config.json").read_text(encoding="utf-8"))
+    from ..original.format import ORIGINAL_FOLDER
+
+    config = read_json(folder / ORIGINAL_FOLDER / "config.json")
     named = (config.get("_name_or_path"), config.get("mm_vision_tower"))
     found = [name if name and is_hub_id(name) else other for name, other in zip(given, named, strict=True)]
     return [name for name in found if isinstance(name, str) and is_hub_id(name)]
