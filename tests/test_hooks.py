@@ -75,6 +75,8 @@ OVERRIDDEN = {
     "trl.trainer.base_trainer:_BaseTrainer.create_model_card": "self, model_name, dataset_name, tags",
     "trl.trainer.dpo_trainer:DataCollatorForVisionPreference.torch_call": "self, examples",
     "trl.trainer.dpo_trainer:DPOTrainer._set_signature_columns_if_needed": "self",
+    "trl.trainer.grpo_trainer:GRPOTrainer._generate_and_score_completions": "self, inputs",
+    "trl.trainer.grpo_trainer:GRPOTrainer._generate_single_turn": "self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images",
     "trl.trainer.grpo_trainer:GRPOTrainer._get_per_token_logps_and_entropies": "self, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss, pixel_values, image_grid_thw, num_images, pixel_attention_mask, spatial_shapes, num_tiles, image_sizes, token_type_ids, mm_token_type_ids, image_position_ids",
     "trl.trainer.sft_trainer:SFTTrainer._save_checkpoint": "self, model, trial",
     "trl.trainer.sft_trainer:SFTTrainer._set_signature_columns_if_needed": "self",

@@ -11,11 +11,12 @@ command goes on where it was.
 import argparse
 import concurrent.futures
 import json
+import math
 import multiprocessing
 import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from .variants import PRETRAINS, VARIANTS, Settings, Variant, run_path
 
 
 SETTINGS_NAME = "settings.json"
+_DEFAULTS = {field.name: field.default for field in fields(Settings) if field.default is not MISSING}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="seeds worked on at once, a process each (%(default)s)")
     parser.add_argument("--variants", help="only these, with semicolons between their names (default: all)")
     parser.add_argument("--parts", type=Path, help="folder with clip/ and llama/ to use instead of the package's own")
+    for name in ("batch_size", "pretrain_learning_rate", "instruct_learning_rate"):
+        value = _DEFAULTS[name]
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help="%(default)s")
+    parser.add_argument("--lora-r", type=int, default=0, help="rank of LoRA adapters in stage 2; 0: train all of it")
+    parser.add_argument("--bf16", action="store_true", help="products in bfloat16")
     parser.add_argument("--keep-models", action="store_true", help="keep the models of stage 1 of finished seeds")
 
 
@@ -48,14 +55,16 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    for name in ("seeds", "pairs", "pretrain_steps", "conversations", "heldout", "jobs"):
+    for name in ("seeds", "pairs", "pretrain_steps", "conversations", "heldout", "jobs", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
+    for name in ("pretrain_learning_rate", "instruct_learning_rate", "lora_r"):
+        if not 0 <= getattr(args, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 0 or more")
     output = args.output.absolute()
     parts = args.parts.absolute() if args.parts else None
-    settings = Settings(
-        args.pairs, args.pretrain_steps, args.conversations, args.heldout, parts=parts.name if parts else "package"
-    )
+    options = {field.name: getattr(args, field.name) for field in fields(Settings) if hasattr(args, field.name)}
+    settings = Settings(**{**options, "parts": parts.name if parts else "package"})
     variants = _select(args.variants)
     _open_output(output, settings)
     started = time.perf_counter()
@@ -93,7 +102,8 @@ def _open_output(output: Path, settings: Settings) -> None:
     """Make the folder, or check that it holds runs of the same settings."""
     path = output / SETTINGS_NAME
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        # a setting that was not there yet had its default
+        before = {**_DEFAULTS, **json.loads(path.read_text(encoding="utf-8"))}
         changed = [name for name, value in asdict(settings).items() if before.get(name) != value]
         if changed:
             shown = ", ".join(f"{name} {before.get(name)}" for name in changed)

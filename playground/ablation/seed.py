@@ -136,6 +136,7 @@ class SeedRuns:
         from datasets import load_from_disk
 
         from aligngpt_trainers import AlignGPTInstructConfig, AlignGPTInstructTrainer
+        from aligngpt_trainers.lora import LoraArguments, lora_config
         from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
         folder = self.pretrained(variant.pretrain)
@@ -144,6 +145,7 @@ class SeedRuns:
         processor = AlignGPTProcessor.from_pretrained(folder)
         heldout = load_from_disk(str(self.world / "heldout" / "conversations"))["heldout"]
         rows = self._instruction_rows(variant)
+        rank = self.settings.lora_r
         steps = -(-self.settings.conversations // self.settings.batch_size)
         config = AlignGPTInstructConfig(
             output_dir=str(save_to or self.world / "unused"),
@@ -158,7 +160,14 @@ class SeedRuns:
         compared = None if variant.data == "noisy" else heldout
         seconds = time.perf_counter()
         with silent():
-            trainer = AlignGPTInstructTrainer(model, config, rows, eval_dataset=compared, processing_class=processor)
+            trainer = AlignGPTInstructTrainer(
+                model,
+                config,
+                rows,
+                eval_dataset=compared,
+                processing_class=processor,
+                peft_config=lora_config(LoraArguments(use_peft=True, lora_r=rank), model) if rank else None,
+            )
             if without:
                 trainer.data_collator = Without(trainer.data_collator, model.config.align_token_id)
             trainer.train()
@@ -169,7 +178,8 @@ class SeedRuns:
             if compared is not None:
                 figures["loss"] = trainer.evaluate()["eval_loss"]
                 figures["loss_by_level"] = measures.loss_by_level(trainer) if variant.group == "method" else None
-        asked = self._loaded(trainer.model, processor, without)
+        trained = trainer.model.merge_and_unload() if rank else trainer.model
+        asked = self._loaded(trained, processor, without)
         figures |= self._noisy_figures(asked, without) if variant.data == "noisy" else self._answers(asked, heldout)
         if not without:
             question = DESCRIBE if variant.data == "noisy" else None
@@ -181,7 +191,7 @@ class SeedRuns:
             **figures,
             "captions": json.loads((folder / "captions.json").read_text(encoding="utf-8")),
             "gate": [{"mean": measures.mean(column), "spread": measures.spread(column)} for column in columns],
-            "align_norm": measures.align_norm(trainer.model),
+            "align_norm": measures.align_norm(trained),
             "seconds": round(seconds, 2),
         }
 
@@ -229,6 +239,7 @@ class SeedRuns:
         return {
             "max_length": 256,
             "use_cpu": True,
+            "bf16": self.settings.bf16,
             "gradient_checkpointing": False,
             "logging_strategy": "no",
             "save_strategy": "no",

@@ -90,7 +90,17 @@ VARIANTS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What the figures depend on; a folder holds runs of one of these."""
+    """What the figures depend on; a folder holds runs of one of these.
+
+    Args:
+        pairs, pretrain_steps, pretrain_learning_rate, image_token_penalty: of stage 1.
+        conversations, instruct_learning_rate: of stage 2.
+        heldout: images of either kind that are captioned and asked about.
+        batch_size: rows of a step.
+        parts: name of the folder with the tiny parts.
+        lora_r: rank of LoRA adapters of the language model in stage 2; 0 trains it whole.
+        bf16: products in bfloat16.
+    """
 
     pairs: int
     pretrain_steps: int
@@ -101,6 +111,8 @@ class Settings:
     image_token_penalty: float = 0.1
     instruct_learning_rate: float = 1e-3
     parts: str = "package"
+    lora_r: int = 0
+    bf16: bool = False
 
 
 def run_path(output: Path, seed: int, variant: Variant) -> Path:

@@ -105,6 +105,58 @@ def test_the_model_before_is_read_alike(folder, tmp_path):
     assert abs(kl[0]) < 1e-6 < max(kl[1:]), kl
 
 
+def test_levels_of_rows_reach_answers_and_their_scores(folder, tmp_path):
+    """Through TRL's shuffles and splits each row keeps its level: in generation, in scoring, in every training step."""
+    levels = [0, 3, 7, 5]
+    data = rows().add_column("align_level", levels)
+    trainer = trainer_for(
+        folder, tmp_path, data, beta=0.1, per_device_train_batch_size=2, gradient_accumulation_steps=4, num_iterations=2
+    )
+    level_of = {}
+    for row in range(4):
+        text = trainer.processing_class.apply_chat_template(data[row]["prompt"], add_generation_prompt=True)
+        number = trainer.processing_class.tokenizer(f"picture {row}?", add_special_tokens=False)["input_ids"]
+        assert f"picture {row}?" in text
+        level_of[tuple(number)] = levels[row]
+
+    def expected(ids: list[int]) -> int:
+        found = [
+            level
+            for number, level in level_of.items()
+            if any(tuple(ids[at : at + len(number)]) == number for at in range(len(ids)))
+        ]
+        assert len(found) == 1
+        return found[0]
+
+    made, scored = [], []
+    generate = trainer.model.generate
+
+    def note_generation(**kwargs):
+        made.extend(zip(kwargs["input_ids"].tolist(), kwargs["align_level"].tolist(), strict=True))
+        return generate(**kwargs)
+
+    def note_scoring(module, args, kwargs):
+        if kwargs.get("labels") is not None:
+            scored.extend(zip(kwargs["input_ids"].tolist(), kwargs["align_level"].tolist(), strict=True))
+
+    trainer.model.generate = note_generation
+    # behind the hook that hands levels over
+    trainer.model.register_forward_pre_hook(note_scoring, with_kwargs=True)
+    trainer.train()
+    assert len(made) == 8 and len(scored) > 8
+    assert [level for _, level in made] == [expected(ids) for ids, _ in made]
+    assert [level for _, level in scored] == [expected(ids) for ids, _ in scored]
+    assert {level for _, level in scored} == set(levels)
+
+
+def test_levels_that_the_model_lacks_are_refused(folder, tmp_path):
+    for levels, message in (([0, 8, 0, 0], "Row 1: align_level is 8; the model has 0 to 7"), ([0, 1, 2, None], "Row 3")):
+        with pytest.raises(ValueError, match=message):
+            trainer_for(folder, tmp_path, rows().add_column("align_level", levels))
+    with pytest.raises(ValueError, match="leave use_vllm"):
+        trainer_for(folder, tmp_path, rows().add_column("align_level", [0] * 4), use_vllm=True)
+
+
 def test_what_cannot_be_tuned_is_refused(folder, tmp_path):
     answered = [
         {"role": "user", "content": "a?"},
@@ -180,6 +232,8 @@ def test_the_command_trains_by_the_judge(folder, tmp_path, capsys):
         ({"image": "gone.png"}, "row 1: no such image file .*gone.png.*image_folder"),
         ({"image": None}, "row 1: no image"),
         ({"answer": "a cat"}, "row 0: no answer, which other rows have"),
+        ({"align_level": 3}, "row 0: no align_level, which other rows have"),
+        ({"align_level": 8}, "row 1: align_level is 8, which the model does not have"),
     ],
 )
 def test_bad_prompts_are_named(change, message, tmp_path):
@@ -188,7 +242,7 @@ def test_bad_prompts_are_named(change, message, tmp_path):
     written[1] = {key: value for key, value in {**written[1], **change}.items() if value is not None}
     path.write_text(json.dumps(written))
     with pytest.raises(ValueError, match=message):
-        load_prompts(str(path))
+        load_prompts(str(path), num_align_levels=8)
 
 
 def test_rewards_are_found_by_name():

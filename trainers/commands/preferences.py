@@ -93,10 +93,10 @@ def grpo_command(argv: Sequence[str]) -> None:
     _check(model_args, data_args, config)
     device = config.device
     rewards = [load_reward(name, reward_args.reward_model, device) for name in reward_args.reward_funcs]
-    rows = load_prompts(data_args.dataset, **_where(data_args))
+    model, processor = _load(model_args)
+    rows = load_prompts(data_args.dataset, **_where(data_args), num_align_levels=model.config.num_align_levels)
     if "exact_match" in reward_args.reward_funcs and "answer" not in rows.column_names:
         raise ValueError(f"reward_funcs: exact_match needs rows with `answer`, which {data_args.dataset} lacks.")
-    model, processor = _load(model_args)
     trainer = AlignGPTGRPOTrainer(
         model, rewards, config, rows, processing_class=processor, peft_config=lora_config(model_args, model)
     )

@@ -44,11 +44,7 @@ def load_preferences(
         source, (split, name, revision), image_folder, partial(_pair, num_align_levels=num_align_levels)
     )
     features: dict[str, Any] = {"images": List(Image()), "prompt": _TEXTS, "chosen": _TEXTS, "rejected": _TEXTS}
-    levels = [row["align_level"] for row in rows]
-    if any(level is not None for level in levels):
-        if None in levels:
-            raise ValueError(f"{title}, row {levels.index(None)}: no align_level, which other rows have.")
-        features["align_level"] = Value("int64")
+    _add_where_all_have(features, "align_level", Value("int64"), rows, title)
     return Dataset.from_list([{key: row[key] for key in features} for row in rows], features=Features(features))
 
 
@@ -59,27 +55,39 @@ def load_prompts(
     name: str | None = None,
     revision: str | None = None,
     image_folder: str | Path | None = None,
+    num_align_levels: int | None = None,
 ) -> Dataset:
     """
-    Rows `images`, `prompt` (chat messages) and, where every row has one, `answer`: what GRPO asks and rewards.
+    Rows `images`, `prompt` (chat messages) and, where every row has them, `answer` and `align_level`: what GRPO asks
+    and rewards, and at which level.
 
     Args:
         source: a file, folder, Hub id or data set, as for [`~data.load.read_rows`], with `prompt` or `question`, and
             `images` or `image`.
         split, name, revision: of a data set.
         image_folder: what relative image paths start from; by default the folder of the file.
+        num_align_levels: the model's, to check levels by.
 
     Raises:
         ValueError: naming the row: no prompt, an empty one, an image that is not there.
     """
-    title, rows = _read(source, (split, name, revision), image_folder, _prompt)
+    title, rows = _read(
+        source, (split, name, revision), image_folder, partial(_prompt, num_align_levels=num_align_levels)
+    )
     features: dict[str, Any] = {"images": List(Image()), "prompt": _TEXTS}
-    answers = [row["answer"] for row in rows]
-    if any(answer is not None for answer in answers):
-        if None in answers:
-            raise ValueError(f"{title}, row {answers.index(None)}: no answer, which other rows have.")
-        features["answer"] = Value("string")
+    _add_where_all_have(features, "answer", Value("string"), rows, title)
+    _add_where_all_have(features, "align_level", Value("int64"), rows, title)
     return Dataset.from_list([{key: row[key] for key in features} for row in rows], features=Features(features))
+
+
+def _add_where_all_have(features: dict[str, Any], column: str, kind: Value, rows: list[dict], title: str) -> None:
+    """Adds a column that not every source has, but then all its rows."""
+    values = [row[column] for row in rows]
+    if all(value is None for value in values):
+        return
+    if None in values:
+        raise ValueError(f"{title}, row {values.index(None)}: no {column}, which other rows have.")
+    features[column] = kind
 
 
 def _read(
@@ -104,7 +112,7 @@ def _read(
     return title, rows
 
 
-def _prompt(record: dict[str, Any], folder: Path | str | None) -> dict[str, Any]:
+def _prompt(record: dict[str, Any], folder: Path | str | None, num_align_levels: int | None) -> dict[str, Any]:
     question = record.get("prompt") if record.get("prompt") is not None else record.get("question")
     if question is None:
         raise BadRow(f"found {', '.join(sorted(record))}; a prompt is `prompt` or `question`")
@@ -119,7 +127,8 @@ def _prompt(record: dict[str, Any], folder: Path | str | None) -> dict[str, Any]
     answer = record.get("answer")
     if answer is not None and not isinstance(answer, str):
         raise BadRow(f"answer is {answer!r}, not a text")
-    return {"images": images, "prompt": prompt, "answer": answer}
+    level = _level(record, num_align_levels)
+    return {"images": images, "prompt": prompt, "answer": answer, "align_level": level}
 
 
 def _pair(record: dict[str, Any], folder: Path | str | None, num_align_levels: int | None) -> dict[str, Any]:
@@ -138,10 +147,14 @@ def _pair(record: dict[str, Any], folder: Path | str | None, num_align_levels: i
     for name, messages in (("prompt", prompt), *answers.items()):
         if not all(message["content"].strip() for message in messages):
             raise BadRow(f"{name} is empty")
+    return {"images": images, "prompt": prompt, **answers, "align_level": _level(record, num_align_levels)}
+
+
+def _level(record: dict[str, Any], num_align_levels: int | None) -> int | None:
     level = record.get("align_level")
     if level is not None and (type(level) is not int or not 0 <= level < (num_align_levels or level + 1)):
         raise BadRow(f"align_level is {level!r}, which the model does not have")
-    return {"images": images, "prompt": prompt, **answers, "align_level": level}
+    return level
 
 
 def _messages(value: Any, role: str) -> list[dict[str, str]]:
