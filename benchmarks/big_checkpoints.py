@@ -141,6 +141,20 @@ def make_adapter(folder: Path, base: Path) -> None:
     AlignGPTProcessor.from_pretrained(base).save_pretrained(folder)
 
 
+def make_sharded(folder: Path, model: Path) -> None:
+    """A checkpoint as a run under FSDP with SHARDED_STATE_DICT saves it, in one process: `model`'s shapes, zeros."""
+    from torch.distributed.checkpoint import FileSystemWriter, save
+
+    from aligngpt_shared.weights import read_weights
+    from aligngpt_trainers.storage.manifest import write_manifest
+    from aligngpt_trainers.storage.shards import WEIGHTS
+
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors*", "original"))
+    state = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in read_weights(model).items()}
+    save({"model": state}, storage_writer=FileSystemWriter(folder / WEIGHTS), no_dist=True)
+    write_manifest(folder)
+
+
 def apart(target, *args: object) -> None:
     """Runs a function in a process of its own: a child's peak begins at what its parent holds."""
     maker = multiprocessing.get_context("spawn").Process(target=target, args=args)
@@ -194,6 +208,11 @@ def main() -> None:
     rows.append(run("merge", "--adapter", args.output / "adapter", "--output", args.output / "merged"))
     rows[-1]["largest shard GB"] = largest(args.output / "merged")
     shutil.rmtree(args.output / "merged")
+    apart(make_sharded, args.output / "sharded", ours)
+    rows.append(run("merge", "--checkpoint", args.output / "sharded", "--output", args.output / "whole"))
+    rows[-1] |= {"command": "merge --checkpoint", "largest shard GB": largest(args.output / "whole")}
+    shutil.rmtree(args.output / "sharded")
+    shutil.rmtree(args.output / "whole")
     llm = args.output / "llm"
     apart(make_language_model, llm, ours)
     shutil.rmtree(ours)

@@ -19,6 +19,7 @@ from .files import read_json
 
 
 Change = Callable[[torch.Tensor], torch.Tensor]
+Read = Callable[[], torch.Tensor]
 
 _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -31,7 +32,7 @@ class StoredWeights(dict[str, torch.Tensor]):
 
     def __init__(self):
         super().__init__()
-        self._sources: dict[str, tuple[Path | torch.Tensor, str, Change | None]] = {}
+        self._sources: dict[str, tuple[Path | torch.Tensor | Read, str, Change | None]] = {}
         self._open: tuple[Path, dict[str, torch.Tensor]] | None = None
 
     @classmethod
@@ -53,6 +54,11 @@ class StoredWeights(dict[str, torch.Tensor]):
         """A tensor that is in memory already."""
         self[name] = torch.empty_like(value, device="meta")
         self._sources[name] = (value, name, None)
+
+    def put_later(self, name: str, meta: torch.Tensor, read: Read) -> None:
+        """A tensor that `read` gives when it is asked for; `meta` has its shape and dtype."""
+        self[name] = meta
+        self._sources[name] = (read, name, None)
 
     def take(self, other: "StoredWeights", name: str, new_name: str | None = None) -> None:
         """An entry of another collection, under a new name."""
@@ -82,7 +88,10 @@ class StoredWeights(dict[str, torch.Tensor]):
     def read(self, name: str) -> torch.Tensor:
         """The values of one tensor."""
         source, own, change = self._sources[name]
-        value = source if isinstance(source, torch.Tensor) else self._stored(source, own)
+        if isinstance(source, Path):
+            value = self._stored(source, own)
+        else:
+            value = source if isinstance(source, torch.Tensor) else source()
         return value if change is None else change(value)
 
     def _stored(self, path: Path, name: str) -> torch.Tensor:

@@ -211,7 +211,7 @@ class SeedRuns:
         answers, weights = asked.answer([image for image, _ in pairs], [question.question for question in questions])
         table, overall = question_table(answers, questions, questions)
         # POPE's way to see a bias
-        yes = [text.lower().startswith("yes") for text, q in zip(answers, questions, strict=True) if q.type == "yes/no"]
+        yes = [text.lower().startswith("yes") for text, q in zip(answers, questions, strict=True) if q.type == "yesno"]
         return {
             "questions": {row.name: row.accuracy for row in [*table, overall]},
             "yes_share": measures.mean(yes) if yes else None,

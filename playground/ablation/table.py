@@ -12,6 +12,7 @@ _T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 MEASURES = {
     "clean": {
         "answers": ("questions", "overall"),
+        "yes-share": ("yes_share",),
         "loss": ("loss",),
         "main object": ("captions", "main object"),
         "all objects": ("captions", "all objects"),
@@ -30,9 +31,10 @@ MEASURES = {
     },
 }
 """
-What the tables show, one for each kind of instruction data. Clean: held-out questions right and loss of their answers
-after stage 2; captions after stage 1, at the top level; how far their quality follows the level (rank correlation); how
-well the judge tells true captions from untrue ones (AUC). Noisy: the same of descriptions after stage 2.
+What the tables show, one for each kind of instruction data. Clean: held-out questions right, how many of those for yes
+or no got a yes (half would be right), and loss of their answers after stage 2; captions after stage 1, at the top
+level; how far their quality follows the level (rank correlation); how well the judge tells true captions from untrue
+ones (AUC). Noisy: the same of descriptions after stage 2.
 """
 
 

@@ -69,6 +69,7 @@ def test_each_seed_and_variant_is_there_with_its_figures(run):
             assert set(content["descriptions"]) == described and len(content["by_level"]["levels"]) == 8
             assert all(-1 <= value <= 1 for value in content["by_level"]["steering"].values())
         else:
+            assert 0 <= content["yes_share"] <= 1
             assert set(content["questions"]) >= {"overall", "what", "count"} and math.isfinite(content["loss"])
             assert (content["loss_by_level"] is not None and len(content["loss_by_level"]) == 8) == gated
 
@@ -134,6 +135,51 @@ def test_other_settings_and_folders_of_others_are_refused(run, random_parts, tmp
     assert main(command(tmp_path / "new", random_parts, "--variants", "gate")) == 2
     assert "--variants: there is no 'gate'; there are gate + global" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_by_lora_only_adapters_and_small_parts_train(random_parts, tmp_path, capsys, monkeypatch):
+    from aligngpt_playground.ablation.seed import SeedRuns
+    from aligngpt_trainers import AlignGPTInstructTrainer
+
+    trained, asked = [], []
+    before, loaded = AlignGPTInstructTrainer.train, SeedRuns._loaded
+
+    def note_training(self, *args, **kwargs):
+        trained.append({name for name, value in self.model.named_parameters() if value.requires_grad})
+        return before(self, *args, **kwargs)
+
+    def note_asked(self, model, processor, without):
+        asked.append(type(model).__name__)
+        return loaded(self, model, processor, without)
+
+    monkeypatch.setattr(AlignGPTInstructTrainer, "train", note_training)
+    monkeypatch.setattr(SeedRuns, "_loaded", note_asked)
+    words = command(tmp_path / "lora", random_parts, "--seeds", "1", "--variants", "gate + global, N = 8; no alignment")
+    words += ["--batch-size", "8", "--pretrain-learning-rate", "1e-3", "--instruct-learning-rate", "0.01"]
+    assert main([*words, "--lora-r", "2"]) == 0
+    assert len(trained) == 2 and all(
+        ("lora_" in name) == ("language_model" in name) for names in trained for name in names
+    )
+    assert any("lora_" in name for name in trained[0])
+    # what is measured is the merged model
+    assert set(asked) == {"AlignGPTForConditionalGeneration"}
+    settings = json.loads((tmp_path / "lora" / "settings.json").read_text())
+    assert (settings["lora_r"], settings["batch_size"], settings["instruct_learning_rate"]) == (2, 8, 0.01)
+    assert main(words) == 2
+    assert "holds runs with lora_r 2" in capsys.readouterr().err
+    assert main([*words, "--lora-r", "-1"]) == 2
+    assert "--lora-r is -1" in capsys.readouterr().err
+
+
+def test_a_folder_from_before_a_setting_goes_on(run, random_parts, tmp_path):
+    import shutil
+
+    shutil.copytree(run, tmp_path / "old")
+    path = tmp_path / "old" / "settings.json"
+    settings = json.loads(path.read_text())
+    del settings["lora_r"], settings["bf16"]
+    path.write_text(json.dumps(settings))
+    assert main(command(tmp_path / "old", random_parts, "--seeds", "1", "--variants", CHOSEN)) == 0
 
 
 # ---- what a variant is ----

@@ -150,7 +150,10 @@ def test_levels_of_rows_reach_answers_and_their_scores(folder, tmp_path):
 
 
 def test_levels_that_the_model_lacks_are_refused(folder, tmp_path):
-    for levels, message in (([0, 8, 0, 0], "Row 1: align_level is 8; the model has 0 to 7"), ([0, 1, 2, None], "Row 3")):
+    for levels, message in (
+        ([0, 8, 0, 0], "Row 1: align_level is 8; the model has 0 to 7"),
+        ([0, 1, 2, None], "Row 3"),
+    ):
         with pytest.raises(ValueError, match=message):
             trainer_for(folder, tmp_path, rows().add_column("align_level", levels))
     with pytest.raises(ValueError, match="leave use_vllm"):

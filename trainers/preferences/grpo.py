@@ -33,8 +33,8 @@ class AlignGPTGRPOTrainer(GRPOTrainer):
     """
     [`GRPOTrainer`] for AlignGPT. It trains what stage 2 trains, and the gate reads the prompt alone, as it does when
     the answers are made: else the probabilities of its own answers come out wrong. Rows have `prompt` (one user
-    turn) and `images`, as TRL's for vision models, and may have `align_level`, which takes the gate's place while answers
-    are made and while they are scored. Overridden of TRL's:
+    turn) and `images`, as TRL's for vision models, and may have `align_level`, which takes the gate's place while
+    answers are made and while they are scored. Overridden of TRL's:
 
     - `__init__`: checks, then freezes, and shows the gate the prompt.
     - `_get_per_token_logps_and_entropies`: TRL hands it all that the processor gives, and knows no `prompt_mask`, which
@@ -135,9 +135,8 @@ def _show_the_prompt(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any
 def _check_levels(levels: list[int | None], num_align_levels: int, args: GRPOConfig) -> None:
     for row, level in enumerate(levels):
         if level is None or not 0 <= level < num_align_levels:
-            raise ValueError(
-                f"Row {row}: align_level is {level!r}; the model has 0 to {num_align_levels - 1}, in all rows or in none."
-            )
+            allowed = f"the model has 0 to {num_align_levels - 1}, in all rows or in none"
+            raise ValueError(f"Row {row}: align_level is {level!r}; {allowed}.")
     if args.use_vllm or args.use_transformers_continuous_batching:
         raise ValueError(
             "Rows have align_level, which reaches the model's own generate alone: leave use_vllm and "
