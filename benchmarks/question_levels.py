@@ -25,6 +25,7 @@ from aligngpt_playground.ablation.table import half_width
 from aligngpt_playground.evaluate import questions_of, score_answer
 from aligngpt_playground.hard_questions import TRAINING_SCENES, hard_questions, popular_objects
 from aligngpt_playground.measures import LoadedModel, auc
+from aligngpt_playground.questions import QUESTION_TYPES
 from aligngpt_playground.scenes import draw_scenes, render
 from aligngpt_playground.world import parts_path
 from aligngpt_shared.files import write_json
@@ -34,6 +35,13 @@ from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcesso
 
 
 ARMS = {"gate": "gate", "top level": "global", "level of the question": "level", "levels at random": "level"}
+GROUPS = {
+    "all types, mean": QUESTION_TYPES,
+    "yes/no": ("yesno",),
+    "absent objects (POPE's three)": ("absent, random", "absent, popular", "absent, adversarial"),
+    "which is left of; two hops: kind": ("which is left of", "two hops: kind"),
+}
+"""Rows of the table; the other harder questions have forms that no arm answers."""
 TURNS, BATCH = 3, 32
 """Questions that are taken of each conversation; rows of a step."""
 
@@ -150,14 +158,13 @@ def main() -> None:
                     write_json(path, run_arm(arm, seed, stage1, train, heldout, args.output))
         for arm, path in paths.items():
             runs[arm].append(json.loads(path.read_text()))
-    kinds = list(runs["gate"][0])
-    print("| question | " + " | ".join(ARMS) + " | level of the question, beside the gate |")
+    print("| questions | " + " | ".join(ARMS) + " | level of the question, beside the gate |")
     print("|---|" + "---|" * (len(ARMS) + 1))
-    for kind in kinds:
-        cells = [f"{np.mean([run[kind] for run in runs[arm]]):.3f}" for arm in ARMS]
-        pairs = zip(runs["level of the question"], runs["gate"], strict=True)
-        paired = [ours[kind] - gate[kind] for ours, gate in pairs]
-        print(f"| {kind} | " + " | ".join(cells) + f" | {np.mean(paired):+.3f} ± {half_width(paired):.3f} |")
+    for name, kinds in GROUPS.items():
+        shares = {arm: [np.mean([run[kind] for kind in kinds]) for run in runs[arm]] for arm in ARMS}
+        paired = np.subtract(shares["level of the question"], shares["gate"])
+        cells = " | ".join(f"{np.mean(shares[arm]):.3f}" for arm in ARMS)
+        print(f"| {name} | {cells} | {np.mean(paired):+.3f} ± {half_width(paired.tolist()):.3f} |")
 
 
 if __name__ == "__main__":

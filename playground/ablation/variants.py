@@ -80,6 +80,8 @@ VARIANTS = (
     Variant("noisy: global only", "levels-8", "global", "vector", "noisy"),
     Variant("noisy: each row's level", "levels-8", "level", "scored", "noisy"),
     Variant("noisy: each row's quantile level", "quantile-8", "level", "scored", "noisy"),
+    Variant("noisy: each row's level, N = 4", "levels-4", "level", "scored", "noisy"),
+    Variant("noisy: each row's level, N = 10", "levels-10", "level", "scored", "noisy"),
     Variant("noisy: best half by CLIP", "levels-8", "gate", "baseline", "noisy", 0.5),
     Variant("noisy: level of the best half", "levels-8", "level", "scored", "noisy", 0.5),
     Variant("noisy: level by the judge", "levels-8", "level", "judge", "noisy", judge="levels-8"),
