@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="seeds worked on at once, a process each (%(default)s)")
     parser.add_argument("--variants", help="only these, with semicolons between their names (default: all)")
     parser.add_argument("--parts", type=Path, help="folder with clip/ and llama/ to use instead of the package's own")
-    for name in ("batch_size", "pretrain_learning_rate", "instruct_learning_rate"):
+    for name in ("batch_size", "pretrain_learning_rate", "instruct_learning_rate", "image_token_penalty"):
         value = _DEFAULTS[name]
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help="%(default)s")
     parser.add_argument("--lora-r", type=int, default=0, help="rank of LoRA adapters in stage 2; 0: train all of it")
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("seeds", "pairs", "pretrain_steps", "conversations", "heldout", "jobs", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    for name in ("pretrain_learning_rate", "instruct_learning_rate", "lora_r"):
+    for name in ("pretrain_learning_rate", "instruct_learning_rate", "image_token_penalty", "lora_r"):
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 0 or more")
     output = args.output.absolute()
