@@ -12,6 +12,7 @@ from PIL import Image as PILImage
 
 from aligngpt_trainers import AlignGPTGRPOConfig, AlignGPTGRPOTrainer, JudgeReward, load_prompts
 from aligngpt_trainers.commands import cli
+from aligngpt_trainers.lora import LoraArguments, lora_config
 from aligngpt_trainers.preferences.rewards import exact_match, load_reward
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
@@ -41,7 +42,7 @@ def shorter(completions, **kwargs) -> list[float]:
     return [-float(len(completion[0]["content"])) for completion in completions]
 
 
-def trainer_for(folder, path, dataset=None, **more) -> AlignGPTGRPOTrainer:
+def trainer_for(folder, path, dataset=None, lora=False, **more) -> AlignGPTGRPOTrainer:
     values = {"use_cpu": True, "report_to": [], "save_strategy": "no", "per_device_train_batch_size": 4}
     values |= {"num_generations": 2, "max_completion_length": 6, "max_steps": 1, "logging_steps": 1, "beta": 0.0}
     config = AlignGPTGRPOConfig(str(path), **{**values, **more})
@@ -52,6 +53,7 @@ def trainer_for(folder, path, dataset=None, **more) -> AlignGPTGRPOTrainer:
         config,
         rows() if dataset is None else dataset,
         processing_class=AlignGPTProcessor.from_pretrained(folder),
+        peft_config=lora_config(LoraArguments(use_peft=lora), model),
     )
 
 
@@ -105,13 +107,13 @@ def test_the_model_before_is_read_alike(folder, tmp_path):
     assert abs(kl[0]) < 1e-6 < max(kl[1:]), kl
 
 
-def test_levels_of_rows_reach_answers_and_their_scores(folder, tmp_path):
+@pytest.mark.parametrize("lora", [False, True])
+def test_levels_of_rows_reach_answers_and_their_scores(folder, tmp_path, lora):
     """Through TRL's shuffles and splits each row keeps its level: in generation, in scoring, in every training step."""
     levels = [0, 3, 7, 5]
     data = rows().add_column("align_level", levels)
-    trainer = trainer_for(
-        folder, tmp_path, data, beta=0.1, per_device_train_batch_size=2, gradient_accumulation_steps=4, num_iterations=2
-    )
+    steps = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_iterations": 2}
+    trainer = trainer_for(folder, tmp_path, data, lora, beta=0.1, **steps)
     level_of = {}
     for row in range(4):
         text = trainer.processing_class.apply_chat_template(data[row]["prompt"], add_generation_prompt=True)
@@ -141,7 +143,8 @@ def test_levels_of_rows_reach_answers_and_their_scores(folder, tmp_path):
 
     trainer.model.generate = note_generation
     # behind the hook that hands levels over
-    trainer.model.register_forward_pre_hook(note_scoring, with_kwargs=True)
+    base = trainer.model.get_base_model() if lora else trainer.model
+    base.register_forward_pre_hook(note_scoring, with_kwargs=True)
     trainer.train()
     assert len(made) == 8 and len(scored) > 8
     assert [level for _, level in made] == [expected(ids) for ids, _ in made]
