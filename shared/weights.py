@@ -30,7 +30,7 @@ class StoredWeights(dict[str, torch.Tensor]):
     are entries in the order in which they came, which is that of the files: each is opened once.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self._sources: dict[str, tuple[Path | torch.Tensor | Read, str, Change | None]] = {}
         self._open: tuple[Path, dict[str, torch.Tensor]] | None = None
