@@ -113,7 +113,6 @@ class AlignGPTGRPOTrainer(GRPOTrainer):
         return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, prompt_mask: torch.Tensor | None = None, **kwargs: Any):
-        kwargs.pop("align_level", None)
         if self._levels is not None:
             kwargs["token_type_ids"] = self._levels[:, None] + 1
         return super()._get_per_token_logps_and_entropies(*args, **kwargs)
