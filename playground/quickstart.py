@@ -59,7 +59,7 @@ class StepError(Exception):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m aligngpt_playground quickstart`."""
     parser.add_argument("--output", type=Path, default=Path("runs/quickstart"), help="folder to write (%(default)s)")
-    parser.add_argument("--pairs", type=int, default=3600, help="image-caption pairs of stage 1 (%(default)s)")
+    parser.add_argument("--pairs", type=int, default=4400, help="image-caption pairs of stage 1 (%(default)s)")
     parser.add_argument("--conversations", type=int, default=3000, help="conversations of stage 2 (%(default)s)")
     parser.add_argument("--heldout", type=int, default=256, help="held-out images of either kind (%(default)s)")
     parser.add_argument("--parts", type=Path, help="folder with clip/ and llama/ to use instead of the package's own")
