@@ -12,7 +12,7 @@ from aligngpt_playground.ablation.variants import VARIANTS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # section of the page -> file of its runs
-SECTIONS = {"## Vector, number of levels, controls": "ablation-3200"}
+SECTIONS = {"## Vector, number of levels, controls": "3200"}
 
 
 def rows_of(text: str) -> list[list[str]]:
@@ -22,7 +22,7 @@ def rows_of(text: str) -> list[list[str]]:
 
 
 def made(name: str) -> list[list[str]]:
-    runs = [json.loads(line) for line in (BENCHMARKS / "runs" / f"{name}.jsonl").read_text().splitlines()]
+    runs = [json.loads(line) for line in (BENCHMARKS / "ablation" / f"{name}.jsonl").read_text().splitlines()]
     found = []
     for data in ("clean", "noisy"):
         variants = [asdict(variant) for variant in VARIANTS if variant.data == data]
