@@ -89,4 +89,4 @@ def test_four_bits_at_widths_of_large_models(tmp_path):
     model, ids, logits = answer(tmp_path / "model", asked, quantization_config=BitsAndBytesConfig(**FOUR_BITS))
     assert model.model.language_model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
     assert len(ids) > asked["input_ids"].shape[1]
-    assert 0 < (logits - whole).norm() < 0.3 * whole.norm()
+    assert 0 < (logits - whole).norm() < 0.5 * whole.norm()
