@@ -1,10 +1,11 @@
 """`aligngpt serve --backend vllm`: vLLM's own OpenAI-compatible server, which batches. It needs vLLM and the core."""
 
 import importlib.util
+import os
 import shlex
-import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
 
 from packaging.version import Version
 
@@ -65,17 +66,11 @@ def vllm_command(
     return command + shlex.split(options)
 
 
-def run_vllm(args) -> int:
-    """Serves until it is stopped; the server's exit status."""
+def run_vllm(args) -> NoReturn:
+    """Becomes vLLM's server: whoever stops this process stops that one."""
     found = check_vllm()
     command = vllm_command(
         args.model, args.revision, args.host, args.port, args.dtype, args.fetch_urls, args.vllm_options
     )
     print(f"vLLM {found}: {shlex.join(command)}", flush=True)
-    process = subprocess.Popen(command)
-    try:
-        return process.wait()
-    except BaseException:
-        process.terminate()
-        process.wait()
-        raise
+    os.execv(command[0], command)

@@ -10,6 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import psutil
+
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -34,6 +36,15 @@ def answers(folder: Path) -> dict[tuple, str]:
     return found
 
 
+def is_server(process: psutil.Process, model: str) -> bool:
+    """Whether it is vLLM's server of the model, which must have ended."""
+    try:
+        words = process.cmdline()
+    except psutil.Error:
+        return False
+    return any("vllm.entrypoints" in word for word in words) and model in words
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True)
@@ -54,8 +65,11 @@ def main() -> int:
                 return 1
         here, there = map(answers, outputs)
         equal = sum(there[key] == answer for key, answer in here.items())
+        left = [process.pid for process in psutil.process_iter() if is_server(process, args.model)]
         print(f"{equal} of {len(here)} answers by vLLM are those of transformers ({', '.join(TASKS)})")
-        return int(equal != len(here) or here.keys() != there.keys() or not here)
+        if left:
+            print(f"vLLM still runs: {left}")
+        return int(equal != len(here) or here.keys() != there.keys() or not here or bool(left))
 
 
 if __name__ == "__main__":

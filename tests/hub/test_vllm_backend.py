@@ -1,7 +1,10 @@
 """What of vLLM's side needs no vLLM: the server's command, its refusals, and the class's word to other engines."""
 
 import importlib.metadata
+import os
+import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -61,3 +64,43 @@ def test_settings_of_the_other_backend_are_refused(tmp_path, capsys):
     assert "no effect without --backend vllm" in capsys.readouterr().err
     assert cli.main([*words, "--backend", "vllm", "--device", "cpu"]) == 2
     assert "--device has no effect with --backend vllm" in capsys.readouterr().err
+
+
+SERVER = """
+import os, pathlib, sys, time
+pathlib.Path(os.environ["STARTED"]).write_text(f"{os.getpid()}\\n{sys.argv}")
+time.sleep(60)
+"""
+
+
+def test_who_stops_the_command_stops_the_server(tmp_path):
+    """With vLLM's own server (`tests/engines/evaluate_check.py`) and here with a program in its place."""
+    package = tmp_path / "vllm" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    (package / "api_server.py").write_text(SERVER)
+    about = tmp_path / "vllm-0.32.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
+    for folder in (tmp_path / "vllm", package.parent, package):
+        (folder / "__init__.py").write_text("")
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"model_type": "aligngpt"}')
+    started = tmp_path / "started"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "aligngpt_trainers", "serve", "--backend", "vllm", "--model", str(model)],
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "STARTED": str(started)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        until = time.monotonic() + 60
+        while not (started.is_file() and started.read_text()) and time.monotonic() < until:
+            assert process.poll() is None
+            time.sleep(0.05)
+        number, words = started.read_text().split("\n")
+        assert int(number) == process.pid and "'--trust-request-mm-kwargs'" in words
+    finally:
+        process.terminate()
+    assert process.wait(30) != 0
+    assert "vLLM 0.32.0: " in process.stdout.read()
