@@ -11,9 +11,11 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -189,14 +191,28 @@ def vllm_server(python: str, words: Sequence[str], log: Path) -> Iterator[str]:
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
     try:
-        _wait_for(process, port, log)
-        yield f"http://127.0.0.1:{port}/v1"
+        with _exit_when_terminated():
+            _wait_for(process, port, log)
+            yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
+
+
+@contextlib.contextmanager
+def _exit_when_terminated() -> Iterator[None]:
+    """SIGTERM ends this process as an exception does, so that what it has started is stopped as well."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers are the main thread's
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def root_cause(text: str) -> str:

@@ -2,11 +2,15 @@
 
 import importlib.metadata
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
+import psutil
 import pytest
 from modeling.tiny import tiny_model
 
@@ -67,14 +71,28 @@ def test_settings_of_the_other_backend_are_refused(tmp_path, capsys):
 
 
 SERVER = """
-import os, pathlib, sys, time
+import http.server, os, pathlib, sys
+port = int(sys.argv[sys.argv.index("--port") + 1])
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+server = http.server.HTTPServer(("127.0.0.1", port), Healthy)
 pathlib.Path(os.environ["STARTED"]).write_text(f"{os.getpid()}\\n{sys.argv}")
-time.sleep(60)
+server.serve_forever()
+"""
+EVALUATION = """
+import pathlib, sys, time
+from aligngpt_hub.evaluation.server_model import vllm_server
+with vllm_server(sys.executable, ["--model", sys.argv[1]], pathlib.Path(sys.argv[1]) / "vllm.log"):
+    print("answers", flush=True)
+    time.sleep(60)
 """
 
 
-def test_who_stops_the_command_stops_the_server(tmp_path):
-    """With vLLM's own server (`tests/engines/evaluate_check.py`) and here with a program in its place."""
+@pytest.fixture
+def in_place_of_vllm(tmp_path):
+    """Environment and model folder; vLLM itself is stopped by `tests/engines/evaluate_check.py`."""
     package = tmp_path / "vllm" / "entrypoints" / "openai"
     package.mkdir(parents=True)
     (package / "api_server.py").write_text(SERVER)
@@ -86,21 +104,43 @@ def test_who_stops_the_command_stops_the_server(tmp_path):
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "aligngpt"}')
-    started = tmp_path / "started"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "aligngpt_trainers", "serve", "--backend", "vllm", "--model", str(model)],
-        env={**os.environ, "PYTHONPATH": str(tmp_path), "STARTED": str(started)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    return {**os.environ, "PYTHONPATH": str(tmp_path), "STARTED": str(tmp_path / "started")}, model
+
+
+def wait_for(done) -> None:
+    until = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_who_stops_the_command_stops_the_server(in_place_of_vllm):
+    environment, model = in_place_of_vllm
+    started = Path(environment["STARTED"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "aligngpt_trainers", "serve", "--backend", "vllm", "--model", str(model)]
+    process = subprocess.Popen([*command, "--port", port], env=environment, stdout=subprocess.PIPE, text=True)
     try:
-        until = time.monotonic() + 60
-        while not (started.is_file() and started.read_text()) and time.monotonic() < until:
-            assert process.poll() is None
-            time.sleep(0.05)
+        wait_for(lambda: process.poll() is not None or (started.is_file() and started.read_text()))
         number, words = started.read_text().split("\n")
         assert int(number) == process.pid and "'--trust-request-mm-kwargs'" in words
     finally:
         process.terminate()
     assert process.wait(30) != 0
     assert "vLLM 0.32.0: " in process.stdout.read()
+
+
+def test_who_stops_the_evaluation_stops_the_server(in_place_of_vllm):
+    environment, model = in_place_of_vllm
+    command = [sys.executable, "-c", EVALUATION, str(model)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "answers\n"
+        server = int(Path(environment["STARTED"]).read_text().split("\n")[0])
+        assert psutil.pid_exists(server)
+    finally:
+        process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    wait_for(lambda: not psutil.pid_exists(server))
