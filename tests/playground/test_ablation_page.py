@@ -12,7 +12,7 @@ from aligngpt_playground.ablation.variants import VARIANTS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # section of the page -> file of its runs
-SECTIONS = {"## Vector, number of levels, controls": "3200"}
+SECTIONS = {"## Vector, number of levels, controls": "3200", "## SmolLM2-135M": "smollm2"}
 
 
 def rows_of(text: str) -> list[list[str]]:
@@ -37,7 +37,7 @@ def test_tables_say_what_the_runs_say(section):
     page = (BENCHMARKS / "ablation.md").read_text()
     shown = rows_of(page.split(section)[1].split("\n## ")[0])
     expected = made(SECTIONS[section])
-    assert len(shown) == len(expected) > 20
+    assert len(shown) == len(expected) > 4
     for cells in shown:
         # a cell that is empty on the page belongs to a stage 1 that another row shows
         fits = [row for row in expected if len(row) == len(cells) and row[0] == cells[0]]
