@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from aligngpt_shared.locks import lock, lock_of
-from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
+from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
 
 from ..lora import lora_config
 from ..preferences.dpo_config import AlignGPTDPOConfig
@@ -64,8 +64,8 @@ def dpo_command(argv: Sequence[str]) -> None:
         "aligngpt dpo", kinds, argv, "Tune a model on preference pairs (DPO), from the output of `aligngpt instruct`."
     )
     _check(model_args, data_args, config)
+    rows = load_preferences(data_args.dataset, **_where(data_args), num_align_levels=_num_align_levels(model_args))
     model, processor = _load(model_args)
-    rows = load_preferences(data_args.dataset, **_where(data_args), num_align_levels=model.config.num_align_levels)
     trainer = AlignGPTDPOTrainer(
         model, config, rows, processing_class=processor, peft_config=lora_config(model_args, model)
     )
@@ -93,10 +93,10 @@ def grpo_command(argv: Sequence[str]) -> None:
     _check(model_args, data_args, config)
     device = config.device
     rewards = [load_reward(name, reward_args.reward_model, device) for name in reward_args.reward_funcs]
-    model, processor = _load(model_args)
-    rows = load_prompts(data_args.dataset, **_where(data_args), num_align_levels=model.config.num_align_levels)
+    rows = load_prompts(data_args.dataset, **_where(data_args), num_align_levels=_num_align_levels(model_args))
     if "exact_match" in reward_args.reward_funcs and "answer" not in rows.column_names:
         raise ValueError(f"reward_funcs: exact_match needs rows with `answer`, which {data_args.dataset} lacks.")
+    model, processor = _load(model_args)
     trainer = AlignGPTGRPOTrainer(
         model, rewards, config, rows, processing_class=processor, peft_config=lora_config(model_args, model)
     )
@@ -114,6 +114,11 @@ def _check(model_args: ModelArguments, data_args: PreferenceArguments, config: A
     output = Path(config.output_dir)
     if (output / "config.json").exists() or (output / "adapter_config.json").exists():
         raise ValueError(f"output_dir {output} holds a finished model: choose another one.")
+
+
+def _num_align_levels(model_args: ModelArguments) -> int:
+    """By the config alone: rows are checked before any weights are read."""
+    return AlignGPTConfig.from_pretrained(model_args.model, revision=model_args.model_revision).num_align_levels
 
 
 def _load(model_args: ModelArguments) -> tuple[AlignGPTForConditionalGeneration, AlignGPTProcessor]:
