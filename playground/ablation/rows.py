@@ -9,7 +9,7 @@ from typing import Any
 
 from aligngpt_shared.files import new_folder
 
-from ..captions import DESCRIBE
+from ..captions import DESCRIBE, KINDS
 from ..world import make_pairs, parts_path, write_world
 from .variants import PretrainVariant, Settings, Variant
 
@@ -55,6 +55,23 @@ def score(dataset: Path, scorer: Path, output: Path) -> Path:
         with silent():
             score_dataset(config)
     return output
+
+
+def truly_scored(drawn, scored):
+    """Scored rows with what the world knows of them in place of their scores: the kind of each caption, exact the best.
+
+    Args:
+        drawn: rows with `caption` and `kind`, or a `DatasetDict` with them in `train`.
+        scored: the same rows in the same order with `clip_score`.
+
+    Raises:
+        ValueError: the rows are others.
+    """
+    drawn = drawn["train"] if isinstance(drawn, dict) else drawn
+    if drawn["caption"][:] != [row[-1]["content"][0]["text"] for row in scored["messages"][:]]:
+        raise ValueError("the scored rows are not those that were drawn: their captions differ")
+    scores = [1 - KINDS.index(kind) / (len(KINDS) - 1) for kind in drawn["kind"][:]]
+    return scored.remove_columns("clip_score").add_column("clip_score", scores)
 
 
 def stage_one_rows(scored, variant: PretrainVariant, seed: int):
@@ -139,6 +156,42 @@ class Without:
         batch = self.inner(*args, **kwargs)
         kept = without_token(batch, self.token_id)
         return type(batch)(kept) if not isinstance(batch, dict) else kept
+
+    def __getattr__(self, name: str):
+        return getattr(self.inner, name)
+
+
+class SometimesWithout:
+    """A collator some of whose rows hold no `<align>`, drawn anew for each batch.
+
+    Args:
+        inner: makes the batches.
+        processor: whose `<align>` and padding it is.
+        share: of the rows, by chance.
+        seed: of the draw.
+    """
+
+    def __init__(self, inner, processor, share: float, seed: int):
+        import torch
+
+        self.inner, self.share, self.rng = inner, share, torch.Generator().manual_seed(seed)
+        self.token_id = processor.align_token_id
+        self.padding = {"input_ids": processor.tokenizer.pad_token_id, "labels": -100}
+
+    def __call__(self, rows):
+        import torch
+
+        batch = self.inner(rows)
+        ids = batch["input_ids"]
+        for row in torch.nonzero(torch.rand(len(ids), generator=self.rng) < self.share).flatten().tolist():
+            keep = ids[row] != self.token_id
+            for name, value in batch.items():
+                if value.shape[:2] == ids.shape:
+                    shorter = value[row][keep]
+                    value[row] = torch.nn.functional.pad(
+                        shorter, (0, len(keep) - len(shorter)), value=self.padding.get(name, 0)
+                    )
+        return batch
 
     def __getattr__(self, name: str):
         return getattr(self.inner, name)

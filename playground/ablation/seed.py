@@ -12,7 +12,7 @@ from aligngpt_shared.files import write_json
 from .. import measures
 from ..captions import DESCRIBE
 from ..evaluate import question_table, questions_of, scenes_of
-from .rows import Without, make_world, noisy_rows, part, score, silent, stage_one_rows
+from .rows import SometimesWithout, Without, make_world, noisy_rows, part, score, silent, stage_one_rows, truly_scored
 from .variants import PRETRAINS, Settings, Variant, run_path
 
 
@@ -72,7 +72,7 @@ class SeedRuns:
         output, variant = self.folder / "pretrain" / name, PRETRAINS[name]
         if (output / "captions.json").is_file():
             return output
-        rows = stage_one_rows(self._scored("pairs", variant.judge), variant, self.seed)
+        rows = stage_one_rows(self._scored("pairs", variant.scorer), variant, self.seed)
         model, processor = assemble(
             part(self.parts, "llama"),
             part(self.parts, "clip"),
@@ -101,15 +101,16 @@ class SeedRuns:
         write_json(output / "captions.json", {**figures, "seconds": seconds})
         return output
 
-    def _scored(self, name: str, judge: str | None):
-        """Pairs, or noisy descriptions, with the scores of CLIP or of a stage-1 model."""
+    def _scored(self, name: str, scorer: str):
+        """Pairs, or noisy descriptions, with the scores of a scorer (see `PretrainVariant`)."""
         from datasets import load_from_disk
 
-        output = self.world / f"scored-{name}"
-        if judge is not None:
-            scorer = self.pretrained(judge)
-            output = score(self.world / "data" / name, scorer, self.world / f"{judge}-{name}")
-        return load_from_disk(str(output))
+        data, by_clip = self.world / "data" / name, self.world / f"scored-{name}"
+        if scorer == "clip":
+            return load_from_disk(str(by_clip))
+        if scorer == "truth":
+            return truly_scored(load_from_disk(str(data)), load_from_disk(str(by_clip)))
+        return load_from_disk(str(score(data, self.pretrained(scorer), self.world / f"{scorer}-{name}")))
 
     def _stage_one_figures(self, model, processor, without: bool) -> dict[str, Any]:
         from datasets import load_from_disk
@@ -170,6 +171,10 @@ class SeedRuns:
             )
             if without:
                 trainer.data_collator = Without(trainer.data_collator, model.config.align_token_id)
+            if variant.without_level:
+                trainer.data_collator = SometimesWithout(
+                    trainer.data_collator, processor, variant.without_level, self.seed
+                )
             trainer.train()
             if save_to is not None:
                 trainer.save_final()
@@ -201,7 +206,7 @@ class SeedRuns:
         if variant.data == "clean":
             return load_from_disk(str(self.world / "data" / "conversations"))["train"]
         stage1 = PRETRAINS[variant.pretrain]
-        pairs, scored = (self._scored(name, variant.judge) for name in ("pairs", "noisy"))
+        pairs, scored = (self._scored(name, variant.scorer) for name in ("pairs", "noisy"))
         return noisy_rows(scored, variant, pairs, stage1.num_align_levels, stage1.binning)
 
     def _answers(self, asked: measures.LoadedModel, heldout) -> dict[str, Any]:

@@ -14,14 +14,16 @@ class PretrainVariant:
             many of each and none says anything; `"none"`: no `<align>` token in any row, as in LLaVA.
         keep: share of the pairs, the best by score, that is trained on (as many steps as with all of them).
         binning: how levels are cut, see `cut_levels`.
-        judge: the stage 1 whose model scores the pairs (a key of `PRETRAINS`); by default CLIP does.
+        scorer: what scores the pairs: `"clip"`; `"truth"`, the kind of caption that was drawn, which nobody has outside
+            such a world: what better scores could be worth at most; or the model of a stage 1, the judge, by its key in
+            `PRETRAINS`.
     """
 
     num_align_levels: int = 8
     levels: str = "score"
     keep: float = 1.0
     binning: str = "uniform"
-    judge: str | None = None
+    scorer: str = "clip"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class Variant:
         data: instruction data: `"clean"` (questions, all answered rightly) or `"noisy"` (descriptions that fit their
             images to different degrees, which nothing in the prompt tells).
         keep: share of the noisy rows, the best by score, that is trained on (as many steps as with all of them).
-        judge: the stage 1 whose model scores the noisy rows; by default CLIP does.
+        scorer: of the noisy rows, as in `PretrainVariant`.
+        without_level: share of the rows that are trained on without an alignment vector, as a model that is to answer
+            without its condition as well would be.
     """
 
     name: str
@@ -45,7 +49,8 @@ class Variant:
     group: str
     data: str = "clean"
     keep: float = 1.0
-    judge: str | None = None
+    scorer: str = "clip"
+    without_level: float = 0.0
 
 
 PRETRAINS = {
@@ -54,8 +59,10 @@ PRETRAINS = {
     "filtered": PretrainVariant(8, levels="none", keep=0.5),
     "shuffled-8": PretrainVariant(8, levels="shuffled"),
     "quantile-8": PretrainVariant(8, binning="quantile"),
-    "judged-8": PretrainVariant(8, judge="levels-8"),
-    "judged-filtered": PretrainVariant(8, levels="none", keep=0.5, judge="levels-8"),
+    "judged-8": PretrainVariant(8, scorer="levels-8"),
+    "judged-filtered": PretrainVariant(8, levels="none", keep=0.5, scorer="levels-8"),
+    "true-8": PretrainVariant(8, scorer="truth"),
+    "true-filtered": PretrainVariant(8, levels="none", keep=0.5, scorer="truth"),
     "levels-4": PretrainVariant(4),
     "levels-6": PretrainVariant(6),
     "levels-10": PretrainVariant(10),
@@ -66,6 +73,8 @@ VARIANTS = (
     Variant("best half by CLIP", "filtered", "global", "baseline"),
     Variant("best half by the judge", "judged-filtered", "global", "judge"),
     Variant("levels by the judge", "judged-8", "gate", "judge"),
+    Variant("best half by the truth", "true-filtered", "global", "truth"),
+    Variant("levels by the truth", "true-8", "gate", "truth"),
     Variant("quantile levels", "quantile-8", "gate", "number"),
     Variant("shuffled levels", "shuffled-8", "gate", "control"),
     Variant("local only", "levels-8", "local", "vector"),
@@ -84,8 +93,11 @@ VARIANTS = (
     Variant("noisy: each row's level, N = 10", "levels-10", "level", "scored", "noisy"),
     Variant("noisy: best half by CLIP", "levels-8", "gate", "baseline", "noisy", 0.5),
     Variant("noisy: level of the best half", "levels-8", "level", "scored", "noisy", 0.5),
-    Variant("noisy: level by the judge", "levels-8", "level", "judge", "noisy", judge="levels-8"),
+    Variant("noisy: level by the judge", "levels-8", "level", "judge", "noisy", scorer="levels-8"),
     Variant("noisy: best half by the judge", "levels-8", "gate", "judge", "noisy", 0.5, "levels-8"),
+    Variant("noisy: level by the truth", "levels-8", "level", "truth", "noisy", scorer="truth"),
+    Variant("noisy: best half by the truth", "levels-8", "gate", "truth", "noisy", 0.5, "truth"),
+    Variant("noisy: each row's level, a fifth without", "levels-8", "level", "scored", "noisy", without_level=0.2),
 )
 """The first of each kind of data is the paper's method, which the others are compared with."""
 

@@ -270,6 +270,53 @@ def test_a_batch_without_the_token_is_the_batch_but_for_it():
         ablation_rows.without_token({"input_ids": torch.tensor([[9, 9]])}, 9)
 
 
+def test_a_share_of_the_rows_is_without_the_token():
+    class Processor:
+        align_token_id = 9
+        tokenizer = type("Tokenizer", (), {"pad_token_id": 3})
+
+    def collate(rows):
+        ids = torch.tensor([[5, 9, 1, 2], [5, 9, 4, 3]]).repeat(rows, 1)
+        labels = torch.where(ids == 2, 2, -100)
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "attention_mask": (ids != 3).long(),
+            "align_level": torch.arange(len(ids)),
+        }
+
+    sometimes = ablation_rows.SometimesWithout(collate, Processor(), 0.25, seed=0)
+    batch, whole = sometimes(1000), collate(1000)
+    without = (batch["input_ids"] != 9).all(1)
+    assert 0.2 < without.float().mean() < 0.3
+    for name, value in whole.items():
+        assert torch.equal(batch[name][~without], value[~without])
+    assert torch.equal(batch["align_level"], whole["align_level"])
+    rows = {name: {tuple(row) for row in batch[name][without].tolist()} for name in ("input_ids", "attention_mask")}
+    assert rows == {"input_ids": {(5, 1, 2, 3), (5, 4, 3, 3)}, "attention_mask": {(1, 1, 1, 0), (1, 1, 0, 0)}}
+    assert {tuple(row) for row in batch["labels"][without].tolist()} == {(-100, -100, 2, -100), (-100,) * 4}
+    assert not torch.equal(without, (sometimes(1000)["input_ids"] != 9).all(1)), "drawn anew for each batch"
+
+
+def test_the_truth_scores_rows_by_their_kind(run):
+    drawn = _load(run / "seed-0" / "world" / "data" / "pairs")
+    by_clip = _load(run / "seed-0" / "world" / "scored-pairs")
+    scored = ablation_rows.truly_scored(drawn, by_clip)
+    assert scored["messages"][:] == by_clip["messages"][:]
+    values = {"exact": 1, "partial": 0.75, "loose": 0.5, "wrong": 0.25, "unrelated": 0}
+    assert scored["clip_score"][:] == [values[kind] for kind in drawn["train"]["kind"][:]]
+    levels = ablation_rows.stage_one_rows(scored, PRETRAINS["true-8"], 0)["align_level"][:]
+    assert dict(zip(drawn["train"]["kind"][:], levels, strict=True)) == {
+        "exact": 7,
+        "partial": 6,
+        "loose": 4,
+        "wrong": 2,
+        "unrelated": 0,
+    }
+    with pytest.raises(ValueError, match="not those that were drawn"):
+        ablation_rows.truly_scored(drawn["train"].select(range(63, -1, -1)), by_clip)
+
+
 def test_without_alignment_the_level_table_has_no_say(run):
     from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
