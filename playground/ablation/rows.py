@@ -14,6 +14,7 @@ from ..world import make_pairs, parts_path, write_world
 from .variants import PretrainVariant, Settings, Variant
 
 
+BOTH = "clip+"
 NOISY_SEED = 500
 """Added to the seed of a world for its noisy descriptions, which are about other images than its pairs."""
 
@@ -72,6 +73,20 @@ def truly_scored(drawn, scored):
         raise ValueError("the scored rows are not those that were drawn: their captions differ")
     scores = [1 - KINDS.index(kind) / (len(KINDS) - 1) for kind in drawn["kind"][:]]
     return scored.remove_columns("clip_score").add_column("clip_score", scores)
+
+
+def added_scores(by_clip, judged, pairs: tuple[Any, Any] | None = None):
+    """Rows with the mean of two scores, each standardised: what `aligngpt score --add_score` writes.
+
+    Args:
+        by_clip, judged: the same rows with `clip_score` of either.
+        pairs: two such sets that the rows are standardised by; by default their own.
+    """
+    from aligngpt_trainers.scoring.combine import earlier_scores, standardized_mean
+
+    facts = None if pairs is None else standardized_mean(*map(earlier_scores, pairs))[1]
+    scores, _ = standardized_mean(earlier_scores(by_clip), earlier_scores(judged), facts)
+    return judged.remove_columns("clip_score").add_column("clip_score", scores)
 
 
 def stage_one_rows(scored, variant: PretrainVariant, seed: int):

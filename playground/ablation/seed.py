@@ -12,7 +12,19 @@ from aligngpt_shared.files import write_json
 from .. import measures
 from ..captions import DESCRIBE
 from ..evaluate import question_table, questions_of, scenes_of
-from .rows import SometimesWithout, Without, make_world, noisy_rows, part, score, silent, stage_one_rows, truly_scored
+from .rows import (
+    BOTH,
+    SometimesWithout,
+    Without,
+    added_scores,
+    make_world,
+    noisy_rows,
+    part,
+    score,
+    silent,
+    stage_one_rows,
+    truly_scored,
+)
 from .variants import PRETRAINS, Settings, Variant, run_path
 
 
@@ -110,7 +122,13 @@ class SeedRuns:
             return load_from_disk(str(by_clip))
         if scorer == "truth":
             return truly_scored(load_from_disk(str(data)), load_from_disk(str(by_clip)))
-        return load_from_disk(str(score(data, self.pretrained(scorer), self.world / f"{scorer}-{name}")))
+        judge = scorer.removeprefix(BOTH)
+        judged = load_from_disk(str(score(data, self.pretrained(judge), self.world / f"{judge}-{name}")))
+        if judge == scorer:
+            return judged
+        # other rows' scores are standardised as the pairs' are, whose edges their levels are cut at
+        pairs = None if name == "pairs" else (self._scored("pairs", "clip"), self._scored("pairs", judge))
+        return added_scores(load_from_disk(str(by_clip)), judged, pairs)
 
     def _stage_one_figures(self, model, processor, without: bool) -> dict[str, Any]:
         from datasets import load_from_disk

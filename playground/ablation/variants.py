@@ -15,8 +15,8 @@ class PretrainVariant:
         keep: share of the pairs, the best by score, that is trained on (as many steps as with all of them).
         binning: how levels are cut, see `cut_levels`.
         scorer: what scores the pairs: `"clip"`; `"truth"`, the kind of caption that was drawn, which nobody has outside
-            such a world: what better scores could be worth at most; or the model of a stage 1, the judge, by its key in
-            `PRETRAINS`.
+            such a world: what better scores could be worth at most; the model of a stage 1, the judge, by its key in
+            `PRETRAINS`; or `"clip+"` and such a key: both scores added (`aligngpt score --add_score`).
     """
 
     num_align_levels: int = 8
@@ -61,6 +61,8 @@ PRETRAINS = {
     "quantile-8": PretrainVariant(8, binning="quantile"),
     "judged-8": PretrainVariant(8, scorer="levels-8"),
     "judged-filtered": PretrainVariant(8, levels="none", keep=0.5, scorer="levels-8"),
+    "added-8": PretrainVariant(8, scorer="clip+levels-8"),
+    "added-filtered": PretrainVariant(8, levels="none", keep=0.5, scorer="clip+levels-8"),
     "true-8": PretrainVariant(8, scorer="truth"),
     "true-filtered": PretrainVariant(8, levels="none", keep=0.5, scorer="truth"),
     "levels-4": PretrainVariant(4),
@@ -73,6 +75,8 @@ VARIANTS = (
     Variant("best half by CLIP", "filtered", "global", "baseline"),
     Variant("best half by the judge", "judged-filtered", "global", "judge"),
     Variant("levels by the judge", "judged-8", "gate", "judge"),
+    Variant("best half by CLIP and the judge", "added-filtered", "global", "judge"),
+    Variant("levels by CLIP and the judge", "added-8", "gate", "judge"),
     Variant("best half by the truth", "true-filtered", "global", "truth"),
     Variant("levels by the truth", "true-8", "gate", "truth"),
     Variant("quantile levels", "quantile-8", "gate", "number"),
@@ -95,6 +99,8 @@ VARIANTS = (
     Variant("noisy: level of the best half", "levels-8", "level", "scored", "noisy", 0.5),
     Variant("noisy: level by the judge", "levels-8", "level", "judge", "noisy", scorer="levels-8"),
     Variant("noisy: best half by the judge", "levels-8", "gate", "judge", "noisy", 0.5, "levels-8"),
+    Variant("noisy: level by CLIP and the judge", "levels-8", "level", "judge", "noisy", scorer="clip+levels-8"),
+    Variant("noisy: best half by CLIP and the judge", "levels-8", "gate", "judge", "noisy", 0.5, "clip+levels-8"),
     Variant("noisy: level by the truth", "levels-8", "level", "truth", "noisy", scorer="truth"),
     Variant("noisy: best half by the truth", "levels-8", "gate", "truth", "noisy", 0.5, "truth"),
     Variant("noisy: each row's level, a fifth without", "levels-8", "level", "scored", "noisy", without_level=0.2),

@@ -317,6 +317,18 @@ def test_the_truth_scores_rows_by_their_kind(run):
         ablation_rows.truly_scored(drawn["train"].select(range(63, -1, -1)), by_clip)
 
 
+def test_two_scores_are_added_as_the_pairs_are():
+    def rows(*scores):
+        messages = [[{"role": "assistant", "content": [{"type": "text", "text": "a cat"}]}]] * len(scores)
+        return Dataset.from_dict({"clip_score": scores, "align_level": [0] * len(scores), "messages": messages})
+
+    pairs = rows(1.0, 3.0), rows(0.0, 0.5)
+    both = ablation_rows.added_scores(*pairs)
+    assert both["clip_score"][:] == [-1, 1] and both.column_names == ["align_level", "messages", "clip_score"]
+    # means 2 and 0.25, standard deviations 1 and 0.25
+    assert ablation_rows.added_scores(rows(2.0, 4.0), rows(0.25, 1.0), pairs)["clip_score"][:] == [0, 2.5]
+
+
 def test_without_alignment_the_level_table_has_no_say(run):
     from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
