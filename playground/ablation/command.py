@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("batch_size", "pretrain_learning_rate", "instruct_learning_rate", "image_token_penalty"):
         value = _DEFAULTS[name]
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help="%(default)s")
+    parser.add_argument("--instruct-batch-size", type=int, default=0, help="rows of a step of stage 2; 0: --batch-size")
     parser.add_argument("--lora-r", type=int, default=0, help="rank of LoRA adapters in stage 2; 0: train all of it")
     parser.add_argument("--bf16", action="store_true", help="products in bfloat16")
     parser.add_argument("--keep-models", action="store_true", help="keep the models of stage 1 of finished seeds")
@@ -58,7 +59,13 @@ def run(args: argparse.Namespace) -> int:
     for name in ("seeds", "pairs", "pretrain_steps", "conversations", "heldout", "jobs", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
-    for name in ("pretrain_learning_rate", "instruct_learning_rate", "image_token_penalty", "lora_r"):
+    for name in (
+        "pretrain_learning_rate",
+        "instruct_learning_rate",
+        "image_token_penalty",
+        "lora_r",
+        "instruct_batch_size",
+    ):
         if not 0 <= getattr(args, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be 0 or more")
     output = args.output.absolute()

@@ -165,11 +165,12 @@ class SeedRuns:
         heldout = load_from_disk(str(self.world / "heldout" / "conversations"))["heldout"]
         rows = self._instruction_rows(variant)
         rank = self.settings.lora_r
-        steps = -(-self.settings.conversations // self.settings.batch_size)
+        batch_size = self.settings.instruct_batch_size or self.settings.batch_size
+        steps = -(-self.settings.conversations // batch_size)
         config = AlignGPTInstructConfig(
             output_dir=str(save_to or self.world / "unused"),
             max_steps=steps,
-            per_device_train_batch_size=self.settings.batch_size,
+            per_device_train_batch_size=batch_size,
             per_device_eval_batch_size=64,
             learning_rate=self.settings.instruct_learning_rate,
             align_mode=variant.align_mode,

@@ -141,11 +141,12 @@ def test_by_lora_only_adapters_and_small_parts_train(random_parts, tmp_path, cap
     from aligngpt_playground.ablation.seed import SeedRuns
     from aligngpt_trainers import AlignGPTInstructTrainer
 
-    trained, asked = [], []
+    trained, asked, steps = [], [], []
     before, loaded = AlignGPTInstructTrainer.train, SeedRuns._loaded
 
     def note_training(self, *args, **kwargs):
         trained.append({name for name, value in self.model.named_parameters() if value.requires_grad})
+        steps.append((self.args.per_device_train_batch_size, self.args.max_steps))
         return before(self, *args, **kwargs)
 
     def note_asked(self, model, processor, without):
@@ -155,12 +156,23 @@ def test_by_lora_only_adapters_and_small_parts_train(random_parts, tmp_path, cap
     monkeypatch.setattr(AlignGPTInstructTrainer, "train", note_training)
     monkeypatch.setattr(SeedRuns, "_loaded", note_asked)
     words = command(tmp_path / "lora", random_parts, "--seeds", "1", "--variants", "gate + global, N = 8; no alignment")
-    words += ["--batch-size", "8", "--pretrain-learning-rate", "1e-3", "--instruct-learning-rate", "0.01"]
+    words += [
+        "--batch-size",
+        "8",
+        "--instruct-batch-size",
+        "16",
+        "--pretrain-learning-rate",
+        "1e-3",
+        "--instruct-learning-rate",
+        "0.01",
+    ]
     assert main([*words, "--lora-r", "2"]) == 0
     assert len(trained) == 2 and all(
         ("lora_" in name) == ("language_model" in name) for names in trained for name in names
     )
     assert any("lora_" in name for name in trained[0])
+    # 32 conversations, however many to a step
+    assert steps == [(16, 2)] * 2
     # what is measured is the merged model
     assert set(asked) == {"AlignGPTForConditionalGeneration"}
     settings = json.loads((tmp_path / "lora" / "settings.json").read_text())
@@ -177,7 +189,7 @@ def test_a_folder_from_before_a_setting_goes_on(run, random_parts, tmp_path):
     shutil.copytree(run, tmp_path / "old")
     path = tmp_path / "old" / "settings.json"
     settings = json.loads(path.read_text())
-    del settings["lora_r"], settings["bf16"]
+    del settings["lora_r"], settings["bf16"], settings["instruct_batch_size"]
     path.write_text(json.dumps(settings))
     assert main(command(tmp_path / "old", random_parts, "--seeds", "1", "--variants", CHOSEN)) == 0
 
