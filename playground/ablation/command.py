@@ -46,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         value = _DEFAULTS[name]
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(value), default=value, help="%(default)s")
     parser.add_argument("--instruct-batch-size", type=int, default=0, help="rows of a step of stage 2; 0: --batch-size")
+    parser.add_argument("--instruct-epochs", type=int, default=1, help="passes of stage 2 over its rows (%(default)s)")
     parser.add_argument("--lora-r", type=int, default=0, help="rank of LoRA adapters in stage 2; 0: train all of it")
     parser.add_argument("--bf16", action="store_true", help="products in bfloat16")
     parser.add_argument("--keep-models", action="store_true", help="keep the models of stage 1 of finished seeds")
@@ -56,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-    for name in ("seeds", "pairs", "pretrain_steps", "conversations", "heldout", "jobs", "batch_size"):
+    counts = ("seeds", "pairs", "pretrain_steps", "conversations", "heldout", "jobs", "batch_size", "instruct_epochs")
+    for name in counts:
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1")
     for name in (

@@ -166,7 +166,7 @@ class SeedRuns:
         rows = self._instruction_rows(variant)
         rank = self.settings.lora_r
         batch_size = self.settings.instruct_batch_size or self.settings.batch_size
-        steps = -(-self.settings.conversations // batch_size)
+        steps = -(-self.settings.conversations // batch_size) * self.settings.instruct_epochs
         config = AlignGPTInstructConfig(
             output_dir=str(save_to or self.world / "unused"),
             max_steps=steps,

@@ -14,6 +14,7 @@ MEASURES = {
         "answers": ("questions", "overall"),
         "yes-share": ("yes_share",),
         "loss": ("loss",),
+        "exact": ("captions", "exact"),
         "main object": ("captions", "main object"),
         "all objects": ("captions", "all objects"),
         "absent object": ("captions", "absent object"),
@@ -115,14 +116,19 @@ def _at(run: dict[str, Any], path: Sequence[str]) -> Any:
 
 
 def describe(table: dict[str, Any]) -> str:
-    """A table for terminal and Markdown: means ± standard deviation over seeds, then paired differences."""
-    measures = list(MEASURES[table["data"]])
+    """
+    A table for terminal and Markdown: means ± standard deviation over seeds, then paired differences.
+
+    Figures of stage 1 stand once where it is that of the first variant; what no run has is left out.
+    """
+    measures = [name for name in MEASURES[table["data"]] if any(name in row for row in table["rows"])]
     lines = [
         "| variant | seeds | " + " | ".join(measures) + " |",
         "|---|---|" + "---|" * len(measures),
     ]
     for row in table["rows"]:
-        cells = [_plus_minus(row.get(measure)) for measure in measures]
+        first = row is table["rows"][0]
+        cells = [_plus_minus(row.get(measure), first) for measure in measures]
         lines.append(f"| {row['name']} | {len(row['seeds'])} | " + " | ".join(cells) + " |")
     lines += [
         "",
@@ -137,18 +143,14 @@ def describe(table: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _plus_minus(cell: dict[str, Any] | None) -> str:
-    if cell is None:
+def _plus_minus(cell: dict[str, Any] | None, first: bool) -> str:
+    if cell is None or (cell.get("shared") and not first):
         return ""
     return f"{cell['mean']:.3f}" + (f" ± {cell['std']:.3f}" if cell["std"] is not None else "")
 
 
 def _difference(cell: dict[str, Any] | None) -> str:
-    if cell is None:
-        return ""
-    if cell.get("shared"):
-        return "same stage 1"
-    if "difference" not in cell:
+    if cell is None or cell.get("shared") or "difference" not in cell:
         return ""
     text = f"{cell['difference']:+.3f} ± {cell['interval']:.3f}"
     return f"**{text}**" if cell["clear"] else text

@@ -119,6 +119,7 @@ class Settings:
         batch_size: rows of a step.
         instruct_batch_size: rows of a step of stage 2, which sees as many rows in all; 0: as in stage 1.
         parts: name of the folder with the tiny parts.
+        instruct_epochs: how often stage 2 sees its rows.
         lora_r: rank of LoRA adapters of the language model in stage 2; 0 trains it whole.
         bf16: products in bfloat16.
     """
@@ -129,6 +130,7 @@ class Settings:
     heldout: int
     batch_size: int = 32
     instruct_batch_size: int = 0
+    instruct_epochs: int = 1
     pretrain_learning_rate: float = 4e-3
     image_token_penalty: float = 0.1
     instruct_learning_rate: float = 1e-3

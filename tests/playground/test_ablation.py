@@ -156,23 +156,15 @@ def test_by_lora_only_adapters_and_small_parts_train(random_parts, tmp_path, cap
     monkeypatch.setattr(AlignGPTInstructTrainer, "train", note_training)
     monkeypatch.setattr(SeedRuns, "_loaded", note_asked)
     words = command(tmp_path / "lora", random_parts, "--seeds", "1", "--variants", "gate + global, N = 8; no alignment")
-    words += [
-        "--batch-size",
-        "8",
-        "--instruct-batch-size",
-        "16",
-        "--pretrain-learning-rate",
-        "1e-3",
-        "--instruct-learning-rate",
-        "0.01",
-    ]
+    words += ["--batch-size", "8", "--instruct-batch-size", "16", "--instruct-epochs", "3"]
+    words += ["--pretrain-learning-rate", "1e-3", "--instruct-learning-rate", "0.01"]
     assert main([*words, "--lora-r", "2"]) == 0
     assert len(trained) == 2 and all(
         ("lora_" in name) == ("language_model" in name) for names in trained for name in names
     )
     assert any("lora_" in name for name in trained[0])
-    # 32 conversations, however many to a step
-    assert steps == [(16, 2)] * 2
+    # 32 conversations, however many to a step, three times
+    assert steps == [(16, 6)] * 2
     # what is measured is the merged model
     assert set(asked) == {"AlignGPTForConditionalGeneration"}
     settings = json.loads((tmp_path / "lora" / "settings.json").read_text())
@@ -189,7 +181,7 @@ def test_a_folder_from_before_a_setting_goes_on(run, random_parts, tmp_path):
     shutil.copytree(run, tmp_path / "old")
     path = tmp_path / "old" / "settings.json"
     settings = json.loads(path.read_text())
-    del settings["lora_r"], settings["bf16"], settings["instruct_batch_size"]
+    del settings["lora_r"], settings["bf16"], settings["instruct_batch_size"], settings["instruct_epochs"]
     path.write_text(json.dumps(settings))
     assert main(command(tmp_path / "old", random_parts, "--seeds", "1", "--variants", CHOSEN)) == 0
 
@@ -388,7 +380,9 @@ def test_the_table_compares_pair_by_pair():
     assert table["rows"][0]["gate"] == [{"mean": 0.25, "spread": pytest.approx(0.15)}]
     text = ablation_table.describe(table)
     assert "| a | 4 | 0.550 ± 0.129 |" in text and "**+0.020 ± 0.013**" in text and "| c | +0.025 ±" in text
-    assert [line.count("same stage 1") for line in text.splitlines()[-2:]] == [3, 0]
+    # captions of b are those of a
+    assert [line.count("0.500 ±") for line in text.splitlines()[2:5]] == [3, 0, 3]
+    assert [line.count("+0.000 ± 0.000") for line in text.splitlines()[-2:]] == [0, 3]
 
 
 def test_a_single_seed_has_no_interval():
