@@ -5,6 +5,11 @@ For each seed and size a world is drawn and scored, and stage 1 trained by the q
 captions of all kinds are judged. Finished runs are kept in the output folder and not made again.
 
     python benchmarks/judge.py --output runs/judge --seeds 21 22 23 24 25 --pairs 1000 3600
+
+Or models of stage 1 that an ablation has kept (`--keep-models`) are measured in their place:
+
+    python benchmarks/judge.py --output runs/judge --seeds 0 1 2 3 4 \\
+        --models "runs/ablation/seed-{seed}/pretrain/levels-8"
 """
 
 import argparse
@@ -17,12 +22,16 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
+from aligngpt_playground.ablation.table import half_width
 from aligngpt_playground.measures import TRUE_KINDS, truth_aucs
+from aligngpt_shared.files import write_json
 
 
 HELDOUT, BATCH = 600, 50
+COLUMNS = ("judge", "CLIP score", "both", "likelihood", "likelihood over others")
 
 
 def calibration(levels: list[float], true: list[bool], bins: int = 4) -> list[tuple[float, float, int]]:
@@ -64,11 +73,12 @@ def measure(folder: Path, seed: int) -> dict[str, Any]:
 
     from aligngpt_playground import parts_path
     from aligngpt_playground.world import make_pairs
+    from aligngpt_trainers.scoring.combine import standardized_mean
     from aligngpt_trainers.scoring.scorer import PairScorer
     from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
-    model = AlignGPTForConditionalGeneration.from_pretrained(folder / "pretrain").eval()
-    processor = AlignGPTProcessor.from_pretrained(folder / "pretrain")
+    model = AlignGPTForConditionalGeneration.from_pretrained(folder).eval()
+    processor = AlignGPTProcessor.from_pretrained(folder)
     scorer = PairScorer(str(parts_path("clip")), device="cpu")
     kinds = (*TRUE_KINDS, "wrong", "unrelated")
     rows = make_pairs(HELDOUT, seed=1000 + seed, split="heldout", kinds=kinds)
@@ -93,6 +103,8 @@ def measure(folder: Path, seed: int) -> dict[str, Any]:
             )
             others.append(-losses.view(target.shape).sum(1))
         values["likelihood over others"] += (own - torch.stack(others).logsumexp(0)).tolist()
+    # as `aligngpt score --add_score` adds them
+    values["both"] = standardized_mean(np.array(values["CLIP score"]), np.array(values["judge"]))[0].tolist()
     of_rows = [row["kind"] for row in rows]
     found: dict[str, Any] = {name: truth_aucs(each, of_rows) for name, each in values.items()}
     is_true = [kind in TRUE_KINDS for kind in of_rows]
@@ -105,38 +117,49 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/judge"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[21, 22, 23, 24, 25])
     parser.add_argument("--pairs", type=int, nargs="+", default=[1000, 3600])
+    parser.add_argument("--models", nargs="+", help="folders of stage-1 models, with {seed} in their names")
     args = parser.parse_args()
     started = time.process_time()
-    runs = [(pairs, seed) for seed in args.seeds for pairs in args.pairs]
-    for pairs, seed in tqdm(runs, desc="runs"):
-        path = args.output / f"{pairs}-{seed}.json"
+    args.output.mkdir(parents=True, exist_ok=True)
+    rows = args.models or [f"{pairs} pairs" for pairs in args.pairs]
+    for row, seed in tqdm([(row, seed) for seed in args.seeds for row in rows], desc="runs"):
+        path = result_path(args.output, row, seed)
         if not path.is_file():
-            folder = args.output / "run"
-            train(folder, pairs, seed)
-            path.write_text(json.dumps(measure(folder, seed), indent=1) + "\n", encoding="utf-8")
-    print_table(args.output, args.pairs, args.seeds)
+            folder = Path(row.replace("{seed}", str(seed)))
+            if not args.models:
+                train(args.output / "run", int(row.split()[0]), seed)
+                folder = args.output / "run" / "pretrain"
+            write_json(path, measure(folder, seed))
+    print_table(args.output, rows, args.seeds)
     print(f"{time.process_time() - started:.0f} CPU seconds in this process")
 
 
-def print_table(folder: Path, sizes: list[int], seeds: list[int]) -> None:
-    """Markdown: mean and spread over seeds, and the judge's lead over CLIP's score, seed by seed."""
-    print("| pairs | | judge | CLIP score | likelihood | likelihood over others | judge - CLIP, by seed |")
-    print("|---|---|---|---|---|---|---|")
-    for pairs in sizes:
-        results = [json.loads((folder / f"{pairs}-{seed}.json").read_text()) for seed in seeds]
+def result_path(output: Path, row: str, seed: int) -> Path:
+    """Where the figures of one model are kept."""
+    return output / f"{row.replace('/', '_').replace(' ', '-')}-{seed}.json"
+
+
+def print_table(folder: Path, rows: list[str], seeds: list[int]) -> None:
+    """Markdown: mean and spread over seeds, and the judge's lead over CLIP's score: its interval, and seed by seed."""
+    print(f"| | | {' | '.join(COLUMNS)} | judge - CLIP | by seed |")
+    print("|---|" + "---|" * (len(COLUMNS) + 3))
+    for row in rows:
+        results = [json.loads(result_path(folder, row, seed).read_text(encoding="utf-8")) for seed in seeds]
         for question in ("true from untrue", "exact from wrong"):
             cells = []
-            for name in ("judge", "CLIP score", "likelihood", "likelihood over others"):
+            for name in COLUMNS:
                 each = [result[name][question] for result in results]
                 cells.append(f"{mean(each):.3f} ± {stdev(each) if len(each) > 1 else 0:.3f}")
             lead = [result["judge"][question] - result["CLIP score"][question] for result in results]
+            cells.append(f"{mean(lead):+.3f} ± {half_width(lead):.3f}")
             cells.append(", ".join(f"{value:+.3f}" for value in lead))
-            print(f"| {pairs} | {question} | {' | '.join(cells)} |")
+            print(f"| {row} | {question} | {' | '.join(cells)} |")
     print("\nShare of true captions by quarter of the judge's mean level (mean level: share):")
-    for pairs in sizes:
-        results = [json.loads((folder / f"{pairs}-{seed}.json").read_text())["calibration"] for seed in seeds]
+    for row in rows:
+        found = [json.loads(result_path(folder, row, seed).read_text(encoding="utf-8")) for seed in seeds]
+        results = [each["calibration"] for each in found]
         quarters = [f"{mean(r[q][0] for r in results):.2f}: {mean(r[q][1] for r in results):.2f}" for q in range(4)]
-        print(f"- {pairs} pairs: {', '.join(quarters)}")
+        print(f"- {row}: {', '.join(quarters)}")
 
 
 if __name__ == "__main__":
