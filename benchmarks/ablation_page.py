@@ -22,7 +22,7 @@ from aligngpt_shared.files import write_file
 
 HERE = Path(__file__).parent
 PAGE, RUNS = HERE / "ablation.md", HERE / "ablation"
-BLOCK = re.compile(r"<!-- runs (?P<file>\w+) (?P<data>\w+): (?P<names>[^>]+?) -->\n.*?<!-- end of runs -->", re.DOTALL)
+BLOCK = re.compile(r"<!-- runs (?P<file>\w+) (?P<data>\w+): (?P<names>[^>]+?)\s-->\n.*?<!-- end of runs -->", re.DOTALL)
 DIGITS = 6
 ORDER = [variant.name for variant in VARIANTS]
 

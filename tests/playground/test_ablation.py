@@ -309,7 +309,7 @@ def test_the_truth_scores_rows_by_their_kind(run):
     assert scored["messages"][:] == by_clip["messages"][:]
     values = {"exact": 1, "partial": 0.75, "loose": 0.5, "wrong": 0.25, "unrelated": 0}
     assert scored["clip_score"][:] == [values[kind] for kind in drawn["train"]["kind"][:]]
-    levels = ablation_rows.stage_one_rows(scored, PRETRAINS["true-8"], 0)["align_level"][:]
+    levels = ablation_rows.stage_one_rows(scored, PretrainVariant(8, scorer="truth"), 0)["align_level"][:]
     assert dict(zip(drawn["train"]["kind"][:], levels, strict=True)) == {
         "exact": 7,
         "partial": 6,
@@ -331,6 +331,31 @@ def test_two_scores_are_added_as_the_pairs_are():
     assert both["clip_score"][:] == [-1, 1] and both.column_names == ["align_level", "messages", "clip_score"]
     # means 2 and 0.25, standard deviations 1 and 0.25
     assert ablation_rows.added_scores(rows(2.0, 4.0), rows(0.25, 1.0), pairs)["clip_score"][:] == [0, 2.5]
+
+
+def test_what_the_better_half_holds_by_each_scorer(run, tmp_path, monkeypatch, capsys):
+    import shutil
+    import sys
+
+    world = tmp_path / "seed-0" / "world"
+    shutil.copytree(run / "seed-0" / "world", world)
+    for name in ("pairs", "noisy"):
+        # a judge that knows the truth
+        drawn, clip = _load(world / "data" / name), _load(world / f"scored-{name}")
+        ablation_rows.truly_scored(drawn, clip).save_to_disk(str(world / f"levels-8-{name}"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import better_half
+
+    monkeypatch.setattr(sys, "argv", ["better_half.py", "--ablation", str(tmp_path), "--seeds", "0"])
+    better_half.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("| pairs", "| noisy"))]
+    rows = {
+        tuple(cells[:2]): list(map(float, cells[2:])) for cells in (line.strip("| ").split(" | ") for line in lines)
+    }
+    assert len(rows) == 6
+    for name in ("pairs", "noisy"):
+        clip, judge, both = (rows[name, scorer] for scorer in ("CLIP", "the judge", "both"))
+        assert judge[:3] == [1, 1, 0] and clip[0] < both[0] <= 1 and judge[3] >= both[3]
 
 
 def test_without_alignment_the_level_table_has_no_say(run):

@@ -41,7 +41,7 @@ def test_runs_are_gathered_and_tables_made(page, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(page, "RUNS", tmp_path)
     monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
     page.PAGE.write_text(
-        "a\n<!-- runs new clean: no alignment;\nlocal only -->\nold\n<!-- end of runs -->\n<!-- runs new clean: "
+        "a\n<!-- runs new clean: no alignment;\nlocal only\n-->\nold\n<!-- end of runs -->\n<!-- runs new clean: "
         "local only -->\n<!-- end of runs -->\nb\n"
     )
     for seed, value in enumerate((0.12345678, 0.5)):
@@ -51,7 +51,8 @@ def test_runs_are_gathered_and_tables_made(page, tmp_path, monkeypatch, capsys):
     assert "4 runs of" in capsys.readouterr().out
     assert [run["questions"]["overall"] for run in page.read(tmp_path / "new.jsonl")] == [0.25, 0.25, 0.123457, 0.5]
     text = page.PAGE.read_text()
-    assert "\nold" not in text and text.startswith("a\n<!-- runs new clean: no alignment;\nlocal only -->\n\n| variant")
+    assert "\nold" not in text
+    assert text.startswith("a\n<!-- runs new clean: no alignment;\nlocal only\n-->\n\n| variant")
     assert text.count("| local only | 2 | 0.312 ± 0.266 |") == 2 and text.endswith("<!-- end of runs -->\nb\n")
     # a run that was made again takes the place of the old one
     write(0, "local only", 0.5)
