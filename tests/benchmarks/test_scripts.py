@@ -29,7 +29,7 @@ def written(tmp_path_factory) -> tuple[dict[str, dict], str]:
         stdin=subprocess.DEVNULL,
         cwd=output,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=300,
+        timeout=1200,
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     files = {name: json.loads((output / f"{name}.json").read_text()) for name in run_scripts.SCRIPTS}
