@@ -8,7 +8,7 @@ from datasets import Dataset, load_from_disk
 from scoring_parts import config, save_scorers, write_pairs
 
 from aligngpt_trainers.commands.cli import main
-from aligngpt_trainers.scoring.combine import standardized_mean
+from aligngpt_trainers.scoring.combine import facts_of, standardized_mean
 from aligngpt_trainers.scoring.run import score_dataset
 
 
@@ -110,3 +110,9 @@ def test_scores_that_say_nothing_are_refused():
         standardized_mean(np.ones(4), np.arange(4))
     with pytest.raises(ValueError, match="all own scores are 2"):
         standardized_mean(np.arange(4), np.full(4, 2))
+
+
+@pytest.mark.parametrize("added", [{"earlier": {"mean": 0, "std": 1}}, {"earlier": 1, "own": 2}, []])
+def test_a_broken_record_of_edges_is_refused(added):
+    with pytest.raises(ValueError, match="edges: the earlier run's `added` cannot be read"):
+        facts_of({"added": added}, True)

@@ -68,7 +68,8 @@ def facts_of(record: dict[str, Any] | None, add_score: bool) -> dict[str, dict[s
         add_score: of this run.
 
     Raises:
-        ValueError: only one of the two added scores, so that the edges say nothing about the other's.
+        ValueError: only one of the two added scores, so that the edges say nothing about the other's; or its record
+            cannot be read.
     """
     if record is None:
         return None
@@ -78,4 +79,11 @@ def facts_of(record: dict[str, Any] | None, add_score: bool) -> dict[str, dict[s
             f"edges: they were cut {'from' if facts else 'without'} added scores, so add_score must be "
             f"{'true' if facts else 'false'} here as well."
         )
-    return facts
+    if facts is None:
+        return None
+    try:
+        return {name: {key: float(facts[name][key]) for key in ("mean", "std")} for name in (EARLIER, OWN)}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"edges: the earlier run's `added` cannot be read ({type(error).__name__}: {error})."
+        ) from error
