@@ -9,6 +9,7 @@ from scoring_parts import config, save_scorers, write_pairs
 
 from aligngpt_trainers.commands.cli import main
 from aligngpt_trainers.scoring.combine import facts_of, standardized_mean
+from aligngpt_trainers.scoring.output import _meaning
 from aligngpt_trainers.scoring.run import score_dataset
 
 
@@ -116,3 +117,15 @@ def test_scores_that_say_nothing_are_refused():
 def test_a_broken_record_of_edges_is_refused(added):
     with pytest.raises(ValueError, match="edges: the earlier run's `added` cannot be read"):
         facts_of({"added": added}, True)
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"architecture": "CLIPModel"}, "cosine similarity of image and caption"),
+        ({"architecture": "AlignGPTForConditionalGeneration"}, "mean level of the caption under the model"),
+        ({"architecture": "CLIPModel", "added": {}}, "mean of two scorers' scores, each standardised"),
+    ],
+)
+def test_the_histogram_says_what_a_score_is(record, expected):
+    assert _meaning(record) == expected

@@ -24,8 +24,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class ScoreConfig:
     """Settings of `aligngpt score`.
 
-    The score of a pair is the cosine similarity of its image and its caption under the scorer; levels are cut from
-    the scores by `binning` (see `levels.cut_levels`).
+    The score of a pair is the cosine similarity of its image and its caption under the scorer, or their mean level
+    where that is an AlignGPT; levels are cut from the scores by `binning` (see `levels.cut_levels`).
     """
 
     dataset: str = field(

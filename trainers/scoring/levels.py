@@ -167,7 +167,7 @@ def balance_levels(levels: np.ndarray, counts: np.ndarray, samples_per_level: in
     return kept
 
 
-def draw_histogram(scores: np.ndarray, edges: np.ndarray, counts: np.ndarray, title: str, path: Path):
+def draw_histogram(scores: np.ndarray, edges: np.ndarray, counts: np.ndarray, title: str, meaning: str, path: Path):
     """Writes a PNG of the distribution of scores with the edges drawn and each level's number of pairs.
 
     Args:
@@ -175,6 +175,7 @@ def draw_histogram(scores: np.ndarray, edges: np.ndarray, counts: np.ndarray, ti
         edges: [N + 1].
         counts: [N].
         title: of the image.
+        meaning: of a score, for the axis.
         path: where to.
     """
     try:
@@ -204,7 +205,7 @@ def draw_histogram(scores: np.ndarray, edges: np.ndarray, counts: np.ndarray, ti
             fontsize=6 if len(counts) > 10 else 8,
         )
     axes.set_title(title, pad=32 + 22 * crowded, fontsize=10)
-    axes.set_xlabel("score (cosine similarity of image and caption)")
+    axes.set_xlabel(f"score ({meaning})")
     axes.set_ylabel("pairs")
     axes.set_xlim(low - 0.01 * (high - low), high + 0.01 * (high - low))
     figure.savefig(path, dpi=120, format="png")

@@ -233,7 +233,7 @@ def write_output(
             good = scores.levels >= 0
             title = f"{record['scorer']}: {int(good.sum()):,} pairs, {record['method']} levels"
             edges, counts = np.array(record["edges"]), np.array(record["counts"])
-            draw_histogram(scores.values[good], edges, counts, title, beside / HISTOGRAM)
+            draw_histogram(scores.values[good], edges, counts, title, _meaning(record), beside / HISTOGRAM)
             if config.json_output:
                 write_json(Path(config.json_output), rows, scores.values, scores.levels, scores.written(), config)
             scored = _with_levels(rows, scores, config)
@@ -245,6 +245,14 @@ def write_output(
         except OSError:
             shutil.rmtree(beside, ignore_errors=True)
             raise
+
+
+def _meaning(record: dict[str, Any]) -> str:
+    """What a score of this run is."""
+    if "added" in record:
+        return "mean of two scorers' scores, each standardised"
+    judged = str(record["architecture"]).startswith("AlignGPT")
+    return "mean level of the caption under the model" if judged else "cosine similarity of image and caption"
 
 
 def _in_place(path: Path):
