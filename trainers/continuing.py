@@ -19,6 +19,7 @@ SCHEDULE = (
     "max_steps",
     "learning_rate",
     "projector_learning_rate",
+    "align_learning_rate",
     "lr_scheduler_type",
     "warmup_steps",
 )

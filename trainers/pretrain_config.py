@@ -14,6 +14,9 @@ class AlignGPTPretrainConfig(StageConfig):
     and cropped).
 
     Args:
+        align_learning_rate (`float`, *optional*): the level table's own peak learning rate. A row of the table learns
+            from the pairs of its level alone, so with few of them it stays near where it started. Not in the paper;
+            `None` takes `learning_rate`.
         image_token_penalty (`float`): weight of a term that keeps image tokens as long as the language model's words:
             the mean squared logarithm of their length over that of a word. A high learning rate makes them many
             times as long, and the words next to them less often right. Not in the paper; 0 leaves it out.
@@ -27,6 +30,9 @@ class AlignGPTPretrainConfig(StageConfig):
     image_aspect_ratio: str = field(
         default="square",
         metadata={"help": "`square`: resize and crop. `pad`: pad to a square first.", "choices": IMAGE_ASPECT_RATIOS},
+    )
+    align_learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate of the level table, where it is to differ."}
     )
     image_token_penalty: float = field(
         default=0.0,

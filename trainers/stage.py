@@ -52,6 +52,12 @@ __all__ = [
     "find_last_checkpoint",
 ]
 
+# settings that give a module of the model a learning rate of its own
+OWN_LEARNING_RATES = {
+    "projector_learning_rate": "multi_modal_projector",
+    "align_learning_rate": "align_embeddings",
+}
+
 
 class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
     """
@@ -63,7 +69,7 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
     - `_set_signature_columns_if_needed`: TRL would strip `align_level`, lengths and the names of rows.
     - `_get_train_sampler`: batches of similar rows (`group_by`).
     - `get_train_dataloader`, `get_eval_dataloader`: their processes ignore signals.
-    - `create_optimizer`: gives the projector its own learning rate.
+    - `create_optimizer`: gives projector and level table learning rates of their own (`OWN_LEARNING_RATES`).
     - `compute_loss`: takes the rows' names out of the batch, stops at a loss that is not finite; on a
       CPU it keeps the head to supervised positions, as TRL does on a GPU.
     - `log`: adds what [`RunWatch`] has seen.
@@ -229,16 +235,19 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        learning_rate = self.args.projector_learning_rate
-        if learning_rate is None or not fresh:
+        if not fresh:
             return optimizer
-        named = (self.model if model is None else model).named_parameters()
-        projector = {id(parameter) for name, parameter in named if "multi_modal_projector" in name}
-        for group in list(optimizer.param_groups):
-            own = [parameter for parameter in group["params"] if id(parameter) in projector]
-            if own:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in projector]
-                optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
+        named = list((self.model if model is None else model).named_parameters())
+        for setting, module in OWN_LEARNING_RATES.items():
+            learning_rate = getattr(self.args, setting, None)
+            if learning_rate is None:
+                continue
+            inside = {id(parameter) for name, parameter in named if module in name}
+            for group in list(optimizer.param_groups):
+                own = [parameter for parameter in group["params"] if id(parameter) in inside]
+                if own:
+                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in inside]
+                    optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
         return optimizer
 
     # ---- batches and loss ----

@@ -19,6 +19,7 @@ IMAGE_ASPECT_RATIOS = ("square", "pad")
 BOUNDS = {
     "learning_rate": (0, True, 1e3),
     "projector_learning_rate": (0, True, 1e3),
+    "align_learning_rate": (0, True, 1e3),
     "weight_decay": (0, True, 1e3),
     "max_grad_norm": (0, True, math.inf),
     "adam_beta1": (0, True, 1 - 1e-12),

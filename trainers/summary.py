@@ -82,6 +82,8 @@ def describe_hyperparameters(trainer: Any) -> dict[str, Any]:
         "image_aspect_ratio": args.image_aspect_ratio,
         "seed": args.seed,
     }
+    if getattr(args, "align_learning_rate", None) is not None:  # a setting of stage 1 alone
+        values["align_learning_rate"] = args.align_learning_rate
     if is_peft_model(trainer.model):
         adapter = trainer.model.active_peft_config
         values["lora"] = {

@@ -87,6 +87,7 @@ def test_checkpoints_rotate_by_step_and_not_by_time(assembled, rows, stopped):
     ("change", "message"),
     [
         ({"learning_rate": 5e-4}, "learning_rate was .* and is 0.0005"),
+        ({"align_learning_rate": 5e-4}, "align_learning_rate was None and is 0.0005"),
         ({"seed": 7}, "seed was .* and is 7"),
         ({"num_train_epochs": 3.0}, "num_train_epochs was 1.0 and is 3.0"),
         ({"max_steps": 5}, "max_steps was 2 and is 5"),
@@ -202,6 +203,7 @@ def test_checkpoints_of_before_there_were_manifests(stopped):
         ({"learning_rate": float("nan")}, "learning_rate=nan is not a number"),
         ({"learning_rate": -1e-3}, "learning_rate=-0.001 cannot be: it must be at least 0"),
         ({"projector_learning_rate": float("inf")}, "projector_learning_rate=inf cannot be"),
+        ({"align_learning_rate": -1e-3}, "align_learning_rate=-0.001 cannot be: it must be at least 0"),
         ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps=-1 cannot be: it must be at least 1"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 cannot be"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size=0 cannot be"),

@@ -191,6 +191,27 @@ def test_the_projector_can_have_its_own_learning_rate(stage1_folder, tmp_path, s
     assert moved(before, trainer.model) == expected[stage]
 
 
+def test_the_level_table_can_have_its_own_learning_rate(stage1_folder, tmp_path):
+    """Beside the projector's too; in every group decay stays as it was."""
+
+    def run(**rates):
+        trainer = trainer_for("pretrain", stage1_folder, tmp_path, learning_rate=0.1, weight_decay=0.1, **rates)
+        before = snapshot(trainer.model)
+        trainer.train()
+        grouped = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
+        assert len(grouped) == len(set(grouped)) == sum(p.requires_grad for p in trainer.model.parameters())
+        return trainer, moved(before, trainer.model)
+
+    trainer, changed = run(align_learning_rate=0.0)
+    assert changed == {"multi_modal_projector"}
+    table = trainer.model.model.align_embeddings.weight
+    (group,) = (group for group in trainer.optimizer.param_groups if any(p is table for p in group["params"]))
+    assert (group["initial_lr"], group["weight_decay"]) == (0.0, 0.1)
+    trainer, changed = run(align_learning_rate=0.5, projector_learning_rate=0.0)
+    assert changed == {"align_embeddings"}
+    assert trainer.summary()["hyperparameters"]["align_learning_rate"] == 0.5
+
+
 def test_batches_with_and_without_images_weigh_alike(stage1_folder, tmp_path):
     """A step over one batch with images and one without equals the step over both at once."""
     rows = [row for row in conversation_rows(32) if row["images"]][:4]

@@ -54,7 +54,8 @@ class SendSignal(TrainerCallback):
 
 def trainer_for(stage: str, model: Path, folder: Path, callbacks=None, dropout: float = 0.0, **overrides):
     trainer_class, config_class, rows = STAGES[stage]
-    args = settings(config_class, folder, **{**RUN, **overrides})
+    own = {"align_learning_rate": 7e-3} if stage == "pretrain" else {}
+    args = settings(config_class, folder, **{**RUN, **own, **overrides})
     held_out = to_dataset(rows(4)) if "eval_strategy" in overrides else None
     trainer = trainer_class(str(model), args, to_dataset(rows(16)), held_out, callbacks=callbacks)
     # dropout makes the run depend on the random state
@@ -318,6 +319,7 @@ def test_the_best_checkpoint_is_kept_and_found(stage1_folder, tmp_path):
         "metric_for_best_model": "loss",
         "max_steps": 6,
         "learning_rate": 0.0,
+        "align_learning_rate": None,
     }
     trainer = trainer_for("pretrain", stage1_folder, tmp_path, projector_learning_rate=None, **args)
     trainer.train()
