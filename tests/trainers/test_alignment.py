@@ -118,6 +118,19 @@ class TestCutLevels:
             held = scores[levels == level]
             assert edges[level] <= held.min() and held.max() <= edges[level + 1]
 
+    def test_robust_has_equal_widths_between_two_quantiles(self):
+        """Lone scores far out decide nothing; they go to the end levels."""
+        scores = np.random.default_rng(0).normal(0.25, 0.05, 5000)
+        scores[:2] = -1, 3
+        levels, edges, counts = cut_levels(scores, 8, "robust")
+        np.testing.assert_array_equal(edges, np.linspace(*np.quantile(scores, [0.01, 0.99]), 9))
+        assert levels[:2].tolist() == [0, 7] and counts.sum() == 5000 and counts.min() > 0.02 * 5000
+        assert cut_levels(scores, 8)[2].max() > 0.9 * 5000
+        # later rows by the same edges
+        np.testing.assert_array_equal(cut_levels(scores, method="edges", edges=edges)[0], levels)
+        wide = cut_levels(scores, 8, "robust", quantiles=(0, 1))[1]
+        np.testing.assert_array_equal(wide, cut_levels(scores, 8)[1])
+
     def test_edges_belong_to_the_upper_level_and_the_outside_to_the_ends(self):
         scores = [-9, 0.0, 0.0999, 0.1, 0.2, 0.3, 0.30001, 9]
         levels, edges, counts = cut_levels(scores, method="edges", edges=[0, 0.1, 0.2, 0.3])
@@ -127,7 +140,7 @@ class TestCutLevels:
 
     def test_better_scores_never_have_lower_levels(self):
         scores = np.sort(np.random.default_rng(1).normal(size=999))
-        for method in ("uniform", "quantile"):
+        for method in ("uniform", "robust", "quantile"):
             assert (np.diff(cut_levels(scores, 8, method)[0]) >= 0).all()
 
     @pytest.mark.parametrize(
@@ -140,7 +153,13 @@ class TestCutLevels:
             ([0.1, *[0.3] * 9], {"method": "quantile"}, "too many scores are equal"),
             ([1, 1 + 2e-16], {}, "too many scores are equal"),
             ([0.1, 0.2], {"num_align_levels": 1}, "at least 2"),
-            ([0.1, 0.2], {"method": "kmeans"}, "one of uniform, quantile, edges"),
+            ([0.1, 0.2], {"method": "kmeans"}, "one of uniform, robust, quantile, edges"),
+            ([0.1, *[0.3] * 900], {"method": "robust"}, "too many scores are equal"),
+            (
+                [0.1, 0.2],
+                {"method": "robust", "quantiles": (0.9, 0.1)},
+                r"two shares of the pairs, .* not \(0\.9, 0\.1\)",
+            ),
             ([0.1, 0.2], {"method": "edges"}, "Give `edges`"),
             ([0.1, 0.2], {"edges": [0, 1, 2]}, "only there"),
             ([0.1, 0.2], {"method": "edges", "edges": [0, 2, 1]}, "each above the one before"),
@@ -188,6 +207,18 @@ class TestScoreDataset:
             score_dataset(config(pairs, scorers, tmp_path / f"out{number}", **options))
         scores = [np.asarray(load_from_disk(tmp_path / f"out{n}")["clip_score"][:], np.float32) for n in range(4)]
         assert len({part.tobytes() for part in scores}) == 1
+
+    def test_the_robust_cut_is_recorded_and_applied_to_other_rows(self, pairs, scorers, tmp_path):
+        first = score_dataset(config(pairs, scorers, tmp_path / "first", binning="robust", quantiles=[0.1, 0.9]))
+        scores = load_from_disk(tmp_path / "first")["clip_score"][:]
+        _, edges, counts = cut_levels(scores, 4, "robust", quantiles=(0.1, 0.9))
+        record = json.loads((tmp_path / "first" / "alignment.json").read_text())
+        assert record == first and (record["method"], record["quantiles"]) == ("robust", [0.1, 0.9])
+        assert (record["edges"], record["counts"]) == (edges.tolist(), counts.tolist())
+        again = config(pairs, scorers, tmp_path / "again", binning="edges", edges=[str(tmp_path / "first")])
+        assert score_dataset(again)["counts"] == record["counts"]
+        default = config(pairs, scorers, tmp_path / "stream", binning="robust", streaming=True, shard_size=24)
+        assert score_dataset(default)["quantiles"] == [0.01, 0.99]
 
     def test_edges_of_an_earlier_run(self, pairs, scorers, tmp_path, caplog):
         first = score_dataset(config(pairs, scorers, tmp_path / "first", binning="quantile"))
@@ -273,6 +304,10 @@ class TestScoreDataset:
             ({"binning": "edges"}, "belong together"),
             ({"edges": ["0", "1"]}, "belong together"),
             ({"binning": "even"}, "binning must be one of uniform"),
+            ({"quantiles": [0.01, 0.99]}, "no effect without `binning: robust`"),
+            ({"binning": "robust", "quantiles": [0.01]}, "quantiles must be two shares"),
+            ({"binning": "robust", "quantiles": [1, 99]}, "quantiles must be two shares"),
+            ({"binning": "robust", "quantiles": ["low", 0.99]}, "quantiles must be two shares"),
             ({"sampling": "some"}, "sampling must be one of all, balanced"),
             ({"samples_per_level": 5}, "no effect without"),
             ({"min_score": float("nan")}, "min_score must be a number"),

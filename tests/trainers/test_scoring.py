@@ -69,7 +69,7 @@ class TestLevels:
         with pytest.raises(ValueError, match="2 of 95 scores are not finite, the first in row 57"):
             cut_levels(scores)
 
-    @pytest.mark.parametrize(("method", "copies"), [("uniform", 1), ("quantile", 2), ("edges", 1)])
+    @pytest.mark.parametrize(("method", "copies"), [("uniform", 1), ("robust", 2), ("quantile", 2), ("edges", 1)])
     def test_memory_beside_the_scores(self, method, copies, monkeypatch):
         """One byte a pair for the levels and pieces of fixed size; quantiles copy the scores once, as they are."""
         monkeypatch.setattr(score_levels, "PIECE", 1 << 16)

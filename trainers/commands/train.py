@@ -252,7 +252,7 @@ def rows_of(data_args: DataArguments, source: str, split: str | None, **options:
 
 # What a model's summary says of the scores that its levels were cut from; the keys are those of alignment.json.
 ALIGNMENT_FACTS = (
-    *("method", "num_align_levels", "edges", "counts", "mean_scores"),
+    *("method", "quantiles", "num_align_levels", "edges", "counts", "mean_scores"),
     *("scorer", "revision", "sha256", "rows"),
 )
 

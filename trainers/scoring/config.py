@@ -11,7 +11,7 @@ import torch
 
 from aligngpt_shared.records import ALIGNMENT
 
-from .levels import METHODS
+from .levels import METHODS, QUANTILES, checked_quantiles
 
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,17 @@ class ScoreConfig:
     )
     binning: str = field(
         default="uniform",
-        metadata={"help": "uniform: intervals of equal width; quantile: equally many pairs; edges: those of `edges`."},
+        metadata={
+            "help": "uniform: intervals of equal width between the lowest and the highest score; robust: between two "
+            "`quantiles`; quantile: equally many pairs; edges: those of `edges`."
+        },
+    )
+    quantiles: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "For binning=robust: between which quantiles the intervals lie, by default 0.01 0.99; scores "
+            "outside go to the end levels."
+        },
     )
     edges: list[str] | None = field(
         default=None,
@@ -126,6 +136,10 @@ class ScoreConfig:
                 raise ValueError(f"{name} must be one of {', '.join(accepted)}, not {getattr(self, name)!r}.")
         if (self.edges is not None) != (self.binning == "edges"):
             raise ValueError("`edges` and `binning: edges` belong together: give both or neither.")
+        if self.binning == "robust":
+            self.quantiles = checked_quantiles(QUANTILES if self.quantiles is None else self.quantiles)
+        elif self.quantiles is not None:
+            raise ValueError("quantiles have no effect without `binning: robust`.")
         for name in ("batch_size", "shard_size", "samples_per_level"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -1,7 +1,8 @@
 """Scores -> alignment levels: the cut, the balancing of levels, and the image of both.
 
 Everything here goes through the scores in pieces: beside the scores themselves (4 bytes a pair) and the levels (1 byte
-a pair) memory does not grow with their number, but for one copy of the scores while quantiles are looked up.
+a pair) memory does not grow with their number, but for one copy of the scores while quantiles are looked up (for both
+`"robust"` and `"quantile"`).
 """
 
 import logging
@@ -13,7 +14,8 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("uniform", "quantile", "edges")
+METHODS = ("uniform", "robust", "quantile", "edges")
+QUANTILES = (0.01, 0.99)
 PIECE = 1 << 20
 BARS = 120
 
@@ -23,23 +25,27 @@ def cut_levels(
     num_align_levels: int | None = None,
     method: str = "uniform",
     edges: Sequence[float] | np.ndarray | None = None,
+    quantiles: Sequence[float] = QUANTILES,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cuts scores into levels.
 
     The paper ranks the pairs by score and divides them at "equally spaced intervals"; the authors' release holds
     finished levels and no code that made them. `"uniform"` is the literal reading and the default: intervals of one
-    width between the lowest and the highest score, so that a level means the same distance everywhere and levels at
-    both ends hold few pairs. `"quantile"` puts equally many pairs into each level. `"edges"` applies the edges of an
-    earlier run, so that a level keeps its meaning across data sets scored by the same model.
+    width between the lowest and the highest score, so that a level means the same distance everywhere; the lone best
+    and worst scores decide where the ends lie, and the levels there hold few pairs. `"robust"` has intervals of one
+    width as well, but between two quantiles of the scores. `"quantile"` puts equally many pairs into each level.
+    `"edges"` applies the edges of an earlier run, so that a level keeps its meaning across data sets scored by the
+    same model.
 
-    A level holds its lower edge and not its upper one; the top level holds both. With `"edges"`, scores below the
-    first edge get level 0 and scores above the last one the top level.
+    A level holds its lower edge and not its upper one; the top level holds both. With `"robust"` and `"edges"`,
+    scores below the first edge get level 0 and scores above the last one the top level.
 
     Args:
         scores: [num_pairs], finite.
         num_align_levels: N; by default 8, or what `edges` say.
-        method: `"uniform"`, `"quantile"` or `"edges"`.
+        method: `"uniform"`, `"robust"`, `"quantile"` or `"edges"`.
         edges: [N + 1], rising; for `"edges"` alone.
+        quantiles: the lower and the upper one, as shares of the pairs; for `"robust"` alone.
 
     Returns:
         levels: [num_pairs], 0 (worst aligned) to N - 1, of the smallest signed integer type that holds N.
@@ -48,7 +54,7 @@ def cut_levels(
 
     Raises:
         ValueError: no scores, a score that is not finite, all scores equal, ties that leave a quantile no room,
-            unusable edges.
+            unusable edges or quantiles.
     """
     values = np.asarray(scores)
     if values.dtype not in (np.float32, np.float64):
@@ -63,7 +69,7 @@ def cut_levels(
     bounds = (
         _check_edges(edges, num_align_levels)
         if edges is not None
-        else _make_edges(values, 8 if num_align_levels is None else num_align_levels, method)
+        else _make_edges(values, 8 if num_align_levels is None else num_align_levels, method, quantiles)
     )
     levels = np.empty(len(values), np.min_scalar_type(-len(bounds)))
     counts = np.zeros(len(bounds) - 1, np.int64)
@@ -102,7 +108,18 @@ def _check_edges(edges: Sequence[float] | np.ndarray, num_align_levels: int | No
     return bounds
 
 
-def _make_edges(values: np.ndarray, num_align_levels: int, method: str) -> np.ndarray:
+def checked_quantiles(quantiles: Sequence[float]) -> list[float]:
+    """Both as numbers; a ValueError where they are not two shares, the lower first."""
+    try:
+        low, high = map(float, quantiles)
+    except (TypeError, ValueError):
+        low = high = float("nan")
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"quantiles must be two shares of the pairs, such as 0.01 and 0.99, not {quantiles}.")
+    return [low, high]
+
+
+def _make_edges(values: np.ndarray, num_align_levels: int, method: str, quantiles: Sequence[float]) -> np.ndarray:
     if num_align_levels < 2:
         raise ValueError(f"num_align_levels must be at least 2, not {num_align_levels}.")
     low, high = float(values.min()), float(values.max())
@@ -110,7 +127,9 @@ def _make_edges(values: np.ndarray, num_align_levels: int, method: str) -> np.nd
         raise ValueError(
             f"All {len(values)} scores are {values[0]}: they cannot be cut into levels. Check scorer and captions."
         )
-    if method == "uniform":
+    if method == "robust":
+        low, high = _quantiles(values, np.array(checked_quantiles(quantiles)))
+    if method in ("uniform", "robust"):
         bounds = np.linspace(low, high, num_align_levels + 1)
     else:
         bounds = _quantiles(values, np.linspace(0, 1, num_align_levels + 1))

@@ -23,7 +23,7 @@ from aligngpt_shared.records import ALIGNMENT
 
 from ..data.conversations import REASON_KINDS, Reason
 from .config import ScoreConfig
-from .levels import balance_levels, cut_levels, draw_histogram, mean_of_levels
+from .levels import QUANTILES, balance_levels, cut_levels, draw_histogram, mean_of_levels
 from .llava_json import write_json
 from .processes import keeping_progress
 from .shards import read_shards
@@ -130,7 +130,9 @@ def assign_levels(scores: Scores, config: ScoreConfig, edges: list[float] | None
             raise ValueError("No row has an image: there is nothing to score.")
         best = np.nanmax(scores.values)
         raise ValueError(f"No pair scores {config.min_score} or more (the best has {best:.4f}): lower min_score.")
-    levels, bounds, counts = cut_levels(scores.values[good], config.num_align_levels, config.binning, edges)
+    levels, bounds, counts = cut_levels(
+        scores.values[good], config.num_align_levels, config.binning, edges, config.quantiles or QUANTILES
+    )
     sampling = None
     if config.sampling == "balanced":
         kept = balance_levels(levels, counts, config.samples_per_level, config.seed)
@@ -154,6 +156,7 @@ def assign_levels(scores: Scores, config: ScoreConfig, edges: list[float] | None
     scores.levels[good] = levels
     return {
         "method": config.binning,
+        **({"quantiles": config.quantiles} if config.quantiles else {}),
         "num_align_levels": len(counts),
         "edges": bounds.tolist(),
         "counts": counts.tolist(),
