@@ -1,9 +1,10 @@
 """
-The levels as a judge of texts: how well does a text fit an image?
+The levels as a judge of texts. Experimental: nothing shows yet that it tells true texts from untrue ones better than
+the score that the levels were cut from.
 
-After stage 1, a model knows how texts of each level relate to their images. So the likelihoods of one text at all
-levels tell its level: under a flat prior, p(level | image, text) is proportional to p(text | image, level). What makes
-a text likely at every level (its style, its length) cancels out.
+After stage 1, a model has seen texts of each level beside their images. So the likelihoods of one text at all levels
+give it a mean level: under a flat prior, p(level | image, text) is proportional to p(text | image, level). Form and
+length do not cancel out: where texts of low levels are worded otherwise, the wording alone moves the level.
 
 Shape suffixes: B rows, T positions, N levels, P parts of a text.
 """
@@ -55,8 +56,8 @@ class AlignGPTJudgeMixin:
         **kwargs,
     ) -> AlignGPTJudgement:
         """
-        How well texts fit their images; [`AlignGPTProcessor.judge_inputs`] makes the arguments. The images are encoded
-        once, the language model runs N times.
+        Experimental: the mean level of texts beside their images; [`AlignGPTProcessor.judge_inputs`] makes the
+        arguments. The images are encoded once, the language model runs N times.
 
         Args:
             input_ids, attention_mask (`(B, T)`), pixel_values: as in `forward`; every row has an image.

@@ -1,4 +1,4 @@
-"""`python -m aligngpt_playground`: the quickstart, the ablations, the small world's data, its tiny parts' training."""
+"""`python -m aligngpt_playground`: the quickstart, the small world's data, its tiny parts' training."""
 
 import argparse
 import json
@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import quickstart
-from .ablation import command as ablation
-from .ablation import tuning
 from .sprites import ATTRIBUTION
 
 
@@ -19,10 +17,6 @@ def build_parser() -> argparse.ArgumentParser:
         "quickstart", help="the whole way on the small world: data, both stages, figures, report"
     )
     quickstart.add_arguments(whole)
-    table = commands.add_parser("ablation", help="the paper's ablations and two baselines, with seeds")
-    ablation.add_arguments(table)
-    tuned = commands.add_parser("tuning", help="preferences and rewards after stage 2, with seeds")
-    tuning.add_arguments(tuned)
     make = commands.add_parser("make", help="write pairs and conversations as datasets folders")
     make.add_argument("--output", required=True, help="folder that gets pairs/ and conversations/")
     make.add_argument("--pairs", type=int, default=8000, help="training pairs (default: %(default)s)")
@@ -80,10 +74,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "quickstart":
         return quickstart.run(parsed)
     try:
-        if command == "ablation":
-            return ablation.run(parsed)
-        if command == "tuning":
-            return tuning.run(parsed)
         if command == "hard":
             print(_hard(parsed))
         elif command == "make":

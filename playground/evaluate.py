@@ -33,6 +33,7 @@ class Accuracy:
         majority: share that the most frequent training answer gets right.
         majority_answer: that answer; None where it differs between the rows that are summed up.
         at_chance: whether `accuracy` is not above `majority`, or a better guess, by more than two standard errors.
+        before: share that the model got right before the stage that is measured; None where nobody asked.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Accuracy:
     majority: float
     majority_answer: str | None
     at_chance: bool
+    before: float | None = None
 
 
 def accuracy_of(name: str, hits: Sequence[bool], majority_hits: Sequence[bool], answer: str | None = None) -> Accuracy:
@@ -288,13 +290,16 @@ def evaluate_captions(model: str | Path, data: str | Path, folder: str | Path, e
     return {"number": len(images), "rows": by_level[-1]["rows"], "by_level": by_level, "examples": listed}
 
 
-def evaluate_questions(model: str | Path, data: str | Path, folder: str | Path) -> dict[str, Any]:
+def evaluate_questions(
+    model: str | Path, data: str | Path, folder: str | Path, before: str | Path | None = None
+) -> dict[str, Any]:
     """Answers to the held-out questions of a folder of conversations, each asked alone, and what the gate did.
 
     Args:
         model: folder of a stage-2 model.
         data: folder of conversations.
         folder: folder that gets the example images.
+        before: folder of the stage-1 model that stage 2 began with; it is asked the same questions, at its top level.
 
     Returns:
         `questions` (`Accuracy` fields by type and `overall`; `examples`: the first question of each type; `notes`) and
@@ -310,6 +315,11 @@ def evaluate_questions(model: str | Path, data: str | Path, folder: str | Path) 
     answers, weights = saved.answer(images, [question.question for question in questions])
     training = [question for row in splits["train"].remove_columns("images") for question in questions_of(row)]
     table, overall = question_table(answers, questions, training)
+    if before is not None:
+        earlier, _ = SavedModel(before).answer(images, [question.question for question in questions])
+        shares = {row.name: row.accuracy for row in _rows(question_table(earlier, questions, training))}
+        table = [replace(row, before=shares[row.name]) for row in table]
+        overall = replace(overall, before=shares[OVERALL])
     notes, lucky = [], [_lucky_place(row) for row, question in asked if question.type == "where"]
     if lucky:
         # more than the majority answer gets, and no sign that the question was understood
@@ -347,6 +357,10 @@ def evaluate_questions(model: str | Path, data: str | Path, folder: str | Path) 
     }
 
 
+def _rows(table: tuple[list[Accuracy], Accuracy]) -> list[Accuracy]:
+    return [*table[0], table[1]]
+
+
 def _lucky_place(row: dict[str, Any]) -> float:
     """How often naming the place of just any object answers "where is the cat?"."""
     return 1 / len(Scene.from_json(row["scene"]).objects)
@@ -375,12 +389,15 @@ def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
 
 def format_table(title: str, rows: Sequence[Accuracy]) -> str:
     """A table for the terminal; rows that are not above the majority answer are marked."""
-    lines = [f"{title:<34}{'right':>7}{'majority answer':>29}{'number':>8}"]
+    asked_before = any(row.before is not None for row in rows)
+    head = f"{'before':>8}" if asked_before else ""
+    lines = [f"{title:<34}{'right':>7}{head}{'majority answer':>29}{'number':>8}"]
     for row in rows:
         answer = f' ("{row.majority_answer}")' if row.majority_answer else ""
         if len(answer) > 22:
             answer = answer[:18] + '..")'
         majority = f"{row.majority:.3f}{answer:<22}"
         mark = "  at chance" if row.at_chance else ""
-        lines.append(f"  {row.name:<32}{row.accuracy:>7.3f}  {majority:<27}{row.number:>8}{mark}")
+        earlier = (f"{'' if row.before is None else f'{row.before:.3f}':>8}") if asked_before else ""
+        lines.append(f"  {row.name:<32}{row.accuracy:>7.3f}{earlier}  {majority:<27}{row.number:>8}{mark}")
     return "\n".join(lines)

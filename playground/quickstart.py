@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from .evaluate import Accuracy, evaluate_captions, evaluate_questions, format_table, save_image, score_answer
-from .judging import evaluate_judge
 from .report import RESULTS_NAME, write_report
 from .sprites import ATTRIBUTION
 from .world import parts_path
@@ -195,12 +194,11 @@ def _run_steps(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     _draw_world(args, steps)
     steps.aligngpt("Score the pairs with CLIP, cut the scores into levels", "score", "--config", "recipes/score.yaml")
     steps.aligngpt("Stage 1: pre-training", "pretrain", "--config", "recipes/pretrain.yaml", *limit)
-    with steps.step("Caption held-out images with the stage-1 model, at several levels, and let it judge captions"):
+    with steps.step("Caption held-out images with the stage-1 model, at several levels"):
         results["captions"] = evaluate_captions("pretrain", "data/pairs", folder="images")
-        results["judge"] = evaluate_judge("pretrain", "parts/clip", "data/pairs", folder="images")
     steps.aligngpt("Stage 2: instruction tuning", "instruct", "--config", "recipes/instruct.yaml", *limit)
-    with steps.step("Ask the stage-2 model about held-out images"):
-        results |= evaluate_questions("instruct", "data/conversations", folder="images")
+    with steps.step("Ask about held-out images, before and after stage 2"):
+        results |= evaluate_questions("instruct", "data/conversations", folder="images", before="pretrain")
     with steps.step("Load the saved folder in a fresh process, as from the Hub"):
         results["loaded_back"] = _load_back("instruct", results["questions"]["examples"])
     with steps.step("Write the report"):
@@ -354,10 +352,6 @@ def describe(results: dict[str, Any]) -> str:
         f"The same {captions['number']} images at level {lowest['level']}: "
         + ", ".join(f"{row['name']} {row['accuracy']:.3f}" for row in lowest["rows"]),
     ]
-    judged = [f"{row['name']} {row['true from untrue']:.3f}" for row in results["judge"]["rows"]]
-    parts.append(
-        f"True captions told from untrue ones (AUC, {results['judge']['number']} captions): {', '.join(judged)}"
-    )
     for example in captions["examples"][:3]:
         first, last = example["by_level"][0], example["by_level"][-1]
         parts.append(

@@ -3,8 +3,10 @@
 A scene is told in sixteen slots, one for each patch of its image in reading order, at the very positions where the
 image's tokens will stand later. A slot holds the word of what covers the patch, and on top of it, as a sum of
 embeddings, the words of its place ("top", "left"): without them a model this small needs very long to learn where a
-slot is. In front, where the alignment vector will stand, a word says how faithful the retelling is. So a projector has
-only to learn the way from a patch to words, and level embeddings have something to align with.
+slot is. So a projector has only to learn the way from a patch to words.
+
+Captions fit their scene to different degrees, as those of the web do, and no text says how well any of them fits: what
+a trained model knows of that comes from its levels.
 """
 
 import random
@@ -17,8 +19,6 @@ from .sprites import OBJECTS, with_article
 
 BOS, UNKNOWN, PAD, IM_START, IM_END = "<s>", "<unk>", "<pad>", "<|im_start|>", "<|im_end|>"
 TURNS = 6
-FIDELITY_WORDS = KINDS
-"""The words of the slot before the cells, in falling order of faithfulness."""
 
 Segment = tuple[str, str]
 """A piece of text and what it is: `GIVEN`, `CELLS` (sixteen words with places) or `ANSWER` (what is trained)."""
@@ -36,20 +36,16 @@ CHAT_TEMPLATE = (
 )
 
 
-def _slot(word: str, rng: random.Random) -> str:
-    return f" {word}" if rng.random() < 0.85 else ""
-
-
 def cell_words(scene: Scene, rng: random.Random, dropped: float = 0.0) -> str:
     """The sixteen words of a scene; a share `dropped` of those of objects is replaced by the background."""
     return " ".join(scene.background if rng.random() < dropped else word for word in scene.cells())
 
 
 def plain_text(scene: Scene, rng: random.Random, kind: str | None = None, dropped: float = 0.15) -> list[Segment]:
-    """Stage 1's format: slot, cells, caption, newline; then the end, so that generation stops there."""
+    """Stage 1's format: cells, caption, newline; then the end, so that generation stops there."""
     kind = kind or rng.choices(KINDS, weights=(5, 2, 2, 2, 2))[0]
-    start, cells = f"{BOS}{_slot(kind, rng)}", cell_words(scene, rng, dropped)
-    return [(start, GIVEN), (cells, CELLS), (f"{draw_caption(scene, kind, rng)}\n{IM_END}", ANSWER)]
+    cells = cell_words(scene, rng, dropped)
+    return [(BOS, GIVEN), (cells, CELLS), (f"{draw_caption(scene, kind, rng)}\n{IM_END}", ANSWER)]
 
 
 def _turns(opening: list[Segment], questions: list[Question]) -> list[Segment]:
@@ -62,13 +58,13 @@ def _turns(opening: list[Segment], questions: list[Question]) -> list[Segment]:
 
 
 def chat_text(scene: Scene, rng: random.Random, questions: list[Question], dropped: float = 0.15) -> list[Segment]:
-    """Stage 2's format: slot, then a conversation that opens with the cells."""
+    """Stage 2's format: a conversation that opens with the cells."""
     opening = [(cell_words(scene, rng, dropped), CELLS), ("\n", GIVEN)]
-    return [(f"{BOS}{_slot(rng.choice(FIDELITY_WORDS), rng)}", GIVEN), *_turns(opening, questions)]
+    return [(BOS, GIVEN), *_turns(opening, questions)]
 
 
 def told_text(scene: Scene, questions: list[Question]) -> list[Segment]:
-    """A conversation about a scene that the user tells in a sentence; no slot, no cells."""
+    """A conversation about a scene that the user tells in a sentence; no cells."""
     return [(BOS, GIVEN), *_turns([(f"{exact_caption(scene)}.\n", GIVEN)], questions)]
 
 

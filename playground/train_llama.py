@@ -20,7 +20,6 @@ from .scene_text import (
     CELL_PLACES,
     CELLS,
     CHAT_TEMPLATE,
-    FIDELITY_WORDS,
     IM_END,
     IM_START,
     PAD,
@@ -48,7 +47,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     special = [UNKNOWN, BOS, PAD, IM_START, IM_END]
-    words = [*_COMMON_WORDS.split(), *NUMBERS, *FIDELITY_WORDS, *BACKGROUNDS, *CATEGORIES, *OBJECTS]
+    words = [*_COMMON_WORDS.split(), *NUMBERS, *BACKGROUNDS, *CATEGORIES, *OBJECTS]
     regular = {"s", "es"}
     irregular = [plural(name) for name in OBJECTS if plural(name).removeprefix(name) not in regular]
     letters = [*string.ascii_lowercase, *string.digits]

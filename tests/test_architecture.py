@@ -44,7 +44,6 @@ ROOMS = {
     "aligngpt_hub.serving": (*_CORE, "aligngpt_hub"),
     "aligngpt_hub.demo": (*_CORE, "aligngpt_hub", "aligngpt_hub.publishing"),
     "aligngpt_playground": (*_CORE, *_TRAINERS, "aligngpt_trainers.commands", "aligngpt_hub"),
-    "aligngpt_playground.ablation": (*_CORE, *_TRAINERS, "aligngpt_playground"),
 }
 
 
@@ -89,8 +88,6 @@ def imports(name: str) -> Iterator[tuple[str, str]]:
 def room(name: str) -> str:
     if name == "aligngpt_trainers.__main__":  # the command line's door, which has to stand there
         return "aligngpt_trainers.commands"
-    if name == "aligngpt_playground.__main__":
-        return "aligngpt_playground.ablation"
     return max((known for known in ROOMS if name == known or name.startswith(f"{known}.")), key=len)
 
 

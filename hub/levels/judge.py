@@ -1,4 +1,4 @@
-"""`aligngpt judge`: how well texts fit their images, from the likelihood of each text at every alignment level."""
+"""`aligngpt judge` (experimental): the mean level of texts, from the likelihood of each at every alignment level."""
 
 import argparse
 import json

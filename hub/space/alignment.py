@@ -21,8 +21,8 @@ _BELOW, _ZERO, _ABOVE = (84, 39, 136), (247, 247, 247), (230, 97, 1)
 
 NO_QUESTION = '<p class="hint">Ask a question: here stands what each alignment level contributes to its answer.</p>'
 NO_VERDICT = (
-    '<p class="hint">Ask for a description: here stands how well each of its sentences fits the image. '
-    "Answers of a word or two are not judged.</p>"
+    '<p class="hint">Experimental: ask for a description to see the mean level of each of its sentences. '
+    "Answers of a word or two get none.</p>"
 )
 NO_MAP = '<p class="hint">Ask a question: here stands how similar each part of the image is to it.</p>'
 
@@ -103,7 +103,7 @@ def verdict_html(lanes: list[tuple[str, list[tuple[str, float]]]], num_levels: i
             )
     if not tables:
         return NO_VERDICT
-    note = f"Mean level of each sentence, 0 to {top} (fits closest), by the model's own levels. It can be wrong."
+    note = f"Experimental: the mean level of each sentence, 0 to {top}. Do not take it for a measure of truth."
     return f'<div class="lanes">{"".join(tables)}</div><p class="hint">{note}</p>'
 
 

@@ -170,7 +170,7 @@ def stream_answer(
 @on_gpu
 def judge_answer(image: Image.Image, question: str, answer: str) -> list[tuple[str, float]]:
     """
-    How well each sentence of an answer fits the image, by the likelihoods of the answer at all alignment levels.
+    Experimental: the mean level of each sentence of an answer, by its likelihoods at all alignment levels.
 
     Returns:
         Sentences with their mean levels, 0 to N - 1; none where the answer is too short to be judged, or the model was

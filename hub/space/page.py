@@ -133,7 +133,7 @@ def _chat_column() -> dict[str, Any]:
 def _alignment_column() -> dict[str, Any]:
     gr.HTML("<h2>Levels in this answer</h2>", padding=False)
     bars = gr.HTML(NO_QUESTION, elem_id="bars", padding=False)
-    gr.HTML("<h2>How well the answer fits the image</h2>", padding=False)
+    gr.HTML("<h2>Mean level of each sentence (experimental)</h2>", padding=False)
     verdict = gr.HTML(NO_VERDICT, elem_id="verdict", padding=False)
     gr.HTML("<h2>Image and question, patch by patch</h2>", padding=False)
     heat = gr.HTML(NO_MAP, elem_id="heat", padding=False)

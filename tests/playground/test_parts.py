@@ -13,7 +13,7 @@ from aligngpt_playground.questions import QUESTION_TYPES, draw_questions
 from aligngpt_playground.scene_text import ANSWER, CELLS, GIVEN, chat_text, draw_texts, plain_text
 from aligngpt_playground.sprites import OBJECTS, plural
 from aligngpt_playground.train_clip import MAX_TEXT_TOKENS, REGION_WORDS, SceneBatches, evaluate, normalise
-from aligngpt_playground.train_llama import FIDELITY_WORDS, TextBatches, build_tokenizer, encode
+from aligngpt_playground.train_llama import TextBatches, build_tokenizer, encode
 from aligngpt_playground.train_llama import evaluate as evaluate_llama
 from aligngpt_shared.files import new_folder
 from modeling_aligngpt import CHAT_TEMPLATES, select_chat_template
@@ -96,28 +96,35 @@ def test_llama_answers_about_scenes_in_words(llama):
         assert set(figures) == {"all", *QUESTION_TYPES}
 
 
-def test_llama_writes_captions_as_faithful_as_the_slot_says(llama):
+def test_no_text_of_the_llama_says_how_well_a_caption_fits():
+    """What stands before a caption is the same whatever the caption is worth, and names no kind of caption."""
+    for scene in draw_scenes(20, 11):
+        given = {str(plain_text(scene, random.Random(5), kind)[:-1]) for kind in KINDS}
+        assert len(given) == 1
+    rng = random.Random(0)
+    texts = [text for _ in range(20) for text in draw_texts(8, rng)]
+    written = {word for segments in texts for text, _ in segments for word in text.split()}
+    assert len(texts) > 160 and not written & set(KINDS)
+
+
+def test_llama_captions_scenes_in_words(llama):
+    """It says what the cells say, and ends there."""
     from aligngpt_playground.train_llama import embed
 
     model, tokenizer = llama
-    exact = {}
-    for kind in ("exact", "unrelated"):
-        rng = random.Random(0)
-        hits = []
-        for scene in draw_scenes(40, 11, "heldout", unique=True):
-            start, cells, _ = plain_text(scene, rng, kind, dropped=0.0)
-            batch = encode(tokenizer, [[(f"<s> {kind}", start[1]), cells]])
-            output = model.generate(
-                inputs_embeds=embed(model, batch),
-                attention_mask=batch["attention_mask"],
-                max_new_tokens=32,
-                do_sample=False,
-            )
-            text = tokenizer.decode(output[0], skip_special_tokens=True)
-            assert text.endswith("\n"), text
-            hits.append(text.strip() == exact_caption(scene))
-        exact[kind] = sum(hits) / len(hits)
-    assert exact["exact"] > 0.6 and exact["unrelated"] < 0.1, exact
+    rng, named = random.Random(0), []
+    for scene in draw_scenes(40, 11, "heldout", unique=True):
+        batch = encode(tokenizer, [plain_text(scene, rng, "exact", dropped=0.0)[:-1]])
+        output = model.generate(
+            inputs_embeds=embed(model, batch),
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=32,
+            do_sample=False,
+        )
+        text = tokenizer.decode(output[0], skip_special_tokens=True)
+        assert text.endswith("\n"), text
+        named.append(set(objects_named(text)) == set(scene.names))
+    assert sum(named) / len(named) > 0.6, named
 
 
 def test_llama_tokenizer_round_trips(llama):
@@ -128,7 +135,7 @@ def test_llama_tokenizer_round_trips(llama):
         "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nan xylophone is not here.<|im_end|>\n",
     ):
         assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
-    for word in REGION_WORDS + FIDELITY_WORDS:
+    for word in REGION_WORDS:
         assert len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1, word
     assert len(tokenizer("\n", add_special_tokens=False)["input_ids"]) == 1
     assert tokenizer("a cat")["input_ids"][0] == tokenizer.bos_token_id
@@ -137,7 +144,7 @@ def test_llama_tokenizer_round_trips(llama):
 
 
 def test_pretraining_text_is_laid_out_as_the_templates_do(llama):
-    """Slot and cells stand exactly where `<align>` and the image's tokens will."""
+    """Cells stand where the image's tokens will; `<align>` stands for nothing that was pretrained."""
     tokenizer = llama[1]
     rng = random.Random(0)
     image = {"type": "image"}
@@ -154,13 +161,12 @@ def test_pretraining_text_is_laid_out_as_the_templates_do(llama):
             (" ".join(["<unk>"] * 16) if kind == CELLS else text, kind)
             for text, kind in chat_text(scene, rng, questions)
         ]
-        chat[0] = ("<s><unk>", chat[0][1])
         caption = exact_caption(scene)
-        plain = [("<s><unk>", "given"), (" ".join(["<unk>"] * 16), CELLS), (f"{caption}\n", ANSWER)]
+        plain = [("<s>", "given"), (" ".join(["<unk>"] * 16), CELLS), (f"{caption}\n", ANSWER)]
         described = [messages[0], {"role": "assistant", "content": caption}]
         for name, conversation, segments in (("chatml", messages, chat), ("plain", described, plain)):
             text = tokenizer.apply_chat_template(conversation, chat_template=CHAT_TEMPLATES[name], tokenize=False)
-            text = text.replace("<image>", "<unk>" * 16).replace("<align>", "<unk>")
+            text = text.replace("<image>", "<unk>" * 16).replace("<align>", "")
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             assert ids == encode(tokenizer, [segments])["input_ids"][0].tolist(), text
 

@@ -7,9 +7,8 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from aligngpt_playground import parts_path, write_world
+from aligngpt_playground import write_world
 from aligngpt_playground.evaluate import evaluate_captions, evaluate_questions
-from aligngpt_playground.judging import evaluate_judge
 from aligngpt_playground.report import gate_bars, histogram, loss_curve, render_report, ticks, write_report
 
 
@@ -23,14 +22,13 @@ def folder(untrained_folder, tmp_path_factory):
     write_world(folder / "data", 20, 20, 6, 8, progress=False)
     (folder / "images").mkdir()
     captions = evaluate_captions(untrained_folder, folder / "data/pairs", folder / "images", examples=2)
-    asked = evaluate_questions(untrained_folder, folder / "data/conversations", folder / "images")
+    asked = evaluate_questions(
+        untrained_folder, folder / "data/conversations", folder / "images", before=untrained_folder
+    )
     captions["examples"][0]["by_level"][0] = NASTY
-    judge = evaluate_judge(untrained_folder, parts_path("clip"), folder / "data/pairs", folder / "images", examples=2)
-    judge["examples"][1]["captions"][4]["text"] = NASTY
     example = asked["questions"]["examples"][0]
     results = {
         "captions": captions,
-        "judge": judge,
         **asked,
         "targets": [{"name": "Questions answered right", "value": 0.5, "target": 0.65, "met": False}],
         "levels": {
@@ -108,7 +106,6 @@ def test_the_page_is_well_formed_and_asks_for_nothing_outside(html, tags):
 def test_images_are_embedded_and_described(folder, tags, results):
     images = tags.attributes("img")
     number = len(results["captions"]["examples"]) + len(results["questions"]["examples"]) + 1 + 1
-    number += len(results["judge"]["examples"])
     assert len(images) == number
     for attrs in images:
         kind, _, data = attrs["src"].partition(",")
@@ -179,23 +176,7 @@ def test_missing_results_and_images_are_named(folder, results, tmp_path):
         render_report(results, tmp_path)
 
 
-def test_the_judge_stands_beside_its_teacher(html, results):
-    judge = results["judge"]
-    assert [row["name"] for row in judge["rows"]] == [
-        "the model's mean level",
-        "the CLIP score it learned from",
-        "its likelihood a token",
-    ]
-    assert judge["rows"][1]["true from untrue"] > 0.7, "the shipped CLIP knows true captions"
-    assert len(judge["examples"]) == 2
-    for example in judge["examples"]:
-        assert [caption["kind"] for caption in example["captions"]] == [
-            "exact",
-            "partial",
-            "loose",
-            "wrong",
-            "unrelated",
-        ]
-        for caption in example["captions"]:
-            assert 0 <= caption["level"] <= 7 and f"{caption['level']:.1f}" in html
-    assert "The levels as a judge" in html
+def test_questions_stand_beside_what_was_right_before_stage_2(html, results):
+    for row in [*results["questions"]["rows"], results["questions"]["overall"]]:
+        assert f'<td class="n">{row["before"]:.3f}</td>' in html
+    assert "before stage 2" in html

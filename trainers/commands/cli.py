@@ -49,7 +49,7 @@ COMMANDS = {
     "demo": ("aligngpt_hub.demo.command", "start the Gradio demo here"),
     "serve": ("aligngpt_hub.serving.command", "serve a model by an OpenAI-compatible interface"),
     "evaluate": ("aligngpt_hub.evaluation.command", "run the paper's benchmarks by lmms-eval"),
-    "judge": ("aligngpt_hub.levels.judge", "say how well texts fit their images, by the alignment levels"),
+    "judge": ("aligngpt_hub.levels.judge", "experimental: mean levels of texts beside their images"),
     "levels": ("aligngpt_hub.levels.command", "report what the alignment levels do in a model"),
     "doctor": (f"{_HERE}.doctor", "list versions, devices, and what is missing for which command"),
 }

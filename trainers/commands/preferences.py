@@ -43,7 +43,7 @@ class RewardArguments:
     reward_funcs: list[str] = field(
         default_factory=lambda: ["judge"],
         metadata={
-            "help": "Rewards, added up: judge (how well the answer fits its image, by the levels of reward_model), "
+            "help": "Rewards, added up: judge (experimental: the mean level that reward_model gives the answer), "
             "exact_match (with the row's `answer`), or dotted paths of functions."
         },
     )

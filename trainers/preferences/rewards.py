@@ -1,4 +1,4 @@
-"""Rewards for GRPO by name: the alignment levels as a judge of answers, equality with a reference, any function."""
+"""Rewards for GRPO by name: the levels as a judge (experimental), equality with a reference, any function."""
 
 import importlib
 from collections.abc import Callable
@@ -33,8 +33,8 @@ def exact_match(completions: list, answer: list[str], **kwargs) -> list[float]:
 
 class JudgeReward:
     """
-    How well each answer fits its image, as the alignment levels of a model tell it: the mean level that
-    [`~AlignGPTForConditionalGeneration.judge`] gives, divided by the top one. 0 for an empty answer.
+    Experimental: the mean level that [`~AlignGPTForConditionalGeneration.judge`] gives each answer, divided by the top
+    one. 0 for an empty answer.
 
     Args:
         model: folder or Hub id of an AlignGPT, best one after stage 1, which reads answers as captions; one after

@@ -186,7 +186,7 @@ class PairScorer:
 
 
 class JudgePreprocessor:
-    """As [`PairPreprocessor`], for an AlignGPT that judges captions."""
+    """As [`PairPreprocessor`], for an AlignGPT that judges captions (experimental)."""
 
     def __init__(self, processor: AlignGPTProcessor):
         self.processor = processor
