@@ -8,7 +8,9 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, CLI
 
 from aligngpt_playground import draw_scenes, exact_caption, parts_path, render
 from aligngpt_playground.__main__ import main
+from aligngpt_playground.captions import KINDS
 from aligngpt_playground.drills import BETWEEN, NAMES_A_DRILL, drill_text, neighbour_text
+from aligngpt_playground.evaluate import objects_named
 from aligngpt_playground.questions import QUESTION_TYPES, draw_questions
 from aligngpt_playground.scene_text import ANSWER, CELLS, GIVEN, chat_text, draw_texts, plain_text
 from aligngpt_playground.sprites import OBJECTS, plural
