@@ -1,7 +1,7 @@
 """Writes the tables of README.md from the runs beside it: `python -m benchmarks.levels.tables`.
 
-Intervals are of 10,000 bootstrap draws of seeds and, within each, of images; arms are paired by seed and image. p values
-are corrected by Holm over the comparisons of a table.
+Intervals are of 10,000 bootstrap draws of seeds and, within each, of images; arms are paired by seed and image.
+p values are corrected by Holm over the comparisons of a table.
 """
 
 import json
@@ -76,7 +76,8 @@ def table(name: str, against: str) -> str:
         else:
             cells += ["", ""]
         rows.append("| " + " | ".join(cells) + " |")
-    head = f"| arm | seeds | {PRIMARY} | exact | absent object | {PRIMARY}, level 0 | {PRIMARY} less {against} | p (Holm) |"
+    columns = ("arm", "seeds", PRIMARY, "exact", "absent object", f"{PRIMARY}, level 0", f"{PRIMARY} less {against}")
+    head = "| " + " | ".join([*columns, "p (Holm)"]) + " |"
     return "\n".join([head, "|---|---|---|---|---|---|---|---|", *rows]) + "\n"
 
 

@@ -12,15 +12,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.levels import tables  # noqa: E402
-from benchmarks.levels.arms import STAGE_1, STAGE_2, rows_of  # noqa: E402
-from benchmarks.levels.run import PARTS, measure  # noqa: E402
-from benchmarks.levels.student import ANSWER, CAPTION, QUESTION, Rows, Student  # noqa: E402
-from benchmarks.levels.worlds import FORMS, TRUTHS, blind_caption, draw_rows  # noqa: E402
-
-from aligngpt_playground.captions import exact_caption  # noqa: E402
-from aligngpt_playground.scenes import draw_scenes, render  # noqa: E402
-from modeling_aligngpt import AlignGPTProcessor  # noqa: E402
+from aligngpt_playground.captions import exact_caption
+from aligngpt_playground.scenes import draw_scenes, render
+from benchmarks.levels import tables
+from benchmarks.levels.arms import STAGE_1, STAGE_2, rows_of
+from benchmarks.levels.run import PARTS, measure
+from benchmarks.levels.student import ANSWER, CAPTION, QUESTION, Rows, Student
+from benchmarks.levels.worlds import FORMS, TRUTHS, blind_caption, draw_rows
+from modeling_aligngpt import AlignGPTProcessor
 
 
 @pytest.fixture(scope="module")
