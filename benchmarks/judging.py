@@ -15,7 +15,7 @@ How well models tell true texts about an image from false ones, on benchmarks in
 
 Scorers: `clip` (any dual encoder), `judge` (an AlignGPT's mean level: experimental), `likelihood` (mean log-likelihood
 a token), `whole` (of the whole text), `debiased` (of the whole text, less `--alpha` times that without the image); the
-last three take any `AutoModelForImageTextToText`. Texts of one row often differ in form, and form alone may then decide:
+last three take any `AutoModelForImageTextToText`. Where the texts of a row differ in form, form alone may decide:
 `length` (fewer words stand higher) is always printed beside the models.
 """
 
