@@ -245,7 +245,10 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
             inside = {id(parameter) for name, parameter in named if module in name}
             for group in list(optimizer.param_groups):
                 own = [parameter for parameter in group["params"] if id(parameter) in inside]
-                if own:
+                if own and len(own) == len(group["params"]):
+                    # FSDP2 cannot load the state of a group that is left empty
+                    group["lr"] = learning_rate
+                elif own:
                     group["params"] = [parameter for parameter in group["params"] if id(parameter) not in inside]
                     optimizer.add_param_group({**group, "params": own, "lr": learning_rate})
         return optimizer

@@ -215,11 +215,14 @@ def list_levels(alignment: Mapping[str, Any]) -> list[dict[str, str]]:
     if len(edges) != len(counts) + 1 or not counts:
         return []
     means, total = alignment.get("mean_scores") or [None] * len(counts), sum(counts) or 1
+    bounds = [f"{edge:.4f}" for edge in edges]
+    if alignment.get("method") in ("robust", "edges"):  # what lies outside is in the end levels
+        bounds[0], bounds[-1] = "-∞", "∞"
     return [
         {
             "number": str(number),
-            "low": f"{edges[number]:.4f}",
-            "high": f"{edges[number + 1]:.4f}",
+            "low": bounds[number],
+            "high": bounds[number + 1],
             "count": f"{count:,}",
             "share": f"{count / total:.1%}",
             "mean": "-" if means[number] is None else f"{means[number]:.4f}",
@@ -234,10 +237,12 @@ def levels_text(alignment: Mapping[str, Any], with_rows: bool = True) -> str:
         return ""
     scorer = hub_link(alignment.get("scorer"), alignment.get("revision"))
     total = sum(alignment.get("counts") or [])
+    quantiles = " and ".join(map(str, alignment.get("quantiles") or []))
+    between = f": equal widths between the quantiles {quantiles}" if quantiles else ""
     text = (
         f"Each of {total:,} pairs of stage 1 has a score, the cosine similarity of image and caption under {scorer}; "
         f"the scores were cut into {alignment.get('num_align_levels', len(alignment.get('counts') or []))} levels "
-        f"(`{alignment.get('method')}`)."
+        f"(`{alignment.get('method')}`{between})."
     )
     rows = alignment.get("rows")
     if with_rows and isinstance(rows, Mapping):

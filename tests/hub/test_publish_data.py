@@ -17,6 +17,7 @@ from modeling.fresh_process import draw_image
 
 from aligngpt_hub import publish_dataset
 from aligngpt_hub.publishing import samples
+from aligngpt_hub.publishing.card import levels_text, list_levels
 
 
 REPO = "user/pairs"
@@ -96,6 +97,14 @@ def test_the_card_shows_pairs_of_each_level(published, scored, tmp_path):
         expected = row["images"][0].convert("RGB")
         expected.thumbnail((160, 160))
         assert drawn.tobytes() == expected.tobytes()
+
+
+def test_the_card_of_a_robust_cut():
+    record = {"method": "robust", "quantiles": [0.01, 0.99], "edges": [0.1, 0.2, 0.3], "counts": [5, 6]}
+    assert "(`robust`: equal widths between the quantiles 0.01 and 0.99)" in levels_text(record)
+    bounds = [(level["low"], level["high"]) for level in list_levels(record)]
+    assert bounds == [("-∞", "0.2000"), ("0.2000", "∞")]
+    assert list_levels({**record, "method": "uniform"})[0]["low"] == "0.1000"
 
 
 def test_texts_of_others_are_text_in_the_card():

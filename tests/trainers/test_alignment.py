@@ -200,6 +200,10 @@ class TestScoreDataset:
         assert lines[0].split() == ["level", "interval", "pairs", "share", "mean", "score"]
         assert [int(line.split()[3]) for line in lines[1:5]] == counts.tolist()
         assert lines[5].startswith("50 of 50 rows scored; 0 unreadable, 0 empty, 0 unusable")
+        # a fresh model, of as many levels, comes first
+        init = "aligngpt init --llm LANGUAGE_MODEL --vision_tower VISION_TOWER --num_align_levels 4 --output FRESH"
+        assert lines[-2] == f"Next: {init}"
+        assert lines[-1] == f"      aligngpt pretrain --model FRESH --dataset {tmp_path / 'out'} --output_dir OUT"
 
     def test_same_bytes_whatever_the_shards_and_workers(self, pairs, scorers, tmp_path):
         runs = [{}, {}, {"num_workers": 2}, {"shard_size": 24}]
@@ -208,17 +212,28 @@ class TestScoreDataset:
         scores = [np.asarray(load_from_disk(tmp_path / f"out{n}")["clip_score"][:], np.float32) for n in range(4)]
         assert len({part.tobytes() for part in scores}) == 1
 
-    def test_the_robust_cut_is_recorded_and_applied_to_other_rows(self, pairs, scorers, tmp_path):
+    def test_the_robust_cut_is_recorded_and_applied_to_other_rows(self, pairs, scorers, tmp_path, capsys):
         first = score_dataset(config(pairs, scorers, tmp_path / "first", binning="robust", quantiles=[0.1, 0.9]))
         scores = load_from_disk(tmp_path / "first")["clip_score"][:]
         _, edges, counts = cut_levels(scores, 4, "robust", quantiles=(0.1, 0.9))
         record = json.loads((tmp_path / "first" / "alignment.json").read_text())
         assert record == first and (record["method"], record["quantiles"]) == ("robust", [0.1, 0.9])
         assert (record["edges"], record["counts"]) == (edges.tolist(), counts.tolist())
+        # of the end levels the outer edge is no limit
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[1].split()[1:3] == ["[-inf,", f"{edges[1]:.4f})"] and lines[4].split()[2] == "inf]"
         again = config(pairs, scorers, tmp_path / "again", binning="edges", edges=[str(tmp_path / "first")])
         assert score_dataset(again)["counts"] == record["counts"]
         default = config(pairs, scorers, tmp_path / "stream", binning="robust", streaming=True, shard_size=24)
         assert score_dataset(default)["quantiles"] == [0.01, 0.99]
+
+    def test_poor_levels_are_named_with_the_remedy(self, pairs, scorers, tmp_path, caplog):
+        score_dataset(config(pairs, scorers, tmp_path / "few", num_align_levels=2, binning="quantile"))
+        assert not caplog.records
+        score_dataset(config(pairs, scorers, tmp_path / "many", num_align_levels=60))
+        (line,) = [record.getMessage() for record in caplog.records]
+        assert line.startswith("Levels ") and "hold under 0.5% of the rows, too few to train" in line
+        assert line.endswith("Remedy: fewer levels (--num_align_levels below 60).")
 
     def test_edges_of_an_earlier_run(self, pairs, scorers, tmp_path, caplog):
         first = score_dataset(config(pairs, scorers, tmp_path / "first", binning="quantile"))

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import runpy
 import signal
 import time
 import tracemalloc
@@ -21,7 +22,7 @@ from aligngpt_trainers.commands.cli import main
 from aligngpt_trainers.data.load import load_rows
 from aligngpt_trainers.scoring import levels as score_levels
 from aligngpt_trainers.scoring import run as scoring
-from aligngpt_trainers.scoring.levels import balance_levels, cut_levels
+from aligngpt_trainers.scoring.levels import balance_levels, cut_levels, faults_of_levels, remedy_for_levels
 from aligngpt_trainers.scoring.run import score_dataset
 from aligngpt_trainers.scoring.scorer import PairScorer
 
@@ -79,6 +80,28 @@ class TestLevels:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < len(scores) * (1 + 4 * (copies - 1)) + 4_000_000
+
+    def test_levels_that_hold_too_few_or_too_many(self):
+        scores = np.random.default_rng(0).standard_normal(100_000)
+        counts = cut_levels(scores)[2]
+        few, top = faults_of_levels(counts)
+        assert few == "levels 0, 7 hold under 0.5% of the rows, too few to train their embeddings"
+        assert re.fullmatch(r"the top level, which stage 2 adds to every input, holds 0\.0\d%", top)
+        assert remedy_for_levels(scores, counts) == "--binning robust (smallest level 4.0%, top level 4.0%)"
+        # most near the best score, lone ones far below: equal widths, however bounded, leave the many together
+        scores = np.concatenate([-500 + scores[:9], np.linspace(-8, 0, 30_000), 0.01 * scores[30_000:]])
+        counts = cut_levels(scores)[2]
+        assert "the top level holds 100% and tells few rows apart" in faults_of_levels(counts)
+        advice = r"--binning robust \(.*, top level 7.\.\d%\) or (--binning quantile \(.* 12\.5%, .* 12\.5%\))"
+        both = re.fullmatch(advice, remedy_for_levels(scores, counts))
+        assert both and remedy_for_levels(scores, cut_levels(scores, 8, "robust")[2]) == both[1]
+        assert remedy_for_levels(np.repeat([0.0, 1.0], 9), [9, 0, 9]) == "fewer levels (--num_align_levels below 3)"
+        assert faults_of_levels([3, 297, 300]) == faults_of_levels([1, 1, 1]) == []
+
+    def test_the_page_says_what_the_cuts_do(self):
+        root = Path(__file__).parents[2]
+        table = runpy.run_path(str(root / "benchmarks" / "cuts.py"))["table"]()
+        assert table in (root / "docs" / "concepts.md").read_text()
 
     def test_balanced_levels(self):
         levels = np.repeat([0, 1, 3], [700, 40, 260]).astype(np.int8)

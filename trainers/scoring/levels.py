@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 METHODS = ("uniform", "robust", "quantile", "edges")
 QUANTILES = (0.01, 0.99)
+# a level with a smaller share of the rows, and a top level outside these two, are worth a word
+LEAST_SHARE, TOP_SHARES = 0.005, (0.02, 0.5)
 PIECE = 1 << 20
 BARS = 120
 
@@ -162,6 +164,45 @@ def mean_of_levels(scores: np.ndarray, levels: np.ndarray, num_align_levels: int
         sums += np.bincount(part, scores[piece][inside].astype(np.float64), minlength=num_align_levels)
         counts += np.bincount(part, minlength=num_align_levels)
     return [float(total / count) if count else None for total, count in zip(sums, counts, strict=True)]
+
+
+def faults_of_levels(counts: Sequence[int] | np.ndarray) -> list[str]:
+    """What is wrong with levels of these sizes ([N], worst aligned first), each in a clause."""
+    shares = np.asarray(counts) / np.sum(counts)
+    few, top = np.flatnonzero(shares < LEAST_SHARE), shares[-1]
+    faults = []
+    if len(few):
+        who = f"level {few[0]} holds" if len(few) == 1 else f"levels {', '.join(map(str, few))} hold"
+        faults.append(f"{who} under {LEAST_SHARE:.1%} of the rows, too few to train their embeddings")
+    if top < TOP_SHARES[0]:
+        faults.append(f"the top level, which stage 2 adds to every input, holds {top:.2%}")
+    if top > TOP_SHARES[1]:
+        faults.append(f"the top level holds {top:.0%} and tells few rows apart")
+    return faults
+
+
+def remedy_for_levels(scores: np.ndarray, counts: Sequence[int] | np.ndarray) -> str:
+    """The cuts that have fewer faults than these levels, tried on the scores themselves, up to the first without any.
+
+    Args:
+        scores: [num_pairs].
+        counts: [N] of the levels that have faults.
+
+    Returns:
+        Settings with their effect, or the advice to take fewer levels.
+    """
+    found = []
+    for method in ("robust", "quantile"):
+        try:
+            others = cut_levels(scores, len(counts), method)[2]
+        except ValueError:  # ties
+            continue
+        faults, shares = faults_of_levels(others), others / others.sum()
+        if len(faults) < len(faults_of_levels(counts)):
+            found.append(f"--binning {method} (smallest level {shares.min():.1%}, top level {shares[-1]:.1%})")
+        if not faults:
+            break
+    return " or ".join(found) or f"fewer levels (--num_align_levels below {len(counts)})"
 
 
 def balance_levels(levels: np.ndarray, counts: np.ndarray, samples_per_level: int | None, seed: int) -> np.ndarray:

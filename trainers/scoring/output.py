@@ -23,7 +23,15 @@ from aligngpt_shared.records import ALIGNMENT
 
 from ..data.conversations import REASON_KINDS, Reason
 from .config import ScoreConfig
-from .levels import QUANTILES, balance_levels, cut_levels, draw_histogram, mean_of_levels
+from .levels import (
+    QUANTILES,
+    balance_levels,
+    cut_levels,
+    draw_histogram,
+    faults_of_levels,
+    mean_of_levels,
+    remedy_for_levels,
+)
 from .llava_json import write_json
 from .processes import keeping_progress
 from .shards import read_shards
@@ -31,6 +39,8 @@ from .shards import read_shards
 
 logger = logging.getLogger(__name__)
 
+# cuts whose end levels hold what lies outside the edges
+OPEN_ENDED = ("robust", "edges")
 DROPPED, HISTOGRAM = "dropped.jsonl", "histogram.png"
 # what became of a row, as stored for each: the first and, of conversations, the last are in the output
 WITHOUT_IMAGE = "without_image"
@@ -148,7 +158,7 @@ def assign_levels(scores: Scores, config: ScoreConfig, edges: list[float] | None
         if counts.sum() < 0.5 * before.sum():
             logger.warning(
                 "Balanced sampling keeps %d of %d pairs, because the smallest levels hold few. More remain with "
-                "samples_per_level (smaller levels then keep all they have) or with binning=quantile.",
+                "samples_per_level (smaller levels then keep all they have) or with binning=robust or quantile.",
                 counts.sum(),
                 before.sum(),
             )
@@ -315,7 +325,10 @@ def print_summary(record: dict[str, Any], output: Path):
     total = sum(record["counts"])
     for level, count in enumerate(record["counts"]):
         low, high = record["edges"][level : level + 2]
-        interval = f"[{low:.4f}, {high:.4f}{']' if level == record['num_align_levels'] - 1 else ')'}"
+        top = level == record["num_align_levels"] - 1
+        if record["method"] in OPEN_ENDED:
+            low, high = -np.inf if level == 0 else low, np.inf if top else high
+        interval = f"[{low:.4f}, {high:.4f}{']' if top else ')'}"
         mean = record["mean_scores"][level]
         print(f"{level:>5}  {interval:<20} {count:>9,} {count / total:>7.2%}  {'-' if mean is None else f'{mean:.4f}'}")
     rows = record["rows"]
@@ -325,11 +338,21 @@ def print_summary(record: dict[str, Any], output: Path):
     cut = "" if limit is None else f"; {rows['captions_cut']:,} captions cut at {limit} tokens"
     print(f"{rows['scored']:,} of {rows['read']:,} rows scored; {left_out}{cut}.")
     print(f"{rows['written']:,} pairs in {output}; {DROPPED} lists what was left out, {HISTOGRAM} shows the scores.")
-    stage = "instruct --model STAGE1 --align_mode level" if record.get("conversations") else "pretrain --model FRESH"
-    print(f"Next: aligngpt {stage} --dataset {output} --output_dir OUT")
-    empty = [str(level) for level, count in enumerate(record["counts"]) if not count]
-    if empty:
-        logger.warning(
-            "No pair has level %s: stage 1 cannot train its embedding. Fewer levels or binning=quantile avoid that.",
-            ", ".join(empty),
-        )
+    if record.get("conversations"):
+        print(f"Next: aligngpt instruct --model STAGE1 --align_mode level --dataset {output} --output_dir OUT")
+        return
+    levels = record["num_align_levels"]
+    size = "" if levels == 8 else f" --num_align_levels {levels}"
+    print(f"Next: aligngpt init --llm LANGUAGE_MODEL --vision_tower VISION_TOWER{size} --output FRESH")
+    print(f"      aligngpt pretrain --model FRESH --dataset {output} --output_dir OUT")
+
+
+def warn_of_levels(scores: Scores, record: dict[str, Any]):
+    """One line where a level holds too few rows or the top one too many, with the cut that mends it."""
+    faults = "; ".join(faults_of_levels(record["counts"]))
+    if not faults:
+        return
+    cut = (scores.levels >= 0) | (scores.statuses == STATUSES.index("left_out_by_sampling"))
+    remedy = remedy_for_levels(scores.values[cut], record["counts"])
+    aim = "To train stage 1 on these rows" if record["method"] == "edges" else "Remedy"
+    logger.warning("%s. %s: %s.", faults[0].upper() + faults[1:], aim, remedy)

@@ -37,6 +37,7 @@ from .output import (
     print_summary,
     refuse_unscored,
     remove_leftovers,
+    warn_of_levels,
     write_output,
 )
 from .processes import Processes, keeping_progress
@@ -231,6 +232,7 @@ def _finish(
     write_output(Path(config.output), source, blocks, scores, record, config, partial)
     shutil.rmtree(partial)
     print_summary(record, Path(config.output))
+    warn_of_levels(scores, record)
     return record
 
 
