@@ -12,6 +12,7 @@ from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizer
 from .backbones import backbone_of, check_language_model, check_vision_tower, read_config
 from .chat_templates import CHAT_TEMPLATES, select_chat_template, stop_token
 from .configuration_aligngpt import AlignGPTConfig
+from .generation_aligngpt import complete_generation_config
 from .modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTMLP
 from .processing_aligngpt import AlignGPTProcessor
 
@@ -70,19 +71,21 @@ def placeholder_generation_config(
 ) -> GenerationConfig:
     """
     `generation_config` with the placeholders and the padded rows of the vocabulary suppressed, so that no answer holds
-    a token without a text; and stopping where an answer of the template named `chat_template` stops.
+    a token without a text; and stopping where an answer of the template named `chat_template` stops. A `max_length` is
+    left out: it was meant for text, and would count an image's tokens.
     """
     generation_config = GenerationConfig.from_dict(generation_config.to_dict())
     padded = range(len(tokenizer), config.text_config.vocab_size)
     generation_config.suppress_tokens = sorted({config.image_token_id, config.align_token_id, *padded})
-    if generation_config.pad_token_id is None:
+    generation_config.max_length = GenerationConfig().max_length
+    if generation_config.pad_token_id is None or generation_config.pad_token_id < 0:
         generation_config.pad_token_id = tokenizer.pad_token_id
     if chat_template is not None:
         own = generation_config.eos_token_id
         stops = [] if own is None else own if isinstance(own, list) else [own]
         stop = tokenizer.convert_tokens_to_ids(stop_token(chat_template, tokenizer))
         generation_config.eos_token_id = stops[0] if stops == [stop] else list(dict.fromkeys([*stops, stop]))
-    return generation_config
+    return complete_generation_config(generation_config)
 
 
 def load_vision_tower(vision_tower: str | os.PathLike, dtype=None):
@@ -205,21 +208,19 @@ def _from_parts(config: AlignGPTConfig, causal_lm, tower, seed: int) -> AlignGPT
     model.model.language_model = backbone_of(causal_lm)
     model.lm_head = causal_lm.get_output_embeddings()
     model.model.vision_tower = getattr(tower, "vision_model", tower)
-    embedding = model.get_input_embeddings().weight
-    std = float(embedding.detach().float().std())  # type: ignore[operator]
-    for name, part in fresh_parts(config, std, seed).items():
+    for name, part in fresh_parts(config, seed).items():
         setattr(model.model, name, part)
-    model.to(embedding.dtype)  # type: ignore[arg-type]
+    model.to(model.get_input_embeddings().weight.dtype)  # type: ignore[arg-type]
     model.tie_weights()
     return model.eval()
 
 
-def fresh_parts(config: AlignGPTConfig, embedding_std: float, seed: int) -> dict[str, nn.Module]:
+def fresh_parts(config: AlignGPTConfig, seed: int) -> dict[str, nn.Module]:
     """
-    Untrained projector, gate and level table, by the names they have in [`AlignGPTModel`].
+    Untrained projector, gate and level table, by the names they have in [`AlignGPTModel`]. The table starts as the
+    authors' does: uniform, within the square root of 6 / (N + D).
 
     Args:
-        embedding_std: standard deviation of the token embeddings: a level starts as a random vector of a token's size.
         seed: of all three.
     """
     hidden_size, act = config.text_config.hidden_size, config.projector_hidden_act
@@ -232,7 +233,7 @@ def fresh_parts(config: AlignGPTConfig, embedding_std: float, seed: int) -> dict
             ),
             "align_embeddings": (table := nn.Embedding(config.num_align_levels, hidden_size)),
         }
-        nn.init.normal_(table.weight, std=embedding_std)
+        nn.init.xavier_uniform_(table.weight)
     return parts
 
 

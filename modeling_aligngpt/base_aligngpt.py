@@ -5,6 +5,7 @@ from copy import copy
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_aligngpt import AUTO_MAP, AlignGPTConfig
+from .generation_aligngpt import complete_generation_config
 
 
 # What quantisation leaves as it is, by the beginnings of names: all but the layers of the language model.
@@ -66,6 +67,8 @@ class AlignGPTPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, **kwargs):
         """Saves weights, config and code; what is saved names the class of every Auto class (see `AUTO_MAP`)."""
+        if getattr(self, "generation_config", None) is not None:
+            self.generation_config = complete_generation_config(self.generation_config)
         if kwargs.get("state_dict") is not None and self.config.tie_word_embeddings:
             # FSDP2 and ZeRO-2 gather the head as a tensor of its own, beside the embedding that it is
             tied = set(self._tied_weights_keys or ())

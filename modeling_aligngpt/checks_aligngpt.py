@@ -110,8 +110,11 @@ def warn_about_labels(config, input_ids, labels, prompt_mask, align_level) -> No
 
 
 def is_prefill(cache: Cache | None, length: int) -> bool:
-    """Whether `length` positions are the first ones; a single position behind a cache never asks the cache."""
-    if cache is None:
+    """
+    Whether `length` positions are the first ones; a single position behind a cache never asks the cache. A paged cache
+    (`generate_batch`) has no one length: its positions are of requests of any age.
+    """
+    if cache is None or not hasattr(cache, "get_seq_length"):
         return True
     return length > 1 and not is_torchdynamo_compiling() and int(cache.get_seq_length()) == 0
 

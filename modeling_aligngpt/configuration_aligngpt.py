@@ -9,9 +9,9 @@ from .compat_v4 import portable_rope, without_old_rope
 
 
 # of the code that a saved folder brings along
-VERSION = "0.1.0"
+VERSION = "0.2.0.dev0"
 
-ALIGN_MODES = ("level", "gate", "local", "global", "mean", "fixed", "random")
+ALIGN_MODES = ("level", "gate", "local", "global", "mean", "fixed", "random", "mean_of_all")
 GATE_CONTEXTS = ("first_turn", "prompt", "sequence")
 
 # What a saved repository declares, so that every Auto class of both transformers generations finds its class.
@@ -45,11 +45,12 @@ class AlignGPTConfig(PretrainedConfig):
         num_align_levels (`int`): N, the size of the level table (paper: 8). The last level is the global alignment.
         gate_hidden_size (`int`): width of the gate's hidden layer (authors' release: 256).
         align_mode (`str`): what the alignment vector is when the caller names no level:
-            `"level"` (stage 1) the row `default_align_level` of the table;
-            `"gate"` (stage 2) the gate's mix of levels 0..N-2 plus level N-1;
-            and the paper's ablations: `"local"` the mix alone, `"global"` level N-1 alone, `"mean"` the mean of the
-            whole table, `"fixed"` the row `default_align_level` in both stages, `"random"` as `"gate"`, with a table
-            that stage 2 draws afresh.
+            `"level"` (stage 1; in stage 2 ours) the row `default_align_level` of the table;
+            `"gate"` (stage 2) the gate's mix of levels 0..N-2 plus level N-1.
+            The paper's ablations: `"local"` the mix alone, `"global"` level N-1 alone, `"mean"` the mean of levels
+            0..N-2 plus level N-1. Ours: `"fixed"` as `"level"`, whatever the rows bring (the authors' code has it when
+            the model is asked, not in training), `"random"` as `"gate"`, with a table that stage 2 draws afresh,
+            `"mean_of_all"` the mean of the whole table: what 0.1.0 called `"mean"`, and models that it saved are.
         default_align_level (`int`, *optional*): 0-based level of modes `"level"` and `"fixed"`; `None` is the top one.
         gate_context (`str`): what the gate's mean text embedding is made of. `"first_turn"`: what stands in front of
             the first answer, in training and whenever the model is asked (stage 2 sets it). `"prompt"`: in training all
@@ -96,15 +97,17 @@ class AlignGPTConfig(PretrainedConfig):
         self.projector_hidden_act = projector_hidden_act
         self.num_align_levels = num_align_levels
         self.gate_hidden_size = gate_hidden_size
-        self.align_mode = align_mode
+        # of what was loaded: what is saved is written by this code
+        saved_by = kwargs.pop("aligngpt_version", None)
+        self.aligngpt_version = VERSION
+        # a saved model keeps the mixture that it was trained with
+        self.align_mode = "mean_of_all" if (saved_by, align_mode) == ("0.1.0", "mean") else align_mode
         self.default_align_level = default_align_level
         self.gate_context = gate_context
         self.training_stage = training_stage
         self.lm_head_bias = lm_head_bias
         self.image_seq_length = image_seq_length if image_seq_length is not None else self._tower_seq_length()
         self._check_values()
-        kwargs.pop("aligngpt_version", None)  # of what was loaded: what is saved is written by this code
-        self.aligngpt_version = VERSION
         kwargs.setdefault("tie_word_embeddings", bool(getattr(self.text_config, "tie_word_embeddings", False)))
         super().__init__(**kwargs)
 

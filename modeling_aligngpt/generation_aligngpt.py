@@ -1,9 +1,11 @@
 """AlignGPT's additions to transformers' `generate`: a fixed prompt for the gate, `align_level`, padding on any side."""
 
+import copy
+import inspect
 from contextvars import ContextVar
 
 import torch
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.utils import ModelOutput, logging
 
 from .cache_aligngpt import cache_in
@@ -13,6 +15,23 @@ from .configuration_aligngpt import AlignGPTConfig
 
 
 logger = logging.get_logger(__name__)
+
+# most tokens of an answer where nobody says
+MAX_NEW_TOKENS = 1024
+# settings that do nothing without `do_sample`, or without beams, with the values at which nobody minds them
+_OF_SAMPLING = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+    "min_p": None,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+}
+_OF_BEAMS = {"early_stopping": False, "length_penalty": 1.0}
+# what `generate` carries to this model's `forward`, and a draft model of text alone does not take
+_OF_IMAGES = ("pixel_values", "mm_encoder_outputs", "prompt_mask", "align_level")
 
 # what the first pass of the `generate` that runs in this thread gave each level
 _align_weights: ContextVar[torch.Tensor | None] = ContextVar("align_weights", default=None)
@@ -32,6 +51,9 @@ class AlignGPTGenerationMixin(PrefillOnlyImagesMixin, GenerationMixin):
         With `return_dict_in_generate=True` the output has `align_weights` `(sequences, N)`, as `forward` gives them for
         the prompt; `None` where that lies in a cache.
         """
+        if generation_config is None and kwargs.get("max_length") is not None:
+            # the saved limit would win over the caller's
+            kwargs.setdefault("max_new_tokens", None)
         # transformers 5 encodes whatever stands under this name, None too
         if "pixel_values" in kwargs and kwargs["pixel_values"] is None:
             kwargs.pop("pixel_values")
@@ -67,6 +89,31 @@ class AlignGPTGenerationMixin(PrefillOnlyImagesMixin, GenerationMixin):
             _align_weights.set(outputs.get("align_weights"))
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
 
+    def generate_batch(self, inputs, *args, **kwargs):
+        """
+        As transformers' `generate_batch` (continuous batching), for prompts of text: it takes ids alone.
+
+        Raises:
+            ValueError: a prompt holds `<image>` or `<align>`, which would be read as words.
+        """
+        placeholders = {self.config.image_token_id, self.config.align_token_id}
+        for number, ids in enumerate(inputs):
+            if not placeholders.isdisjoint(ids):
+                raise ValueError(
+                    f"Prompt {number} of generate_batch holds <image> or <align>, and generate_batch takes no images: "
+                    "call generate with all that AlignGPTProcessor returns, or serve the model with vLLM."
+                )
+        return super().generate_batch(inputs, *args, **kwargs)
+
+    def _get_candidate_generator(self, *args, model_kwargs, assistant_model=None, **kwargs):
+        if assistant_model is not None:
+            taken = inspect.signature(assistant_model.forward).parameters
+            left_out = [name for name in _OF_IMAGES if name not in taken]
+            model_kwargs = {name: value for name, value in model_kwargs.items() if name not in left_out}
+        return super()._get_candidate_generator(
+            *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
+
     def _check_prompt(self, input_ids: torch.Tensor | None, kwargs: dict) -> None:
         """Checks once, before the first step, what `forward` can only assert on a GPU (see `checks_aligngpt.py`)."""
         pixel_values = kwargs.get("pixel_values")
@@ -101,6 +148,31 @@ class AlignGPTGenerationMixin(PrefillOnlyImagesMixin, GenerationMixin):
         if pad_token_id is None or pad_token_id in eos_token_ids or not bool((prompt == pad_token_id).any()):
             return torch.ones_like(prompt, dtype=torch.bool)
         return prompt != pad_token_id
+
+
+def complete_generation_config(generation_config: GenerationConfig) -> GenerationConfig:
+    """
+    A copy that transformers saves and that `generate` needs nothing beside: with a limit of the answer's length, and
+    without settings of sampling or beams that are off, which are said and left out (Vicuna 1.5 comes with a
+    temperature and no `do_sample`; transformers refuses to save that).
+    """
+    complete, default = copy.deepcopy(generation_config), GenerationConfig()
+    idle = {} if complete.do_sample else dict(_OF_SAMPLING)
+    if complete.num_beams in (None, 1):
+        idle |= _OF_BEAMS
+    found = {name: getattr(complete, name, None) for name in idle}
+    found = {name: value for name, value in found.items() if value is not None and value != idle[name]}
+    for name in found:
+        setattr(complete, name, getattr(default, name, None))
+    if found:
+        listed = ", ".join(f"{name}={value}" for name, value in found.items())
+        logger.warning(
+            f"generation_config: {listed} left out: without effect at do_sample={complete.do_sample}, "
+            f"num_beams={complete.num_beams}, and not saved by transformers."
+        )
+    if complete.max_new_tokens is None and complete.max_length in (None, default.max_length):
+        complete.max_new_tokens = MAX_NEW_TOKENS
+    return complete
 
 
 def _per_sequence(weights: torch.Tensor | None, sequences: int, mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -64,6 +64,12 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
+    def _init_weights(self, module: nn.Module):
+        if module is self.align_embeddings:
+            nn.init.xavier_uniform_(module.weight)  # as the authors' code
+        else:
+            super()._init_weights(module)
+
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
 
@@ -205,8 +211,10 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
             levels_B = self._checked_levels(align_level, num_rows)
             all_levels_N = torch.arange(config.num_align_levels, device=levels_B.device)
             return (levels_B[:, None] == all_levels_N).to(table_ND.dtype)
-        if config.align_mode == "mean":
+        if config.align_mode == "mean_of_all":
             return table_ND.new_full((num_rows, config.num_align_levels), 1 / config.num_align_levels)
+        if config.align_mode == "mean":
+            gate_weights = table_ND.new_full((num_rows, top_level), 1 / top_level)
         global_share = 0.0 if config.align_mode == "local" else 1.0
         return torch.cat([gate_weights, gate_weights.new_full((num_rows, 1), global_share)], dim=1)  # type: ignore[list-item, union-attr]
 

@@ -20,10 +20,10 @@ class AlignGPTInstructConfig(StageConfig):
 
     Args:
         align_mode (`str`): what the alignment vector is. `"gate"` is the method (mix of the local levels plus the top
-            level); the paper's ablations: `"local"`, `"global"`, `"mean"`, `"fixed"` (the row `default_align_level`)
-            and `"random"` (as `"gate"`, with the table of stage 1 drawn afresh). Beyond the paper, `"level"`: each
-            row's own `align_level` (see `aligngpt score`), for instruction data whose answers fit their images to
-            different degrees; the top level is asked for in use.
+            level); the paper's ablations: `"local"`, `"global"` and `"mean"` (see [`AlignGPTConfig`]). Ours: `"fixed"`
+            (the row `default_align_level`), `"random"` (as `"gate"`, with the table of stage 1 drawn afresh) and
+            `"level"`: each row's own `align_level` (see `aligngpt score`), for instruction data whose answers fit their
+            images to different degrees; the top level is asked for in use.
         default_align_level (`int`, *optional*): 0-based level of `"fixed"`; the top one when `None`.
         gate_context (`str`, *optional*): what the gate reads (see [`AlignGPTConfig`]): `"first_turn"`, the same in
             training and in use; `"prompt"`, every question; `"sequence"`, answers too, as in the authors' code. `None`

@@ -62,8 +62,7 @@ class AlignGPTInstructTrainer(StageTrainer):
             # drawn on the CPU, so that every process has the same table
             generator = torch.Generator().manual_seed(args.seed)
             table = model.model.align_embeddings.weight
-            drawn = torch.randn(table.shape, generator=generator) * config.get_text_config().initializer_range
-            table.data.copy_(drawn)
+            table.data.copy_(torch.nn.init.xavier_uniform_(torch.empty(table.shape), generator=generator))
 
     def trainable_modules(self, model: AlignGPTForConditionalGeneration) -> list[torch.nn.Module]:
         # in the other modes the gate has no gradient

@@ -34,6 +34,7 @@ from .packing import RowPacking, check_packing
 from .rows import ENCODED_FEATURES, prepare_rows
 from .sampling import make_sampler
 from .stage_config import IMAGE_ASPECT_RATIOS, StageConfig
+from .storage.saved_model import check_savable
 from .summary import summarize
 from .supervised_head import SupervisedHead, gather_head
 from .watching import RunWatch
@@ -163,6 +164,8 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
             **kwargs,
         )
         self._freeze()
+        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        check_savable(base, processing_class)
         self.generation_metrics = generation_metrics
         if self.saves_shards and is_peft_model(self.model):
             raise ValueError(
@@ -178,7 +181,6 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
         self._trained = False
         self._record_before: dict[str, float] = {}
         self.record: dict[str, float] = {}
-        base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         self.watch = RunWatch(
             base,
             # a sharded head is brought together once a step, for the loss alone

@@ -22,7 +22,8 @@ MODES = {
     "gate": "a gate mixes the lower levels to fit the question, the top level is always added",
     "local": "a gate mixes the lower levels, without the top level",
     "global": "the top level alone",
-    "mean": "the mean of all levels",
+    "mean": "the mean of the lower levels, the top level is always added",
+    "mean_of_all": "the mean of all levels",
     "fixed": "one fixed level",
     "random": "as the gate, over a table drawn at random before stage 2",
 }
@@ -132,6 +133,8 @@ def _values(
     base = records.adapter.get("base_model_name_or_path") or ""
     # an adapter has no config of its own: the run's summary knows the most important
     mode = config.get("align_mode") or (stages[-1].get("align_mode") if stages else None) or "gate"
+    if mode == "mean" and config.get("aligngpt_version") == "0.1.0":
+        mode = "mean_of_all"  # as `AlignGPTConfig` reads it
     levels = config.get("num_align_levels") or (stages[-1].get("num_align_levels") if stages else None) or 8
     stage = config.get("training_stage") or (stages[-1]["stage"] if stages else None)
     question = "" if stage == "pretrain" else ', {"type": "text", "text": "What is in the picture?"}'

@@ -164,7 +164,16 @@ def test_finetuned_model(checkpoint, tmp_path):
     assert ids == [config.image_token_id, config.align_token_id] == [VOCAB_SIZE, VOCAB_SIZE + 1]
     generation = GenerationConfig.from_pretrained(ours)
     assert set(ids) <= set(generation.suppress_tokens)
-    assert (generation.bos_token_id, generation.eos_token_id) == (1, 2)
+    assert (generation.bos_token_id, generation.eos_token_id, generation.max_new_tokens) == (1, 2, 1024)
+
+
+def test_a_generation_config_that_transformers_would_not_save(checkpoint, tmp_path):
+    settings = {"eos_token_id": 2, "max_length": 4096, "temperature": 0.9, "top_p": 0.6}  # Vicuna 1.5's
+    (checkpoint / "generation_config.json").write_text(json.dumps(settings))
+    ours = convert_checkpoint(checkpoint, tmp_path / "ours")
+    saved = json.loads((ours / "generation_config.json").read_text())
+    assert (saved["eos_token_id"], saved["max_new_tokens"]) == (2, 1024)
+    assert not saved.keys() & {"temperature", "top_p", "max_length"}
 
 
 def test_stage_1_model(tmp_path):

@@ -1,5 +1,7 @@
 """`assemble`: an untrained AlignGPT whose parts are those of two checkpoints."""
 
+import math
+
 import pytest
 import torch
 from modeling.tiny import CLIP, IMAGE_SIZE, LLAMA, PATCH_SIZE, SIGLIP, randomize
@@ -174,8 +176,15 @@ def test_the_seed_alone_draws_what_is_new(language_model, tower):
     other = assemble(language_model, tower, seed=1)[0]
     assert all(torch.equal(a, b) for a, b in zip(new(first), new(second), strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(new(first), new(other), strict=True) if a.ndim > 1)
-    spread = first.get_input_embeddings().weight.detach().std()
-    assert float(first.model.align_embeddings.weight.detach().std()) == pytest.approx(float(spread), rel=0.2)
+
+
+def test_the_level_table_starts_as_the_authors_does(language_model, tower):
+    assembled = assemble(language_model, tower)[0]
+    for model in (assembled, AlignGPTForConditionalGeneration(assembled.config)):
+        table = model.model.align_embeddings.weight.detach()
+        bound = math.sqrt(6 / sum(table.shape))  # xavier_uniform over the whole table
+        assert 0.9 * bound < float(table.abs().max()) <= bound
+        assert float(table.std()) == pytest.approx(bound / math.sqrt(3), rel=0.1)
 
 
 def test_processor_and_template(language_model, tower):

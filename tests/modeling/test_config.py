@@ -7,6 +7,7 @@ from modeling.tiny import CLIP, LLAMA, SEQ_LENGTH, SIGLIP, tiny_config
 from transformers import AutoConfig, CLIPVisionConfig, GemmaConfig, LlamaConfig, Qwen2Config
 
 from modeling_aligngpt import ALIGN_MODES, GATE_CONTEXTS, AlignGPTConfig
+from modeling_aligngpt.configuration_aligngpt import VERSION
 
 
 def test_defaults_are_the_release():
@@ -80,6 +81,19 @@ def test_round_trip(tmp_path, mode, context):
         assert loaded.to_dict() == config.to_dict()
     changed = AlignGPTConfig.from_pretrained(tmp_path, align_mode="level", default_align_level=1)
     assert (changed.align_mode, changed.default_align_level, changed.gate_context) == ("level", 1, context)
+
+
+def test_what_0_1_0_saved_as_mean_stays_the_mean_of_all_levels(tmp_path):
+    tiny_config(align_mode="mean").save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert (saved["align_mode"], saved["aligngpt_version"]) == ("mean", VERSION)
+    assert AlignGPTConfig.from_pretrained(tmp_path).align_mode == "mean"
+    (tmp_path / "config.json").write_text(json.dumps({**saved, "aligngpt_version": "0.1.0"}))
+    loaded = AlignGPTConfig.from_pretrained(tmp_path)
+    assert loaded.align_mode == AutoConfig.from_pretrained(tmp_path).align_mode == "mean_of_all"
+    assert AlignGPTConfig.from_pretrained(tmp_path, align_mode="mean").align_mode == "mean"
+    loaded.save_pretrained(tmp_path)
+    assert AlignGPTConfig.from_pretrained(tmp_path).align_mode == "mean_of_all"
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,20 @@ from modeling.tiny import (
     ALIGN,
     EOS,
     IMAGE,
+    LLAMA,
     MIXED_ROWS,
     PAD,
     TOP_LEVEL,
     num_images,
     prompts,
+    randomize,
     row,
     tiny_model,
 )
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+from transformers.generation import ContinuousBatchingConfig
+
+from modeling_aligngpt import AlignGPTForConditionalGeneration
 
 
 NEW = 8
@@ -146,6 +151,42 @@ def test_several_returns_and_beams(model):
     # top_k=1 leaves sampling no choice: every return is the greedy answer of its own row
     sampled = answers(model, inputs, do_sample=True, top_k=1, num_return_sequences=2)
     assert sampled.tolist() == greedy.repeat_interleave(2, 0).tolist()
+
+
+@pytest.mark.parametrize("ids", MIXED_ROWS, ids=["one image", "two images", "text"])
+@pytest.mark.parametrize("how", [{}, {"align_level": 3}], ids=["gate", "level"])
+def test_a_draft_model_of_text_alone_changes_no_answer(model, ids, how):
+    draft = randomize(AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA)), seed=1)
+    for inputs in (prompts([ids]), {**prompts([ids]), "prompt_mask": torch.ones(1, len(ids))}):
+        expected = answers(model, inputs, **how).tolist()
+        assert answers(model, inputs, assistant_model=draft, **how).tolist() == expected
+    assert answers(model, prompts([ids]), assistant_model=tiny_model(seed=1), **how).tolist() == expected
+
+
+def test_continuous_batching_takes_text_and_refuses_images(model):
+    texts = [row(5, 6, 7, images=0), row(8, 9, images=0)]
+    settings = GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=EOS, suppress_tokens=[EOS])
+    pages = {"continuous_batching_config": ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64, page_size=16)}
+    found = model.generate_batch(texts, generation_config=settings, **pages).values()
+    expected = [answers(model, prompts([ids]), suppress_tokens=[EOS])[0].tolist() for ids in texts]
+    assert [request.generated_tokens for request in found] == expected
+    for ids in (MIXED_ROWS[0], [1, ALIGN, 5]):
+        with pytest.raises(ValueError, match="Prompt 1 of generate_batch holds <image> or <align>"):
+            model.generate_batch([texts[0], ids], generation_config=settings, **pages)
+
+
+def test_generate_needs_nothing_beside_what_is_saved(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = AlignGPTForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.generation_config.max_new_tokens == 1024
+    loaded.generation_config.max_new_tokens = NEW
+    inputs = prompts([row(5, images=8)])
+    length = inputs["input_ids"].shape[1]
+    assert length > 20  # more than transformers' own limit
+    loaded.generation_config.eos_token_id = None
+    assert loaded.generate(**inputs).shape[1] == length + NEW
+    # the caller's limit is not the saved one's lesser
+    assert loaded.generate(**inputs, max_length=length + 2).shape[1] == length + 2
 
 
 def test_embeddings_in_place_of_ids(model):

@@ -47,7 +47,8 @@ def plain_logits(model, ids: list[int], images: torch.Tensor, mode: str, level: 
         "random": local + table[TOP_LEVEL],
         "local": local,
         "global": table[TOP_LEVEL],
-        "mean": table.mean(0),
+        "mean": table[:TOP_LEVEL].mean(0) + table[TOP_LEVEL],
+        "mean_of_all": table.mean(0),
     }[mode]
     where_images = [place for place, i in enumerate(ids) if i == IMAGE]
     embeddings = tokens.clone()

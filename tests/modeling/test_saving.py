@@ -130,6 +130,19 @@ def test_an_own_generation_config_is_kept(tmp_path):
     assert loaded.generate(**prompts(MIXED_ROWS), max_new_tokens=2).shape[0] == 3
 
 
+def test_a_generation_config_that_transformers_would_not_save_is_mended(tmp_path, caplog):
+    model = tiny_model()
+    for name, value in {"temperature": 0.9, "top_p": 0.6, "length_penalty": 2.0, "max_length": 300}.items():
+        setattr(model.generation_config, name, value)
+    model.save_pretrained(tmp_path)
+    assert caplog.text.count("temperature=0.9, top_p=0.6, length_penalty=2.0 left out") == 1
+    model.save_pretrained(tmp_path / "again")
+    assert caplog.text.count("left out") == 1
+    loaded = AlignGPTForConditionalGeneration.from_pretrained(tmp_path).generation_config
+    assert (loaded.temperature, loaded.top_p, loaded.length_penalty) == (None, None, None)
+    assert (loaded.max_length, loaded.max_new_tokens) == (300, None)  # a limit of the model's own stays
+
+
 def test_missing_weights_follow_each_part_s_own_rule_and_loaded_ones_stay():
     config = tiny_model().config
     drawn = AlignGPTForConditionalGeneration(copy.deepcopy(config))

@@ -96,7 +96,7 @@ def test_each_ablation_is_one_value(world, stage_1, tmp_path, mode, levels):
         "random": weights[:-1] @ table[:-1] + table[-1],
         "local": weights[:-1] @ table[:-1],
         "global": table[-1],
-        "mean": table.mean(0),
+        "mean": table[:-1].mean(0) + table[-1],
         "fixed": table[2],
     }[mode]
     torch.testing.assert_close(found, expected[None], rtol=1e-4, atol=1e-6)

@@ -89,6 +89,22 @@ def test_a_language_model_in_half_precision_and_several_files(tmp_path, in_memor
     assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("write", [True, False], ids=["on disk", "in memory"])
+def test_vicunas_generation_config(tmp_path, write):
+    """A temperature, and no `do_sample`: transformers refuses to save that."""
+    folder, tower = save_language_model(tmp_path / "lm"), save_tower(tmp_path / "tower", "clip tower")
+    settings = {"eos_token_id": 257, "pad_token_id": -1, "max_length": 4096, "temperature": 0.9, "top_p": 0.6}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    (tmp_path / "model").mkdir()
+    if write:
+        write_assembled(folder, tower, tmp_path / "model")
+    else:
+        assemble(folder, tower)[0].save_pretrained(tmp_path / "model")
+    saved = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert not saved.keys() & {"temperature", "top_p", "do_sample", "max_length"}
+    assert saved["max_new_tokens"] == 1024 and saved["pad_token_id"] >= 0
+
+
 @pytest.mark.parametrize("family", ["gpt_neox", "mixtral"])
 def test_weights_in_another_form_are_assembled_in_memory(tmp_path, in_memory, family):
     """GPT-NeoX's files call the head otherwise than its class does, Mixtral's hold each expert apart."""

@@ -1,6 +1,7 @@
 """`aligngpt check`: what it measures, what it refuses, and that nothing is trained or written by it."""
 
 import json
+import shutil
 
 import datasets
 import pytest
@@ -59,6 +60,16 @@ def check(*words, **options) -> dict:
 
 
 class TestReports:
+    @pytest.mark.parametrize(("settings", "stops"), [({"temperature": 0.9}, False), ({"output_scores": True}, True)])
+    def test_what_could_not_be_saved(self, recipe, stage1_folder, tmp_path, settings, stops):
+        folder = shutil.copytree(stage1_folder, tmp_path / "model")
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+        report = check(recipe("instruct", model=str(folder)))
+        said = report["problems" if stops else "warnings"]
+        wanted = "could not be saved after training" if stops else "generation_config: temperature=0.9 left out"
+        assert any(wanted in line for line in said) and bool(report["problems"]) == stops
+
     def test_stage_1(self, recipe, tmp_path, capsys):
         assert main(["check", "--config", recipe(), "--json", str(tmp_path / "report.json")]) == 0
         shown, report = capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text())

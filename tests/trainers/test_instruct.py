@@ -61,6 +61,8 @@ def test_random_draws_the_table_afresh_and_reproducibly(stage1_folder, conversat
     ]
     assert torch.equal(tables[0], tables[1])
     assert not torch.isclose(tables[0], tables[2]).any() and not torch.isclose(tables[0], trained).any()
+    bound = (6 / sum(trained.shape)) ** 0.5  # as a fresh table starts
+    assert 0.9 * bound < float(tables[0].abs().max()) <= bound
 
 
 def test_learns(stage1_folder, tmp_path):

@@ -162,6 +162,20 @@ def test_saves_a_complete_repository(assembled, pairs, tmp_path):
     assert "ASSISTANT:" in processor.chat_template and processor.image_processor.do_pad is False
 
 
+def test_what_a_save_needs_is_proved_before_the_first_step(assembled, pairs, tmp_path):
+    model, _ = assembled
+    model.generation_config.temperature = 0.9  # without do_sample: transformers refuses to save it
+    trainer = trainer_for(assembled, tmp_path, pairs)
+    assert model.generation_config.temperature is None
+    trainer.train()
+    trainer.save_final()
+    saved = json.loads((tmp_path / "generation_config.json").read_text())
+    assert "temperature" not in saved and saved["max_new_tokens"] == 1024
+    model.generation_config.num_return_sequences = 3
+    with pytest.raises(ValueError, match=r"could not be saved after training: .*`num_return_sequences`"):
+        trainer_for(assembled, tmp_path, pairs)
+
+
 def test_saving_again_replaces_the_first_save(assembled, pairs, tmp_path):
     trainer = trainer_for(assembled, tmp_path, pairs, max_steps=1)
     for _ in range(2):

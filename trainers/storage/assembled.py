@@ -65,8 +65,7 @@ def write_assembled(
     config.dtype = config.text_config.dtype = config.vision_config.dtype = dtype
     with torch.device("meta"):
         model = AlignGPTForConditionalGeneration(config).to(dtype).eval()
-    std = float(weights.read(_embedding_name(model)).float().std())
-    for name, part in fresh_parts(config, std, seed).items():
+    for name, part in fresh_parts(config, seed).items():
         for key, value in part.state_dict().items():
             weights.put(f"model.{name}.{key}", value.to(dtype))
     model.generation_config = placeholder_generation_config(_generation_config(llm), config, tokenizer, template)

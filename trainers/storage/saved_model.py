@@ -4,17 +4,39 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from safetensors import safe_open
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from aligngpt_shared.records import GATE_BEFORE
-from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration
+from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
+from modeling_aligngpt.generation_aligngpt import complete_generation_config
 
 
 class SavedModelError(ValueError):
     """What was written is not a model that loads."""
+
+
+def check_savable(model: AlignGPTForConditionalGeneration, processor: AlignGPTProcessor) -> None:
+    """
+    Writes all but the weights once and throws it away, so that no run ends in what cannot be saved. A generation config
+    that transformers would refuse is mended where that changes no answer, and said.
+
+    Raises:
+        SavedModelError: with the reason.
+    """
+    model.generation_config = complete_generation_config(model.generation_config)
+    with TemporaryDirectory() as folder:
+        try:
+            # one that is as it was loaded would be saved with a warning, but training changes some
+            model.generation_config.validate(strict=True)
+            for part in (model.config, model.generation_config, processor):
+                part.save_pretrained(folder)
+        except Exception as error:  # of three libraries
+            reason = " ".join(str(error).split())[:500]
+            raise SavedModelError(f"This model could not be saved after training: {reason}") from error
 
 
 def check_saved(folder: Path) -> None:
