@@ -61,7 +61,7 @@ else:
         tokenizer_class = "AutoTokenizer"
 
         def __call__(self, images=None, text=None, **kwargs):
-            images, text, _, _ = self.prepare_inputs_layout(images=images, text=text)
+            images, text, _, _ = self.prepare_inputs_layout(images=images, text=text, **kwargs)
             self.validate_inputs(images=images, text=text)
             return_token_types = kwargs.pop("return_mm_token_type_ids", False)
             merged = self._merge_kwargs(ProcessingKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)

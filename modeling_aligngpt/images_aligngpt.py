@@ -20,6 +20,11 @@ from PIL import Image, ImageOps
 
 # Pillow opens more; some of them run other programs (EPS: Ghostscript) or are never photographs
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+# What stands where an image is transparent: white, as on a page; or the colours that are hidden there, which come to
+# light where the alpha channel is dropped (the authors' `convert("RGB")`)
+WHITE, DROPPED = TRANSPARENCIES = ("white", "dropped")
+# of a path, an address or encoded data in an error message
+MOST_CHARACTERS = 60
 
 
 @dataclass(frozen=True)
@@ -65,15 +70,18 @@ class ImageLimits:
 LIMITS = ImageLimits()
 
 
-def read_image(source: Any, limits: ImageLimits = LIMITS, allow_urls: bool = False) -> Image.Image:
+def read_image(
+    source: Any, limits: ImageLimits = LIMITS, allow_urls: bool = False, transparency: str = WHITE
+) -> Image.Image:
     """
     Decodes one image to RGB: upright (EXIF orientation applied), first frame of an animation, 8 bits a channel.
 
     Args:
-        source: a PIL image, a path, encoded bytes, a `data:` URL, a `{"path", "bytes"}` dict (an undecoded
-            `datasets.Image`), or a uint8 array `(height, width[, channels])`; with `allow_urls` also a web address.
+        source: a PIL image, a path, encoded bytes, a `data:` URL, base64, a `{"path", "bytes"}` dict (an undecoded
+            `datasets.Image`), or an array or tensor, see [`array_to_image`]; with `allow_urls` also a web address.
         limits ([`ImageLimits`]): what is accepted.
         allow_urls (`bool`): fetch web addresses.
+        transparency (`str`): one of `TRANSPARENCIES`.
 
     Returns:
         The image in mode RGB, fully loaded.
@@ -86,7 +94,7 @@ def read_image(source: Any, limits: ImageLimits = LIMITS, allow_urls: bool = Fal
     image.load()
     with contextlib.suppress(Exception):  # broken EXIF data in an image whose pixels are fine
         image = ImageOps.exif_transpose(image)
-    return to_rgb(image)
+    return to_rgb(image, transparency)
 
 
 def image_size(source: Any, limits: ImageLimits = LIMITS) -> tuple[int, int]:
@@ -111,11 +119,24 @@ def _open(source: Any, limits: ImageLimits, allow_urls: bool) -> Image.Image:
         return _open(_fetched(source, limits), limits, allow_urls)
     if isinstance(source, (str, os.PathLike)):
         if not os.path.isfile(source):
-            raise FileNotFoundError(f"there is no file {str(source)[:200]!r}")
+            return _open_base64(source, limits)
         return _open_file(source, os.path.getsize(source), limits)
-    if isinstance(source, np.ndarray):
-        return Image.fromarray(source.squeeze(-1) if source.ndim == 3 and source.shape[-1] == 1 else source)
-    raise TypeError("expected a PIL image, a path, bytes, a {'path', 'bytes'} dict or a uint8 array")
+    if hasattr(source, "shape"):
+        return array_to_image(source)
+    raise TypeError("expected a PIL image, a path, bytes, base64, a {'path', 'bytes'} dict, an array or a tensor")
+
+
+def _open_base64(source: str | os.PathLike, limits: ImageLimits) -> Image.Image:
+    """What transformers, too, takes a string for that names no file."""
+    missing = f"there is no file {shortened(source)!r}"
+    try:
+        data = _decoded(str(source), limits)
+    except ValueError:
+        raise FileNotFoundError(missing) from None
+    try:
+        return _open(data, limits, allow_urls=False)
+    except ValueError as error:
+        raise FileNotFoundError(f"{missing}, and as base64 {error}") from None
 
 
 def _open_file(file: Any, size: int, limits: ImageLimits) -> Image.Image:
@@ -137,7 +158,7 @@ def _open_file(file: Any, size: int, limits: ImageLimits) -> Image.Image:
 def _decoded(text: str, limits: ImageLimits) -> bytes:
     limits.check_bytes(len(text) * 3 // 4)
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)
     except binascii.Error as error:
         raise ValueError(f"its base64 is damaged ({error})") from None
 
@@ -145,30 +166,109 @@ def _decoded(text: str, limits: ImageLimits) -> bytes:
 def _fetched(address: str, limits: ImageLimits) -> bytes:
     from huggingface_hub.utils import get_session
 
-    answer = get_session().get(address, timeout=30)
-    answer.raise_for_status()
+    try:
+        answer = get_session().get(address, timeout=30)
+    except Exception as error:
+        raise OSError(f"{shortened(address)} cannot be fetched ({type(error).__name__})") from None
+    if answer.status_code != 200:
+        raise OSError(f"{shortened(address)} answers with status {answer.status_code}")
     limits.check_bytes(len(answer.content))
     return answer.content
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any PIL mode to RGB (itself when it is RGB already). An alpha channel is dropped, as the authors' code does."""
+def shortened(source: Any) -> str:
+    """A path, an address or encoded data for an error message: its two ends where it is long."""
+    text = str(source)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:20]}...{text[23 - MOST_CHARACTERS :]}"
+
+
+def array_to_image(array: Any) -> Image.Image:
+    """
+    An array or tensor as a PIL image in mode L, LA, RGB or RGBA.
+
+    Args:
+        array: of numpy, torch or alike, as [`to_8_bit`] takes them: `(height, width)`, `(height, width, channels)` or
+            `(channels, height, width)`; what could be either has its channels first, as transformers takes it.
+
+    Raises:
+        ValueError: the shape is no image's, or the values are no pixels.
+    """
+    pixels = to_8_bit(array)
+    shape = pixels.shape
+    if len(shape) == 3:
+        if shape[0] in (1, 3) or (shape[0] in (2, 4) and shape[2] not in (1, 2, 3, 4)):
+            pixels = np.moveaxis(pixels, 0, -1)
+        if pixels.shape[2] == 1:
+            pixels = pixels[..., 0]
+    if pixels.ndim not in (2, 3) or pixels.shape[2:] not in ((), (2,), (3,), (4,)) or not pixels.size:
+        raise ValueError(f"an array of shape {shape} is no image: height and width, and 1 to 4 channels are expected")
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def to_8_bit(array: Any) -> np.ndarray:
+    """
+    The pixels of an array or tensor as uint8, in its own shape: fractions from 0 to 1 (torchvision's `ToTensor`) times
+    255, values up to 255 as they are, 16 bits by their upper 8, truth values as black and white.
+
+    Raises:
+        ValueError: the values are none of these.
+    """
+    if hasattr(array, "detach"):  # a tensor, maybe on a GPU or of a type that numpy lacks
+        array = array.detach().cpu()
+        array = array.float() if array.is_floating_point() else array
+    values = np.asarray(array)
+    if values.dtype == np.uint8 or not values.size:
+        return values.astype(np.uint8)
+    if values.dtype.kind not in "buif":
+        raise ValueError(f"an array of {values.dtype} holds no pixels")
+    low, high = float(values.min()), float(values.max())
+    if values.dtype == bool or (values.dtype.kind == "f" and low >= 0 and high <= 1):
+        values = values * np.float32(255)
+    elif values.dtype == np.uint16 and high > 255:
+        values = values >> 8
+    elif not (low >= 0 and high <= 255):
+        raise ValueError(
+            f"its values run from {low:g} to {high:g}: scale them to 0 to 255 or to 0 to 1, or pass do_rescale=False "
+            "and do_normalize=False for an image that is normalised already"
+        )
+    return values.round().astype(np.uint8)
+
+
+def to_rgb(image: Image.Image, transparency: str = WHITE) -> Image.Image:
+    """
+    Any PIL mode to RGB (itself when it is RGB already).
+
+    Args:
+        image: in any mode, with or without transparency.
+        transparency (`str`): one of `TRANSPARENCIES`.
+    """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
+    image = with_alpha(image)
+    if image.mode == "RGBA" and transparency == WHITE:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
+    return image.convert("RGB")
+
+
+def with_alpha(image: Image.Image) -> Image.Image:
+    """An image of 8 bits a channel: RGBA where anything says that it is transparent, else in any mode."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _deep_grey_to_8_bit(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+    return image.convert("RGBA") if image.has_transparency_data else image
 
 
 def _deep_grey_to_8_bit(image: Image.Image) -> Image.Image:
     """16- and 32-bit greyscale to 8 bits. PIL's own `convert` clips everything above 255 to white."""
     values = np.asarray(image)
     if image.mode.startswith("I;16"):
-        return Image.fromarray((values >> 8).astype(np.uint8))
-    values = np.nan_to_num(values.astype(np.float64))
-    low, high = float(values.min()), float(values.max())
+        grey = Image.fromarray((values >> 8).astype(np.uint8))
+        if "transparency" in image.info:  # the value that is transparent
+            grey.putalpha(Image.fromarray((values != image.info["transparency"]) * np.uint8(255)))
+        return grey
+    values = values.astype(np.float64)
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    values = np.nan_to_num(values, nan=low, posinf=high, neginf=low)
     if image.mode == "F" and low >= 0 and high <= 1:
         values = values * 255
     elif low >= 0 and high <= 255:
@@ -176,8 +276,22 @@ def _deep_grey_to_8_bit(image: Image.Image) -> Image.Image:
     elif low >= 0 and high <= 65535:
         values = values / 257
     else:
-        values = (values - low) * (255 / (high - low))
+        values = (values - low) * (255 / ((high - low) or 1.0))
     return Image.fromarray(values.round().astype(np.uint8))
 
 
-__all__ = ["FORMATS", "LIMITS", "ImageLimits", "image_size", "read_image", "to_rgb"]
+__all__ = [
+    "DROPPED",
+    "FORMATS",
+    "LIMITS",
+    "TRANSPARENCIES",
+    "WHITE",
+    "ImageLimits",
+    "array_to_image",
+    "image_size",
+    "read_image",
+    "shortened",
+    "to_8_bit",
+    "to_rgb",
+    "with_alpha",
+]

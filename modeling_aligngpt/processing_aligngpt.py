@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import ImageInput, make_flat_list_of_images
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TextInput
 
@@ -20,7 +20,7 @@ from .compat_v4 import IS_TRANSFORMERS_4, ProcessorBase
 from .configuration_aligngpt import GATE_CONTEXTS
 from .control_tokens import control_tokens, sanitized
 from .gate_prompt_aligngpt import answer_opening, first_turn, mask_up_to, without_answers
-from .images_aligngpt import LIMITS, ImageLimits, read_image
+from .images_aligngpt import DROPPED, LIMITS, TRANSPARENCIES, WHITE, ImageLimits, read_image, shortened, to_8_bit
 from .judging_aligngpt import judge_inputs, split_sentences
 from .processing_parts import (
     apply_edits,
@@ -55,9 +55,11 @@ class AlignGPTProcessor(ProcessorBase):
         image_suffix (`str`): written between a placeholder or BOS and the text behind it. `" "` gives the authors' ids
             for Llama's sentencepiece tokenizers, which mark the start of a text that way; see [`infer_image_suffix`].
         gate_context (`str`): what the gate reads, the model's `config.gate_context`; `prompt_mask` says it.
+        transparency (`str`): what stands where an image is transparent: `"white"`, as `from_parts` sets it, or
+            the hidden colours (`"dropped"`: the authors' way, and that of processors saved by 0.1.0, which name none).
 
     Raises:
-        ValueError: a placeholder is not one token of the tokenizer, or `gate_context` is unknown.
+        ValueError: a placeholder is not one token of the tokenizer, or `gate_context` or `transparency` is unknown.
     """
 
     text_kwargs = {"return_token_type_ids": False}
@@ -73,10 +75,14 @@ class AlignGPTProcessor(ProcessorBase):
         image_seq_length=576,
         image_suffix="",
         gate_context="prompt",
+        transparency=DROPPED,
     ):
         if gate_context not in GATE_CONTEXTS:
             raise ValueError(f"gate_context={gate_context!r} is not one of {', '.join(GATE_CONTEXTS)}.")
+        if transparency not in TRANSPARENCIES:
+            raise ValueError(f"transparency={transparency!r} is not one of {', '.join(TRANSPARENCIES)}.")
         self.gate_context = gate_context
+        self.transparency = transparency
         self.image_token = image_token
         self.align_token = align_token
         self.image_seq_length = image_seq_length
@@ -94,6 +100,7 @@ class AlignGPTProcessor(ProcessorBase):
         """
         Args:
             images: images (PIL, numpy, tensor, path, URL, base64): one, a list in reading order, or a list per row.
+                Arrays are read by [`~images_aligngpt.to_8_bit`], and left as they are with `do_rescale=False`.
             text: one prompt or several. A prompt that brings its BOS along gets no second one.
             kwargs: of tokenizer and image processor, flat or as `text_kwargs` and `images_kwargs`.
 
@@ -235,30 +242,32 @@ class AlignGPTProcessor(ProcessorBase):
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Reads every image, naming the one that cannot be read; no images at all become `None`."""
         if images is not None:
-            images = self._read_images(images)
+            images = self._read_images(images, {**kwargs, **(kwargs.get("images_kwargs") or {})})
         # what is read already is passed on as it is
         _, text, videos, audio = super().prepare_inputs_layout(text=text, videos=videos, audio=audio, **kwargs)
         return images, text, videos, audio
 
-    def _read_images(self, images):
+    def _read_images(self, images, settings: dict):
         """A list of images, or one list per row if the input was nested; `None` if there is none."""
         if not isinstance(images, (list, tuple)):
-            return make_flat_list_of_images(self._read_image(images, "image 0"))
+            images = [images]
         if not any(isinstance(row, (list, tuple)) or row is None for row in images):
-            images = [self._read_image(image, f"image {index}") for index, image in enumerate(images)]
-            return make_flat_list_of_images(images) if images else None
+            images = _one_by_one(images)
+            return [self._read_image(image, f"image {i}", settings) for i, image in enumerate(images)] or None
         rows = []
         for index, row in enumerate(images):
-            row = [] if row is None else row if isinstance(row, (list, tuple)) else [row]
-            rows.append([self._read_image(image, f"row {index}, image {i}") for i, image in enumerate(row)])
+            row = [] if row is None else _one_by_one(row if isinstance(row, (list, tuple)) else [row])
+            rows.append([self._read_image(image, f"row {index}, image {i}", settings) for i, image in enumerate(row)])
         return rows if any(rows) else None
 
-    def _read_image(self, image, where: str):
-        # an array or tensor is taken as it is: its pixels, of whatever layout, are what the caller means
-        if hasattr(image, "shape"):
-            return image
-        source = f" ({str(image)[:200]})" if isinstance(image, (str, os.PathLike)) else ""
+    def _read_image(self, image, where: str, settings: dict):
+        is_array = hasattr(image, "shape")
+        if is_array and settings.get("do_rescale") is False:
+            return image  # not of 0 to 255, as the caller says: nothing but the image processor is to touch it
+        source = f" ({shortened(image)})" if isinstance(image, (str, os.PathLike)) else ""
         try:
+            if is_array and settings.get("input_data_format") is not None:
+                return to_8_bit(image)  # the image processor is told where its channels are
             return self.read_image(image)
         except Exception as error:
             raise ValueError(
@@ -266,10 +275,9 @@ class AlignGPTProcessor(ProcessorBase):
                 "repair the file or leave the row out."
             ) from error
 
-    @staticmethod
-    def read_image(image, limits: ImageLimits = LIMITS, allow_urls: bool = True) -> Image.Image:
+    def read_image(self, image, limits: ImageLimits = LIMITS, allow_urls: bool = True) -> Image.Image:
         """One image as the model sees it before resizing; see [`~images_aligngpt.read_image`]."""
-        return read_image(image, limits, allow_urls)
+        return read_image(image, limits, allow_urls, self.transparency)
 
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Checks that every row has as many images as placeholders (in total where images are a flat list)."""
@@ -418,6 +426,7 @@ class AlignGPTProcessor(ProcessorBase):
             "image_seq_length": config.image_seq_length,
             "image_suffix": suffix,
             "gate_context": config.gate_context,
+            "transparency": WHITE,
         }
         image_processor = image_processor_for(config.input_image_size, vision_tower, do_pad)
         processor = cls(image_processor, tokenizer, **{**arguments, **kwargs})
@@ -454,6 +463,11 @@ class AlignGPTProcessor(ProcessorBase):
             hub.setdefault("repo_id", Path(save_directory).name)
             self.push_to_hub(**hub, token=kwargs.get("token"))
         return files
+
+
+def _one_by_one(images) -> list:
+    """A list of images, arrays of four dimensions taken apart."""
+    return [image for each in images for image in (each if getattr(each, "ndim", 0) == 4 else [each])]
 
 
 def _mentions(kwargs: dict, name: str) -> bool:

@@ -231,11 +231,10 @@ class AlignGPTDataCollator(DataCollatorMixin):
                     raise ValueError(f"{describe_row(row)}: {error_of_row}") from error
             raise
 
-    @staticmethod
-    def _load_images(row: dict[str, Any]) -> list[PIL.Image.Image]:
+    def _load_images(self, row: dict[str, Any]) -> list[PIL.Image.Image]:
         """The row's images; the trainers leave them encoded up to here, so that an error can name the row."""
         name = row.get("id", row.get(ROW_INDEX_COLUMN))
-        return [load_image(image, row=name) for image in row.get("images") or []]
+        return [load_image(image, name, self.processor.transparency) for image in row.get("images") or []]
 
     def _expand(self, row: dict[str, Any], num_images: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids (int64) and supervised positions (bool) with `image_seq_length` tokens an image, within `max_length`."""

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from PIL import Image
 from transformers import BatchFeature
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig
@@ -42,6 +43,17 @@ class AlignGPTProcessingInfo(BaseProcessingInfo):
 
     def get_hf_processor(self, **kwargs: object) -> AlignGPTProcessor:
         return self.ctx.get_hf_processor(AlignGPTProcessor)
+
+    def parse_mm_data(self, mm_data, **kwargs):
+        """As vLLM's, which would make RGB of PIL images in its own way: by our processor first."""
+        images = mm_data.get("image")
+        if isinstance(images, (Image.Image, list, tuple)):
+            read = [
+                self.get_hf_processor().read_image(image) if isinstance(image, Image.Image) else image
+                for image in (images if isinstance(images, (list, tuple)) else [images])
+            ]
+            mm_data = {**mm_data, "image": read}
+        return super().parse_mm_data(mm_data, **kwargs)
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         return {"image": None}
@@ -91,7 +103,8 @@ class AlignGPTMultiModalProcessor(BaseMultiModalProcessor[AlignGPTProcessingInfo
             "head": ids[ids.index(config.align_token_id) : ids.index(config.image_token_id) + 1],
             "gate_ids": self._gate_ids(ids) if level is None and config.uses_gate else [],
             "level": BY_MODE if level is None else level,
-            "images": list(images.get_all()),
+            # what came to vLLM's server, which has made RGB of it in its own way
+            "images": [getattr(image, "original_bytes", image) for image in images.data],
             "items": list(range(len(images))),
         }
         return super().apply(replace(inputs, prompt=ids, hf_processor_mm_kwargs={_PROMPT: prompt}), timing_ctx)

@@ -27,6 +27,8 @@ from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from openai import OpenAI, OpenAIError
 
+from modeling_aligngpt.images_aligngpt import read_image
+
 from .answers import AnsweringLmms, answer_row, generation_settings, hash_weights
 
 
@@ -133,9 +135,9 @@ class ServerLmms(AnsweringLmms):
 
 
 def data_url(image: Any) -> str:
-    """An image as a request holds it, without loss."""
+    """An image as a request holds it: without loss where PNG takes its mode, and as transparent as it is."""
     data = io.BytesIO()
-    image.convert("RGB").save(data, "PNG")
+    (image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else read_image(image)).save(data, "PNG")
     return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from aligngpt_shared.files import write_json
 from aligngpt_shared.locks import lock, lock_of
-from modeling_aligngpt.images_aligngpt import read_image
 
 
 RESULTS_NAME, REPORT_NAME = "levels.json", "levels.html"
@@ -182,7 +181,7 @@ def _probe_captions(args: argparse.Namespace, loaded, rows: list[dict], correct:
     from . import statistics
     from .probe import DualEncoder, caption_measures, image_of
 
-    images = [read_image(image_of(row)) for row in rows]
+    images = [loaded.processor.read_image(image_of(row), allow_urls=False) for row in rows]
     captions = loaded.captions(images, args.prompt, args.max_new_tokens)
     encoder = DualEncoder(args.scorer, args.device) if args.scorer else None
     measures = caption_measures(captions, images, rows, encoder, correct)

@@ -59,10 +59,11 @@ def _pairs(args: argparse.Namespace) -> list[dict[str, Any]]:
     from modeling_aligngpt.images_aligngpt import read_image
 
     if not args.data:
-        given = zip(args.image, args.text, strict=True)
+        for image in args.image:
+            read_image(image)  # refused before the model is loaded, whose processor reads it in its own way
         return [
-            {"row": row, "image": read_image(image), "text": text, "question": args.question}
-            for row, (image, text) in enumerate(given)
+            {"row": row, "image": image, "text": text, "question": args.question}
+            for row, (image, text) in enumerate(zip(args.image, args.text, strict=True))
         ]
     rows = args.load_rows(args.data, split=args.split)
     found = []

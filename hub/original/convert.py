@@ -28,6 +28,7 @@ from modeling_aligngpt.assembly import (
 )
 from modeling_aligngpt.chat_templates import CHAT_TEMPLATES, select_chat_template
 from modeling_aligngpt.configuration_aligngpt import GATE_CONTEXTS, AlignGPTConfig
+from modeling_aligngpt.images_aligngpt import DROPPED
 from modeling_aligngpt.modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTMLP
 from modeling_aligngpt.processing_aligngpt import AlignGPTProcessor
 
@@ -113,6 +114,7 @@ def convert_checkpoint(
             vision_tower=tower,
             chat_template=CHAT_TEMPLATES[name],
             do_pad=source.config.get("image_aspect_ratio", "square") == "pad",
+            transparency=DROPPED,  # as their code, by which the weights were trained
         )
         save_model(model, weights, folder, max_shard_size)
         processor.save_pretrained(folder)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from aligngpt_shared.records import ALIGNMENT, read_record
 from aligngpt_shared.references import is_hub_id
-from modeling_aligngpt.images_aligngpt import image_size, read_image
+from modeling_aligngpt.images_aligngpt import image_size, read_image, shortened
 
 from .card import PAPER, TAGS, describe_rows, levels_text, list_levels
 from .checks import check_contents, find_paths
@@ -189,7 +189,7 @@ def _check_images(split: str, rows: Dataset) -> list[str]:
                 image_size(value)
             except Exception as error:
                 named = value.get("path") or f"{len(value['bytes'] or b'')} bytes"
-                findings.append(f"split {split}, row {number}: {str(named)[:100]} is no image ({error}). Leave it out.")
+                findings.append(f"split {split}, row {number}: {shortened(named)} is no image ({error}). Leave it out.")
         if len(findings) >= MOST_FINDINGS:
             break
     return findings

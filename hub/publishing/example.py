@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
-from modeling_aligngpt.images_aligngpt import read_image
 
 
 IMAGE = "assets/example.png"
@@ -51,9 +50,9 @@ def answer_example(folder: Path, image: str, question: str, output: Path) -> dic
     Raises:
         ValueError, OSError: the image cannot be read.
     """
-    shown = read_image(image)
-    model = AlignGPTForConditionalGeneration.from_pretrained(folder).eval()
     processor = AlignGPTProcessor.from_pretrained(folder)
+    shown = processor.read_image(image, allow_urls=False)
+    model = AlignGPTForConditionalGeneration.from_pretrained(folder).eval()
     ids = ask(model, processor, shown, question, MOST_TOKENS)
     answer = processor.tokenizer.decode(ids, skip_special_tokens=True)
     small = shown.copy()

@@ -81,7 +81,7 @@ def _recorded(path: Path, number: int, line: str) -> Recorded:
     if values["image"] is not None:
         image = path.parent / values["image"]
         if not image.is_file() or not stays_inside(image, path.parent):
-            raise ValueError(f"{where}: image {values['image']!r} is no file in the folder of {path.name}.")
+            raise ValueError(f"{where}: image {str(values['image'])[:60]!r} is no file in the folder of {path.name}.")
     limit = values["max_new_tokens"]
     return Recorded(number, image, values["question"], values["answer"], limit, None if ids is None else tuple(ids))
 
@@ -102,7 +102,6 @@ def compare_answers(folder: Path, recorded: Sequence[Recorded], device: str | No
     from tqdm.auto import tqdm
 
     from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
-    from modeling_aligngpt.images_aligngpt import read_image
 
     from .example import ask
 
@@ -111,7 +110,7 @@ def compare_answers(folder: Path, recorded: Sequence[Recorded], device: str | No
     processor = AlignGPTProcessor.from_pretrained(folder)
     different = []
     for each in tqdm(recorded, desc="recorded answers", unit="answer", disable=len(recorded) < 2):
-        image = read_image(each.image) if each.image else None
+        image = processor.read_image(each.image, allow_urls=False) if each.image else None
         new = ask(model, processor, image, each.question, each.max_new_tokens)
         answer = processor.tokenizer.decode(new, skip_special_tokens=True)
         made = [token for token in new.tolist() if token != processor.tokenizer.eos_token_id]

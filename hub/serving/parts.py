@@ -15,7 +15,7 @@ from transformers.cli.serving.utils import GenerateManager, GenerationState, Mod
 from transformers.utils import is_accelerate_available
 
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
-from modeling_aligngpt.images_aligngpt import image_size, read_image
+from modeling_aligngpt.images_aligngpt import image_size
 
 from . import judging
 from .requests import IMAGE_LIMITS, MAX_IMAGES, MAX_PIXELS, ChatRequest, ResponsesRequest, checked
@@ -211,10 +211,11 @@ class _CheckedRequests:
         parsed = super().get_processor_inputs_from_messages(messages, modality)
         images = [part for message in parsed for part in message["content"] if part["type"] == "image"]
         self._check_images(images)
+        processor = self.model_manager.loaded_models[self.model_manager.pinned].processor
         self._check_length(parsed, len(images))
         for number, part in enumerate(images):
             try:
-                part["image"] = read_image(part.pop("url"), IMAGE_LIMITS, self.fetch_urls)
+                part["image"] = processor.read_image(part.pop("url"), IMAGE_LIMITS, self.fetch_urls)
             except Exception as error:
                 raise HTTPException(400, f"Image {number} cannot be read: {error}.") from None
         if (asked := judging.current.get()) is not None:

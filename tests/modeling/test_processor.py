@@ -57,7 +57,12 @@ def golden():
     template = CHAT_TEMPLATES["vicuna_v1"]
     tower = GOLDEN / "clip-vit-tiny"
     return AlignGPTProcessor.from_parts(
-        tokenizer, config_for(tokenizer), vision_tower=tower, chat_template=template, do_pad=True
+        tokenizer,
+        config_for(tokenizer),
+        vision_tower=tower,
+        chat_template=template,
+        do_pad=True,
+        transparency="dropped",
     )
 
 
@@ -190,6 +195,7 @@ def test_every_way_to_give_a_image(small, tmp_path):
         row = small(images=given, text="<image> a", return_tensors="pt")
         assert tokens(small, row["input_ids"][0]) == "<s><align>[image] a"
     opaque = draw_image(mode="RGBA")
+    opaque.putalpha(255)
     torch.testing.assert_close(
         small(images=opaque, return_tensors="pt")["pixel_values"],
         small(images=opaque.convert("RGB"), return_tensors="pt")["pixel_values"],

@@ -50,14 +50,51 @@ class TestLoadImage:
         image = load_image(encode(PILImage.fromarray(deep), format=kind))
         assert np.abs(np.asarray(image)[..., 0].astype(int).ravel() - np.arange(256)).max() <= 1
 
-    def test_alpha_is_dropped_as_the_processor_does(self):
+    def test_the_authors_way_drops_transparency(self):
         clear = PILImage.new("RGBA", (6, 4), (200, 0, 0, 0))
         clear.putpixel((1, 1), (*BLUE, 255))
         for source in (clear, encode(clear)):
-            assert load_image(source).tobytes() == clear.convert("RGB").tobytes()
+            assert load_image(source, transparency="dropped").tobytes() == clear.convert("RGB").tobytes()
         palette = draw_image(mode="P")
-        gif = load_image(encode(palette, transparency=palette.getpixel((0, 0))))
+        gif = load_image(encode(palette, transparency=palette.getpixel((0, 0))), transparency="dropped")
         assert gif.tobytes() == palette.convert("RGB").tobytes()
+
+    def test_32_bit_greyscale_of_any_values(self):
+        """Constant images and those without a finite value are what they are: no row is lost to them."""
+        deep = {"I": np.full((4, 6), 100_000, np.int32), "F": np.full((4, 6), -3, np.float32)}
+        deep |= {"nothing": np.full((4, 6), np.nan, np.float32), "ramp": np.linspace(-7, 9, 24, dtype=np.float32)}
+        deep["ramp"] = np.concatenate([deep["ramp"][:22], np.float32([np.nan, np.inf])]).reshape(4, 6)
+        images = {name: PILImage.fromarray(values) for name, values in deep.items()}
+        rows = load_rows([{"image": image, "caption": name} for name, image in images.items()])
+        assert len(rows) == 4
+        for row, name in zip(rows.cast_column("images", List(Image(decode=False))), deep, strict=True):
+            read = [np.asarray(load_image(image)) for image in (images[name], row["images"][0])]
+            assert np.array_equal(*read) and len(np.unique(read[0])) == (22 if name == "ramp" else 1)
+            if name == "ramp":
+                assert read[0].min() == 0 and read[0].max() == 255 == read[0][3, 5, 0]
+
+    def test_arrays_in_rows(self):
+        image = draw_image()
+        array = np.asarray(image)
+        given = [array, array.astype(np.float64) / 255, torch.from_numpy(array.transpose(2, 0, 1) / np.float32(255))]
+        rows = load_rows([{"image": each, "caption": "a"} for each in given] + [{"images": [array], "caption": "a"}])
+        assert [row["images"][0].tobytes() for row in rows] == [image.tobytes()] * 4
+        bad = {"image": array / 255 - 1, "caption": "a"}
+        with pytest.raises(ValueError, match=r"row 0: unusable image value .* run from -0.9\d+ to -0.2\d+: scale them"):
+            load_rows([bad])
+        assert len(load_rows([bad, {"image": image, "caption": "a"}], on_bad_row="skip")) == 1
+
+    def test_no_error_prints_long_data(self, tmp_path):
+        letters = "".join(chr(65 + (7 * i * i + i) % 26) for i in range(5000))
+        long_path = str(tmp_path / letters[:150] / f"{letters[:200]}.png")
+        for source in (long_path, letters, f"data:image/png;base64,{letters}", f"https://example.com/{letters}"):
+            doors = [load_image, lambda source: load_rows([{"image": source, "caption": "a"}])]
+            for door in doors[: 1 if "://" in source else 2]:
+                with pytest.raises(ValueError) as caught:
+                    door(source)
+                assert not any(source[i : i + 61] in str(caught.value) for i in range(len(source) - 60))
+        with pytest.raises(ValueError, match=rf"no file '.*{letters[170:200]}\.png'"):
+            load_image(long_path)
 
     def test_orientation_of_the_camera(self):
         image = draw_image()
@@ -125,6 +162,29 @@ def kinds() -> dict[str, bytes]:
         "greyscale": encode(draw_image((70, 70, 70), mode="L")),
         "black and white": encode(draw_image((255, 255, 255), mode="1")),
         "16-bit": encode(grey),
+        **transparent_kinds(),
+    }
+
+
+def transparent_kinds() -> dict[str, bytes]:
+    """Red (or grey) images whose right half is transparent and hides blue (or black)."""
+    half = PILImage.new("RGBA", (6, 4), (*RED, 255))
+    half.paste((*BLUE, 0), (3, 0, 6, 4))
+    palette = half.convert("RGB").convert("P", palette=PILImage.Palette.ADAPTIVE, colors=2)
+    deep = np.full((4, 6), 0x8000, np.uint16)
+    deep[:, 3:] = 5
+    clear = palette.getpixel((5, 0))
+    alphas = bytes(255 * (entry != clear) for entry in range(2))
+    return {
+        "RGBA": encode(half),
+        "RGBA in WebP": encode(half, format="WEBP", lossless=True, exact=True),
+        "LA": encode(half.convert("LA")),
+        "PA": encode(half.convert("PA"), format="TIFF"),
+        "P with a transparent entry": encode(palette, transparency=clear),
+        "P with an alpha for each entry": encode(palette, transparency=alphas),
+        "RGB with a transparent colour": encode(half.convert("RGB"), transparency=BLUE),
+        "transparent GIF": encode(palette, format="GIF", transparency=clear),
+        "16-bit grey with a transparent value": encode(PILImage.fromarray(deep), transparency=5),
     }
 
 
@@ -188,7 +248,16 @@ class TestThroughTheCollator:
         for name, found in pixels.items():
             assert torch.equal(found, expected), name
         redness = (expected[0, 0] - expected[0, 2]).max()  # somewhere: the padding is grey
-        assert redness < 0.6 if kind in GREY else redness > 1
+        assert redness < 0.6 if kind in GREY or kind == "LA" or "grey" in kind else redness > 1
+        if kind in transparent_kinds():
+            assert np.asarray(load_image(data))[0, 5].tolist() == [255, 255, 255]
+            hidden = load_image(data, transparency="dropped")
+            assert hidden.tobytes() != load_image(data).tobytes() and max(hidden.getpixel((5, 0))[:2]) < 50
+            processor.transparency = "dropped"
+            rows = load_rows(sources["bytes"]).cast_column("images", List(Image(decode=False)))
+            found = collator([rows[0]])["pixel_values"]
+            processor.transparency = "white"
+            assert torch.equal(found, processor.image_processor(hidden, return_tensors="pt")["pixel_values"])
 
 
 def test_an_orientation_that_cannot_be_read_is_left_alone():

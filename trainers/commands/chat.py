@@ -66,7 +66,7 @@ class Chat:
         """An image that goes with the next question; ValueError when it cannot be read."""
         from ..data.images import load_image
 
-        self.waiting.append(load_image(path))
+        self.waiting.append(load_image(path, transparency=self.processor.transparency))
 
     def ask(self, question: str, stream: bool = True) -> str:
         """The answer, printed while it is made when `stream`; the turn joins the conversation."""

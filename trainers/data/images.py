@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from modeling_aligngpt.images_aligngpt import LIMITS, ImageLimits, read_image
+from modeling_aligngpt.images_aligngpt import WHITE, read_image, shortened
 
 from .conversations import UNREADABLE, BadRow
 
@@ -15,24 +15,24 @@ def _describe(value: Any) -> str:
     """How an error message names an image."""
     if isinstance(value, dict):
         if value.get("bytes") is None:
-            return f"file {value.get('path')!r}"
-        name = f" of {value['path']!r}" if value.get("path") else ""
+            return f"file {shortened(value.get('path'))!r}"
+        name = f" of {shortened(value['path'])!r}" if value.get("path") else ""
         return f"{len(value['bytes'])} bytes{name} stored in the data set"
     if isinstance(value, (str, os.PathLike)):
-        return f"file {str(value)!r}"
+        return f"file {shortened(value)!r}"
     if isinstance(value, bytes):
         return f"{len(value)} bytes"
     return f"a value of type {type(value).__name__}"
 
 
-def load_image(value: Any, row: int | str | None = None, limits: ImageLimits = LIMITS) -> Image.Image:
+def load_image(value: Any, row: int | str | None = None, transparency: str = WHITE) -> Image.Image:
     """Decodes one image to RGB, as the processor does (see [`~images_aligngpt.read_image`]).
 
     Args:
         value: a PIL image, a path, encoded bytes, the `{"path", "bytes"}` dict of an undecoded
-            `datasets.Image`, or a uint8 array [height, width(, channels)].
+            `datasets.Image`, or an array.
         row: the data set's row, for the error message.
-        limits: what is accepted.
+        transparency: the processor's setting; without one, white.
 
     Returns:
         The image in mode RGB, fully loaded.
@@ -41,7 +41,7 @@ def load_image(value: Any, row: int | str | None = None, limits: ImageLimits = L
         ValueError: naming row, file and remedy, for an image that cannot be read.
     """
     try:
-        return read_image(value, limits)
+        return read_image(value, transparency=transparency)
     except Exception as error:
         where = "image" if row is None else f"row {row}: image"
         raise BadRow(

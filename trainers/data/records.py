@@ -9,6 +9,8 @@ import PIL.Image
 import PIL.ImageOps
 from datasets import Features, Image, List, Value
 
+from modeling_aligngpt.images_aligngpt import array_to_image, shortened, with_alpha
+
 from .conversations import ACCEPTED, EMPTY, LAYOUTS, BadRow, find_layout, to_messages
 from .images import resolve_path
 
@@ -61,14 +63,15 @@ def _optional(record: dict[str, Any]) -> dict[str, Any]:
 def check_file(path: str, check: bool) -> list[str]:
     """What is wrong with an image's path, if anything."""
     if check and not path.startswith(("http://", "https://", "hf://")) and not os.path.isfile(path):
-        return [f"no such image file {path!r} (is image_folder right?)"]
+        return [f"no such image file {shortened(path)!r} (is image_folder right?)"]
     return []
 
 
 def encode_images(record: dict[str, Any], folder: Path | str | None, check: bool) -> tuple[list[dict], list[str]]:
     """(the record's images as `{"path", "bytes"}`, undecoded; what is wrong with them)."""
     value = next((record[column] for column in IMAGE_COLUMNS if record.get(column) is not None), [])
-    values = [item for item in (value if isinstance(value, (list, tuple)) else [value]) if item != ""]
+    values = value if isinstance(value, (list, tuple)) else [value]
+    values = [item for item in values if not (isinstance(item, str) and item == "")]
     images, problems = [], []
     for item in values:
         outside = isinstance(item, dict) and item.get("bytes") is None and item.get("path")
@@ -83,9 +86,16 @@ def encode_images(record: dict[str, Any], folder: Path | str | None, check: bool
 
 
 def _keep_pixels(value: Any) -> Any:
-    """A PIL image in memory upright and to be stored without loss: `datasets` drops its EXIF data, and saves JPEG."""
+    """
+    A PIL image in memory upright and to be stored without loss: `datasets` drops its EXIF data, and saves JPEG. An
+    array or tensor becomes such an image.
+    """
+    if hasattr(value, "shape"):
+        return array_to_image(value)
     if not isinstance(value, PIL.Image.Image) or getattr(value, "filename", ""):
         return value
+    if "transparency" in value.info:  # which is not stored with every mode
+        value = with_alpha(value)
     try:
         return PIL.ImageOps.exif_transpose(value)  # a copy, which has no format
     except Exception:  # broken EXIF data

@@ -22,6 +22,8 @@ from datasets import Dataset, Features, Image, IterableDataset, List, Value, con
 from datasets.download.streaming_download_manager import xopen
 from huggingface_hub import HfApi
 
+from modeling_aligngpt.images_aligngpt import shortened
+
 from ..data.conversations import UNREADABLE, BadRow, reason_of
 from ..data.load import RowReport
 from ..data.records import IMAGE_COLUMNS, MESSAGES, convert_record, encode_images
@@ -144,7 +146,9 @@ def _fetch(image: Any) -> Any:
         with xopen(path, "rb") as file:
             return {"bytes": file.read(), "path": path.partition("::")[0].rpartition("/")[2]}
     except Exception as error:
-        raise BadRow(f"image cannot be read (file {path!r}): {type(error).__name__}: {error}", UNREADABLE) from error
+        raise BadRow(
+            f"image cannot be read (file {shortened(path)!r}): {type(error).__name__}: {shortened(error)}", UNREADABLE
+        ) from error
 
 
 def spool_block(records: Iterable[dict[str, Any]], folder: str | Path | None, target: Path) -> int:
