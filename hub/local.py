@@ -1,7 +1,6 @@
 """What local servers (demo, serve) share: which model they show, and the port they listen on."""
 
 import argparse
-import json
 import os
 import socket
 from pathlib import Path
@@ -43,9 +42,10 @@ def find_local_model(model: str | None, revision: str | None = None) -> str:
         raise ValueError(f"--model {model}: there is no config.json in it, so it is not a model's folder.")
     if revision is not None:
         raise ValueError("--revision belongs to a Hub id; a folder has none.")
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind != "aligngpt":
-        raise ValueError(f"--model {model}: its model_type is {kind!r}, not 'aligngpt'.")
+    # it brings torch, which `--help` does without
+    from modeling_aligngpt import AlignGPTConfig
+
+    AlignGPTConfig.get_config_dict(model)
     return model
 
 

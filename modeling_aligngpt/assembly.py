@@ -2,6 +2,7 @@
 
 import math
 import os
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Generat
 from transformers.configuration_utils import PretrainedConfig
 from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
 
-from .backbones import backbone_of, check_language_model, check_vision_tower, read_config
+from .backbones import WRAPPER_PREFIXES, backbone_of, check_language_model, check_vision_tower, read_config
 from .chat_templates import CHAT_TEMPLATES, select_chat_template, stop_token
 from .configuration_aligngpt import AlignGPTConfig
 from .generation_aligngpt import complete_generation_config
@@ -86,6 +87,26 @@ def placeholder_generation_config(
         stop = tokenizer.convert_tokens_to_ids(stop_token(chat_template, tokenizer))
         generation_config.eos_token_id = stops[0] if stops == [stop] else list(dict.fromkeys([*stops, stop]))
     return complete_generation_config(generation_config)
+
+
+def load_language_model(language_model: str | os.PathLike, dtype=None):
+    """
+    A causal language model; what a wrapper put in front of its weights' names is passed over.
+
+    Raises:
+        ValueError: the checkpoint lacks weights of the model, which would stay random.
+    """
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        language_model, dtype=dtype, key_mapping={WRAPPER_PREFIXES: ""}, output_loading_info=True
+    )
+    model, report = loaded
+    # buffers follow from the config, and of tied weights one name is enough
+    if missing := sorted(report["missing_keys"] & {name for name, _ in model.named_parameters()}):
+        raise ValueError(
+            f"{language_model} lacks {len(missing)} weights of a {model.config.model_type} ({', '.join(missing[:3])}), "
+            "which would stay random: name a whole causal language model."
+        )
+    return model
 
 
 def load_vision_tower(vision_tower: str | os.PathLike, dtype=None):
@@ -183,11 +204,11 @@ def assemble(
         Model and processor.
 
     Raises:
-        ValueError: a part does not fit (before any weight is read), or `chat_template` is unknown.
+        ValueError: a part does not fit (before any weight is read) or lacks weights, or `chat_template` is unknown.
     """
     planned, tokenizer, template = plan(language_model, vision_tower, chat_template=chat_template, **config_overrides)
     dtype = torch.float32 if dtype is None else dtype
-    causal_lm = AutoModelForCausalLM.from_pretrained(language_model, dtype=dtype)
+    causal_lm = load_language_model(language_model, dtype)
     extend_vocabulary(causal_lm, len(tokenizer), planned.align_token_id)
     tower = load_vision_tower(vision_tower, dtype)
     placeholder_ids = planned.image_token_id, planned.align_token_id
@@ -243,6 +264,7 @@ __all__ = [
     "extend_rows",
     "extend_vocabulary",
     "fresh_parts",
+    "load_language_model",
     "load_vision_tower",
     "padded_vocabulary_size",
     "placeholder_generation_config",

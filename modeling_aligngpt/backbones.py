@@ -21,6 +21,8 @@ from .configuration_aligngpt import AlignGPTConfig
 from .modeling_aligngpt import AlignGPTForConditionalGeneration
 
 
+# what DDP, `torch.compile` and peft put in front of the names of a model's weights
+WRAPPER_PREFIXES = r"^(?:module\.|_orig_mod\.|base_model\.model\.)+"
 # widths that change nothing but the size of a copy
 FREE_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_dim", "n_inner")
 SMALL_WIDTH, SMALL_VOCABULARY = 64, 128
@@ -209,4 +211,12 @@ def _refusing(what: str):
     raise BackboneError(f"{what}: {reason.rstrip('.')}. See docs/backbones.md for what is known to work.") from None
 
 
-__all__ = ["BackboneError", "backbone_of", "check_language_model", "check_vision_tower", "few_layers", "read_config"]
+__all__ = [
+    "WRAPPER_PREFIXES",
+    "BackboneError",
+    "backbone_of",
+    "check_language_model",
+    "check_vision_tower",
+    "few_layers",
+    "read_config",
+]

@@ -114,10 +114,15 @@ class AlignGPTConfig(PretrainedConfig):
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """As the parent's, but refuses another model's config, whose missing fields would take AlignGPT's defaults."""
-        kind = config_dict.get("model_type") or cls.model_type
-        if kind != cls.model_type:
-            raise ValueError(f"This is the config of a {kind} model, not of an AlignGPT: give the folder or id of one.")
+        _check_kind({"model_type": cls.model_type, **config_dict}, kwargs.get("name_or_path"))
         return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As the parent's, but refuses what [`from_dict`] refuses, by the name of its folder."""
+        values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        _check_kind(values, pretrained_model_name_or_path)
+        return values, unused
 
     def _tower_seq_length(self) -> int | None:
         """Tokens that the tower yields for one image after `vision_feature_select_strategy`; None if unknown."""
@@ -244,6 +249,21 @@ _CLIP_VIT_L_336 = {
     "patch_size": 14,
     "projection_dim": 768,
 }
+
+
+def _check_kind(values: dict, where) -> None:
+    """Refuses the config of another model, and that of the authors' code, whose `model_type` may be the same."""
+    kind, whose = str(values.get("model_type")), where or "This"
+    if kind.startswith("aligngpt_") or any(name.startswith("mm_") for name in values):
+        raise ValueError(
+            f"{whose} is in the authors' format: convert it with `aligngpt convert --checkpoint {where or 'FOLDER'} "
+            "--output DIR`, and use what that writes."
+        )
+    if kind != AlignGPTConfig.model_type:
+        verb = "holds" if where else "is"
+        raise ValueError(
+            f"{whose} {verb} the config of a {kind} model, not of an AlignGPT: give the folder or id of one."
+        )
 
 
 def _sub_config(value, default_model_type: str, defaults: dict) -> PretrainedConfig:

@@ -40,6 +40,7 @@ OVERRIDDEN = {
     "transformers.cli.serving.utils:GenerateManager.generate_streaming": "self, model, processor, inputs, gen_config, request_id, response_parser",
     "transformers.cli.serving.utils:GenerationState.get_manager": "self, model_id, use_cb",
     "transformers.configuration_utils:PreTrainedConfig.from_dict": "cls, config_dict, kwargs",
+    "transformers.configuration_utils:PreTrainedConfig.get_config_dict": "cls, pretrained_model_name_or_path, kwargs",
     "transformers.configuration_utils:PreTrainedConfig.to_diff_dict": "self",
     "transformers.generation.continuous_batching.continuous_api:ContinuousMixin.generate_batch": "self, inputs, generation_config, continuous_batching_config, record_timestamps, progress_bar, persistent_manager, warmup, kwargs",
     "transformers.generation.utils:GenerationMixin._get_candidate_generator": "self, generation_config, input_ids, inputs_tensor, logits_processor, model_kwargs, assistant_model, target_tokenizer, assistant_tokenizer",

@@ -157,12 +157,12 @@ def settle_adapter(model: "PeftModel") -> None:
         del config.quantization_config
 
 
-def base_of(adapter: str | os.PathLike, base: str | os.PathLike | None = None) -> str:
+def base_of(adapter: str | os.PathLike, base: str | os.PathLike | None = None, base_revision: str | None = None) -> str:
     """
     Folder or Hub id of an adapter's base model: the one given, or the one that its config names.
 
     Raises:
-        ValueError: no adapter folder, or no base there.
+        ValueError: no adapter folder, or no AlignGPT there.
     """
     from peft import PeftConfig
 
@@ -171,9 +171,16 @@ def base_of(adapter: str | os.PathLike, base: str | os.PathLike | None = None) -
         raise ValueError(f"{adapter} holds no {ADAPTER_CONFIG}: give what `aligngpt instruct` with use_peft wrote.")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{adapter} holds no config.json, which says what the adapter was trained for.")
+    remedy = "name where it is now with --base (in Python: base)"
     found = str(base or PeftConfig.from_pretrained(folder).base_model_name_or_path or "")
     if not is_hub_id(found) and not os.path.isdir(found):
-        raise ValueError(f"{adapter}: its base model {found!r} is not there; name where it is now with `base`.")
+        raise ValueError(f"{adapter}: its base model {found!r} is not there; {remedy}.")
+    try:
+        # a folder's relative path may look like a Hub id
+        AlignGPTConfig.get_config_dict(found, revision=base_revision)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise ValueError(f"{adapter}: its base model {found!r} cannot be read ({reason}); {remedy}.") from error
     return found
 
 
@@ -205,7 +212,7 @@ def load_adapter(
     """
     from peft import PeftModel
 
-    folder, base = Path(adapter), base_of(adapter, base)
+    folder, base = Path(adapter), base_of(adapter, base, base_revision)
     config = AlignGPTConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

@@ -143,7 +143,7 @@ def _our_config(source: OriginalCheckpoint, llm: Path | None, tower: Path, place
         text_config = AutoConfig.from_pretrained(llm).get_text_config()
     else:
         text_config = original_format.text_config(source.config)
-    table = source.weights.get("align_indicators.indicator_embs")
+    table = source.weights.get(original_format.LEVEL_TABLE)
     gate = source.weights.get("gated_weight_layer.mlp.0.weight")
     shapes = {}
     if table is not None and table.ndim == 2:
@@ -181,6 +181,7 @@ def _collect_weights(
         parts.append(original_format.tower_weights(tower))
     if source.is_stage1:
         parts.append(read_weights(llm))
+        parts[-1].rename(original_format.unwrapped)
     for part in parts:
         for key in part:
             if key not in weights and not original_format.is_buffer(key):
@@ -195,7 +196,7 @@ def _collect_weights(
         optional.add("lm_head.weight")
     original_format.check_weights(weights, shapes, frozenset(optional))
     if source.is_stage1:
-        dtype = weights["align_indicators.indicator_embs"].dtype
+        dtype = weights[original_format.LEVEL_TABLE].dtype
         for key, value in _fresh_gate(config, optional - weights.keys(), dtype).items():
             weights.put(key, value)
     return weights
@@ -317,7 +318,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `aligngpt convert`; the exit code."""
     if args.to_original:
-        from .export import export_original
+        from .export import export_original, way_back
 
         if args.dtype or args.chat_template or args.gate_context != "prompt":
             raise ValueError("--dtype, --chat-template and --gate-context have no effect with --to-original.")
@@ -342,5 +343,9 @@ def run(args: argparse.Namespace) -> int:
     files = sorted(path for path in output.rglob("*") if path.is_file())
     total = sum(path.stat().st_size for path in files)
     print(f"Wrote {len(files)} files, {total / 1e6:.1f} MB, to {output}")
-    print(f"Next: aligngpt chat --model {output} --image IMAGE")
+    if args.to_original:
+        back = way_back(output, args.vision_tower, args.base_llm)
+        print(f"Next: use it with the authors' code, or convert it back: {back}")
+    else:
+        print(f"Next: aligngpt chat --model {output} --image IMAGE")
     return 0

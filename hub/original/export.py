@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from aligngpt_shared.files import new_folder, read_json
+from aligngpt_shared.references import is_hub_id
 from aligngpt_shared.weights import StoredWeights, read_weights
 from modeling_aligngpt.configuration_aligngpt import AlignGPTConfig
 from modeling_aligngpt.modeling_aligngpt import AlignGPTForConditionalGeneration
@@ -25,6 +26,7 @@ from .format import (
     RECORD_FILE,
     STAGE1_WEIGHTS,
     original_fields,
+    refuse_adapter,
     to_original_key,
 )
 from .locate import locate
@@ -63,6 +65,7 @@ def export_original(
         ValueError: the output is in use; the model is none of ours; a part that their format needs is not named.
     """
     source = locate(model_dir, "model")
+    refuse_adapter(source)
     if not (source / "config.json").is_file() or "vision_config" not in read_json(source / "config.json"):
         raise ValueError(f"{source} is no AlignGPT model in this format: its config.json has no vision_config.")
     kept = source / ORIGINAL_FOLDER
@@ -88,6 +91,18 @@ def export_original(
         else:
             weights.save(folder, max_shard_size)
     return Path(output)
+
+
+def way_back(folder: Path, vision_tower: str | None, base_llm: str | None) -> str:
+    """The command that converts what [`export_original`] wrote, with the parts that its config does not lead to."""
+    words = f"aligngpt convert --checkpoint {folder} --output DIR"
+    named = read_json(folder / "config.json").get("mm_vision_tower") or ""
+    if not is_hub_id(named):
+        try:
+            locate(named, "vision tower", near=folder)
+        except ValueError:
+            words += f" --vision-tower {vision_tower or 'TOWER'}"
+    return words + f" --base-llm {base_llm or 'LLM'}" * (folder / STAGE1_WEIGHTS).is_file()
 
 
 def _valid_record(config: AlignGPTConfig, path: Path) -> dict | None:

@@ -16,11 +16,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from aligngpt_shared.files import read_json
 from aligngpt_shared.weights import StoredWeights, find_weight_files, read_weights
+from modeling_aligngpt.backbones import WRAPPER_PREFIXES
 from modeling_aligngpt.configuration_aligngpt import AlignGPTConfig
 
 
 STAGE1_WEIGHTS = "mm_projector_align.bin"
 CONFIG_FILE = "config.json"
+ADAPTER_FILE = "adapter_config.json"
 # In a converted model: what their format holds and ours does not.
 ORIGINAL_FOLDER = "original"
 RECORD_FILE = "weights.json"
@@ -47,6 +49,7 @@ KEY_PREFIXES = (
     ("lm_head.", "lm_head."),
     ("model.", "model.language_model."),
 )
+LEVEL_TABLE = "align_indicators.indicator_embs"
 # Stage 2 trains the gate from scratch, so stage 1 has none.
 GATE_PREFIX = "gated_weight_layer."
 TOWER_PREFIX = "vision_tower.vision_tower.vision_model."
@@ -104,7 +107,7 @@ class OriginalCheckpoint:
         config: their `config.json` as it stands.
         weights: parameters under their names, left on disk.
         buffers: stored constants under their names; not used, kept for the way back.
-        is_stage1: whether this is `mm_projector_align.bin` (without the language model).
+        is_stage1: whether these are projector and level table alone, as in `mm_projector_align.bin`.
     """
 
     folder: Path
@@ -123,25 +126,57 @@ def open_checkpoint(path: str | Path) -> OriginalCheckpoint:
     Open a checkpoint of the authors.
 
     Args:
-        path: a folder, or the file `mm_projector_align.bin` inside one.
+        path: a folder, or one file of weights inside one, such as `mm_projector_align.bin`.
 
     Raises:
-        ValueError: no such folder, no `config.json`, no weights, a foreign format, an option that is not supported.
+        ValueError: no such folder, no `config.json`, no weights, a foreign format, an adapter or a projector alone, an
+            option that is not supported.
     """
     path = Path(path)
     folder = path.parent if path.is_file() else path
     if not folder.is_dir():
         raise ValueError(f"Checkpoint {path} does not exist.")
+    refuse_adapter(folder)
     if not (folder / CONFIG_FILE).is_file():
         raise ValueError(f"{folder} holds no {CONFIG_FILE}: copy the one that was saved with the weights beside them.")
     config = read_json(folder / CONFIG_FILE)
     check_config(config, folder / CONFIG_FILE)
-    is_stage1 = path.name == STAGE1_WEIGHTS or (not find_weight_files(folder) and (folder / STAGE1_WEIGHTS).is_file())
-    weights = StoredWeights.of_file(folder / STAGE1_WEIGHTS) if is_stage1 else read_weights(folder)
+    lone = sorted(folder.glob("mm_projector*.bin"))
+    if path.is_file():
+        weights = StoredWeights.of_file(path)
+    else:
+        weights = StoredWeights.of_file(lone[-1]) if lone and not find_weight_files(folder) else read_weights(folder)
+    weights.rename(unwrapped)
+    is_stage1 = bool(weights) and all("mm_projector." in key or "indicator_embs" in key for key in weights)
+    if is_stage1 and LEVEL_TABLE not in weights:
+        raise ValueError(
+            f"{path} holds a projector alone, without the level table ({LEVEL_TABLE}): give the {STAGE1_WEIGHTS} that "
+            "stage 1 of the authors' code leaves, which has both, or a whole model."
+        )
     buffers = {key: weights.read(key).clone() for key in weights if is_buffer(key)}
     weights.drop(buffers)
     weights.close()
     return OriginalCheckpoint(folder, config, weights, buffers, is_stage1)
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Refuses, with a `ValueError` that says how it becomes a model, a folder with an adapter in place of weights."""
+    if not (folder / ADAPTER_FILE).is_file():
+        return
+    path = folder / CONFIG_FILE
+    if path.is_file() and "vision_config" in read_json(path):
+        raise ValueError(
+            f"{folder} holds an adapter, not a whole model: `aligngpt merge --adapter {folder} --output DIR` makes one."
+        )
+    raise ValueError(
+        f"{folder} holds an adapter ({ADAPTER_FILE}), not a whole model: merge it into its base with peft "
+        "(`merge_and_unload`), and convert what you save then."
+    )
+
+
+def unwrapped(key: str) -> str:
+    """A weight's name without what DDP, `torch.compile` or peft put in front of it."""
+    return re.sub(WRAPPER_PREFIXES, "", key)
 
 
 def check_config(config: dict, source: Path | str) -> None:
@@ -196,6 +231,8 @@ def check_depth(config: dict, weights: Iterable[str], field: str, pattern: str) 
         ValueError: naming both.
     """
     found = {int(match[1]) for key in weights if (match := re.search(pattern, key))}
+    if not found:
+        raise ValueError(f"The weights hold no layer of the language model: {_listed(sorted(weights), 3)}.")
     told = config.get(field)
     if not isinstance(told, int) or isinstance(told, bool) or told != len(found):
         raise ValueError(f"config.json: {field} is {told!r}, but the weights are those of {len(found)} layers.")

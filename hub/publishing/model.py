@@ -18,6 +18,7 @@ from typing import Any
 from huggingface_hub import HfApi, constants
 
 from aligngpt_shared.references import is_hub_id
+from modeling_aligngpt import AlignGPTConfig
 
 from .card import write_card
 from .checks import check_code, check_complete, check_contents, select_files
@@ -93,6 +94,9 @@ def publish(
     check_repo_id(repo_id)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: give the one that training, conversion or save_pretrained wrote.")
+    # what cannot be read is named below, beside all else
+    with suppress(OSError):
+        AlignGPTConfig.get_config_dict(folder)
     wrong = [name for name in base_models if not is_hub_id(name)]
     if wrong:
         raise ValueError(f"--base-model {wrong[0]!r} is no Hub id: write USER/NAME.")

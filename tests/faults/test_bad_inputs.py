@@ -16,6 +16,7 @@ from aligngpt_trainers.commands.cli import COMMANDS, main
 STAGES = "--language_model {llm} --vision_tower {clip} --dataset pairs.json --use_cpu true --output_dir run"
 TRAIN = f"pretrain {STAGES} --max_steps 1 --save_strategy no"
 SCORE = "score --dataset pairs.json --scorer {clip} --output out"
+THEIRS = r"theirs\w* is in the authors' format: convert it with `aligngpt convert --checkpoint theirs"
 # A command line, and what its one line says. `{llm}`, `{clip}`, `{model}` are small real ones.
 CORPUS = [
     ("", None),
@@ -189,7 +190,7 @@ CORPUS = [
     # ---- demo, serve, evaluate, levels ----
     ("demo --model gone", "no such folder"),
     ("demo --model full", "no config.json"),
-    ("demo --model {llm}", "model_type is 'llama'"),
+    ("demo --model {llm}", "config of a llama model"),
     ("serve", "required: --model"),
     ("serve --model gone", "no such folder"),
     ("serve --model {model} --port 99999", "'99999' is no port"),
@@ -225,6 +226,21 @@ CORPUS = [
     ("levels --model {model} --data mix.json --correct nowhere", "write MODULE:FUNCTION"),
     ("levels --answers gone.jsonl", "gone.jsonl cannot be read"),
     ("levels --answers notes.txt", "no answer of `aligngpt evaluate`"),
+    # ---- a model in the authors' format, wherever one of this format is asked for ----
+    ("chat --model theirs --question hi", THEIRS),
+    ("chat --model theirs_phi --question hi", THEIRS),
+    ("serve --model theirs", THEIRS),
+    ("serve --model theirs_phi", THEIRS),
+    ("demo --model theirs", THEIRS),
+    ("publish theirs --repo-id user/name --dry-run", THEIRS),
+    ("publish theirs --repo-id user/name --dry-run --example a.png hi", THEIRS),
+    ("export --model theirs --output out", THEIRS),
+    ("judge --model theirs --image a.png --text hi", THEIRS),
+    ("levels --model theirs --data mix.json", THEIRS),
+    ("evaluate --model theirs --tasks pope --output out", THEIRS),
+    ("instruct --model theirs --dataset mix.json --use_cpu true --output_dir run", THEIRS),
+    ("dpo --model theirs --dataset pairs.json --use_cpu true --output_dir run", THEIRS),
+    (SCORE.replace("{clip}", "theirs"), THEIRS),
 ]  # fmt: skip
 
 
@@ -242,6 +258,10 @@ def world(tmp_path_factory):
     ramp.save(folder / "a.png")
     Image.new("1", (5000, 1)).save(folder / "thin.png")
     (folder / "a.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    for name, kind in (("theirs", "aligngpt"), ("theirs_phi", "aligngpt_phi")):
+        # of 7B: to build it by mistake would show
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps({"model_type": kind, "mm_vision_tower": "openai/clip"}))
     (folder / "full").mkdir()
     (folder / "full" / "notes.md").write_text("mine")
     whole = json.dumps(conversation())

@@ -520,6 +520,19 @@ def parse(*arguments) -> argparse.Namespace:
     return parser.parse_args([str(argument) for argument in arguments])
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_next_command_after_the_way_back_works(stage, checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    convert_checkpoint(STAGE1 if stage == 1 else checkpoint, "ours", base_llm=BASE_LLM, vision_tower=TOWER)
+    shutil.move(TOWER.name, "moved")
+    assert convert.run(parse("--checkpoint", "ours", "--to-original", "--output", "back")) == 0
+    words = capsys.readouterr().out.splitlines()[-1].partition("aligngpt convert ")[2].split()
+    named = {"DIR": "again", "LLM": str(BASE_LLM), "TOWER": "moved"}
+    assert convert.run(parse(*(named.get(word, word) for word in words))) == 0
+    first, second = load(Path("ours")).state_dict(), load(Path("again")).state_dict()
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
 def test_command_both_ways(checkpoint, tmp_path, capsys):
     assert convert.run(parse("--checkpoint", checkpoint, "--output", tmp_path / "ours", "--dtype", "bfloat16")) == 0
     assert load(tmp_path / "ours").dtype == torch.bfloat16

@@ -1,13 +1,14 @@
 """`aligngpt init` puts a model together on disk: the same files as `assemble` and `save_pretrained` make."""
 
 import json
+import re
 
 import pytest
 import torch
 from local_hub.client import run_command
 from local_hub.server import HubServer
 from modeling.test_assembly import save_language_model, save_tower
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from aligngpt_trainers.commands import cli
@@ -119,6 +120,48 @@ def test_weights_in_another_form_are_assembled_in_memory(tmp_path, in_memory, fa
     model, _ = assemble(language_model, tower)
     loaded = AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "disk").state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
+
+
+def renamed(folder, new_name):
+    """Gives every weight of a folder another name; those that get none are left out."""
+    path = folder / "model.safetensors"
+    weights = {new_name(key): value for key, value in load_file(path).items()}
+    save_file({key: value for key, value in weights.items() if key is not None}, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model.", "_orig_mod.module."])
+def test_names_under_a_wrappers_prefix_are_the_same_model(tmp_path, in_memory, prefix):
+    language_model, tower = save_language_model(tmp_path / "lm"), save_tower(tmp_path / "tower", "clip")
+    plain, _ = assemble(language_model, tower)
+    renamed(language_model, lambda key: prefix + key)
+    (tmp_path / "disk").mkdir()
+    write_assembled(language_model, tower, tmp_path / "disk")
+    assert not in_memory
+    loaded = AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "disk").state_dict()
+    held = assemble(language_model, tower)[0].state_dict()
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, loaded[name]) and torch.equal(value, held[name]), name
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize(
+    ("new_name", "said"),
+    [
+        (lambda key: None if key == NORM else key, rf"lacks 1 weights of a llama \({NORM}\)"),
+        (lambda key: None if key == "lm_head.weight" else key, r"lacks 1 weights of a llama \(lm_head.weight\)"),
+        (lambda key: f"elsewhere.{key}", r"lacks 21 weights of a llama \(lm_head.weight, model.embed_tokens.weight, "),
+    ],
+    ids=["one weight", "the head", "all under an unknown prefix"],
+)
+def test_a_language_model_that_lacks_weights_is_refused(tmp_path, capsys, new_name, said):
+    language_model, tower = save_language_model(tmp_path / "lm"), save_tower(tmp_path / "tower", "clip")
+    renamed(language_model, new_name)
+    words = ["init", "--llm", str(language_model), "--vision_tower", str(tower), "--output", str(tmp_path / "out")]
+    assert cli.main(words) == 2
+    assert re.search(said, capsys.readouterr().err.splitlines()[-1])
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_file_is_named_and_leaves_nothing(tmp_path, capsys):

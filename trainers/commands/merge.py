@@ -67,7 +67,7 @@ def merge_command(argv: Sequence[str]) -> None:
     if args.dtype not in MERGE_DTYPES:
         raise ValueError(f"dtype={args.dtype!r} is not one of {', '.join(MERGE_DTYPES)}.")
     with new_folder(args.output) as beside:
-        base = base_of(args.adapter, args.base)
+        base = base_of(args.adapter, args.base, args.base_revision)
         dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
         source = at_revision(base, args.base_revision, "base")
         size = write_merged(Path(args.adapter), source, beside, dtype=dtype)

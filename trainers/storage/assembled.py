@@ -1,6 +1,8 @@
 """A fresh model put together on disk: the weights of its parts pass through memory a shard at a time."""
 
 import os
+import re
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from modeling_aligngpt.assembly import (
     plan,
     vision_config_of,
 )
-from modeling_aligngpt.backbones import backbone_of, read_config
+from modeling_aligngpt.backbones import WRAPPER_PREFIXES, backbone_of, read_config
 
 from .folders import local_copy
 
@@ -99,6 +101,7 @@ def _part_weights(
     wanted |= {f"{TOWER}{key}": ([f"vision_model.{key}", key], value) for key, value in own_tower.state_dict().items()}
     found = StoredWeights()
     stored = {False: read_weights(llm), True: read_weights(tower)}
+    stored[False].rename(partial(re.sub, WRAPPER_PREFIXES, ""))
     for key, (candidates, value) in wanted.items():
         part = stored[key.startswith(TOWER)]
         name = next((each for each in candidates if each in part), None)
