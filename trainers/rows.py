@@ -60,7 +60,8 @@ def prepare_rows(
     Returns:
         The rows with the columns of `ENCODED_FEATURES` except `needed` (without `check_rows` only `row_index`, the
         position in `rows`, and `num_images`), and counts for the summary: `{name}_rows`, `{name}_longest_row` (tokens),
-        and where there are any `{name}_rows_cut`, `{name}_rows_left_out`. A stream is counted on the way, by its
+        and where there are any `{name}_rows_cut`, `{name}_rows_left_out`, of which `{name}_rows_unusable` were left out
+        when the rows were loaded. A stream is counted on the way, by its
         attribute `stream_counts` (see [`stream_totals`]).
 
     Raises:
@@ -72,6 +73,7 @@ def prepare_rows(
             "`load_rows` of aligngpt_trainers)."
         )
     streamed = isinstance(rows, IterableDataset)
+    unusable = getattr(rows, "rows_left_out", 0)
     if not streamed and len(rows) == 0:
         raise ValueError(f"The {name} data is empty.")
     counts = getattr(rows, "stream_counts", None) or StreamCounts(f"{name} data") if streamed else None
@@ -104,6 +106,9 @@ def prepare_rows(
         index = pa.array(np.arange(len(whole)) if positions is None else positions)
         encoded = Dataset(pa.table({ROW_INDEX_COLUMN: index}), info=datasets.DatasetInfo(features=INDEX_FEATURES))
         kept, counts = None, {f"{name}_rows": len(rows)}
+    if unusable:
+        counts[f"{name}_rows_left_out"] = counts.get(f"{name}_rows_left_out", 0) + unusable
+        counts[f"{name}_rows_unusable"] = unusable
     encoded = encoded.add_column(NUM_IMAGES_COLUMN, num_images, feature=ENCODED_FEATURES[NUM_IMAGES_COLUMN])
     clash = [column for column in encoded.column_names if column in whole.column_names]
     beside = datasets.concatenate_datasets([whole.remove_columns(clash), encoded], axis=1)

@@ -17,6 +17,7 @@ STAGES = "--language_model {llm} --vision_tower {clip} --dataset pairs.json --us
 TRAIN = f"pretrain {STAGES} --max_steps 1 --save_strategy no"
 SCORE = "score --dataset pairs.json --scorer {clip} --output out"
 THEIRS = r"theirs\w* is in the authors' format: convert it with `aligngpt convert --checkpoint theirs"
+HALF = "a ramp \ud83d"  # of a surrogate pair
 # A command line, and what its one line says. `{llm}`, `{clip}`, `{model}` are small real ones.
 CORPUS = [
     ("", None),
@@ -52,8 +53,13 @@ CORPUS = [
     (SCORE.replace("pairs.json", "object.json"), "object.json: expected a list of records"),
     (SCORE.replace("pairs.json", "numbers.json"), "numbers.json: expected a list of records"),
     (SCORE.replace("pairs.json", "empty.json"), "empty.json"),
-    (SCORE.replace("pairs.json", "latin.jsonl"), "latin.jsonl: not UTF-8 text"),
+    (SCORE.replace("pairs.json", "latin.jsonl"), "latin.jsonl: 1 of 1 rows .*\n  row 0: .* not UTF-8 text .byte 0xe9"),
     (SCORE.replace("pairs.json", "lines.jsonl"), "lines.jsonl, line 2: not valid JSON"),
+    (SCORE.replace("pairs.json", "fields.csv"), "row 1: fields.csv, line 3: 3 fields where the header has 2"),
+    (SCORE.replace("pairs.json", "quote.csv"), "row 1: quote.csv, line 3: a quote is not closed"),
+    (SCORE.replace("pairs.json", "twice.csv"), "twice.csv: the header names 'caption' twice"),
+    (SCORE.replace("pairs.json", "deep.json"), "row 1: deep.json, record 1: lists or objects nested too deeply"),
+    (SCORE.replace("pairs.json", "half.json"), r"row 1: message 1: not UTF-8 text .\\ud83d, half of a character"),
     (SCORE.replace("pairs.json", "notes.txt"), "notes.txt: unknown kind of file"),
     (SCORE.replace("pairs.json", "fake.parquet"), "fake.parquet: not readable as parquet"),
     (SCORE.replace("pairs.json", "gone_image.json"), "no such image file"),
@@ -84,6 +90,9 @@ CORPUS = [
     (TRAIN.replace("pairs.json", "level_9.json"), "align_level=9"),
     (TRAIN.replace("pairs.json", "level_text.json"), "level|similarity"),
     (TRAIN.replace("pairs.json", "two_users.json"), "row 1|turn"),
+    (TRAIN.replace("pairs.json", "deep.json"), "row 1: deep.json, record 1: lists or objects nested too deeply"),
+    (TRAIN.replace("pairs.json", "page.json"), "row 1: image cannot be read .*page.png.* leave such rows out"),
+    (TRAIN.replace("pairs.json", "deep.json") + " --streaming true --shuffle_buffer 0", "row 1: deep.json, record 1"),
     (TRAIN.replace("pairs.json", "no_answer.json"), "row 1|empty|answer"),
     (TRAIN.replace("pairs.json", "two_images.json"), "placeholder|images"),
     (TRAIN.replace("pairs.json", "placeholder.json"), "<align>|placeholder"),
@@ -131,6 +140,8 @@ CORPUS = [
     ("dpo --dataset pairs.json --use_cpu true", "model is missing"),
     ("dpo --model {model} --use_cpu true", "dataset is missing"),
     ("dpo --model {model} --dataset pairs.json --use_cpu true --output_dir run", "row 0: found .*accepted are"),
+    ("dpo --model {model} --dataset fields.csv --use_cpu true --output_dir run", "fields.csv, row 0: found"),
+    ("dpo --model {model} --dataset cut.jsonl --use_cpu true --output_dir run", "row 0: cut.jsonl, line 1: not valid"),
     ("dpo --model {model} --dataset pairs.json --use_cpu true --output_dir {model}", "holds a finished model"),
     ("grpo --model {model} --use_cpu true", "dataset is missing"),
     ("grpo --model {model} --dataset pairs.json --use_cpu true --output_dir run", "give --reward_model"),
@@ -269,6 +280,13 @@ def world(tmp_path_factory):
         "pairs.json": f"[{whole}, {whole}]",
         "mix.json": f"[{whole}, {whole}]",
         "broken.json": f"[{whole}, {{",
+        "fields.csv": "image,caption\na.png,a ramp\na.png,a ramp, grey\n",
+        "quote.csv": 'image,caption\na.png,a ramp\na.png,"a ramp\na.png,a ramp\n',
+        "twice.csv": "image,caption,caption\na.png,a ramp,a ramp\n",
+        "deep.json": f'[{whole}, {{"image": "a.png", "caption": {"[" * 100_000}{"]" * 100_000}}}]',
+        "half.json": f"[{whole}, {json.dumps(conversation(answer=HALF))}]",
+        "cut.jsonl": f"{{\n{whole}\n",
+        "page.json": f"[{whole}, {json.dumps(conversation(image='page.png'))}]",
         "trailing.json": f"[{whole}] [{whole}]",
         "commas.json": f"[{whole},, {whole}]",
         "glued.json": f"[{whole} {whole}]",
@@ -297,7 +315,8 @@ def world(tmp_path_factory):
     }
     for name, text in texts.items():
         (folder / name).write_text(text)
-    (folder / "latin.jsonl").write_bytes(b'{"image": "\xe9"}\n')
+    (folder / "latin.jsonl").write_bytes(b'{"image": "a.png", "caption": "caf\xe9"}\n')
+    (folder / "page.png").write_text("<html>")
     return folder
 
 
@@ -329,3 +348,19 @@ def test_one_line_says_what_is_wrong(line, message, world, monkeypatch, capsys):
 def test_every_command_is_in_the_corpus():
     assert {line.split()[0] for line, _ in CORPUS if line} >= set(COMMANDS)
     assert len(CORPUS) >= 150
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_skip_trains_on_the_other_rows(world, monkeypatch, tmp_path, streaming):
+    """An image that cannot be decoded, half a character, and a record nested too deeply, each in a row of its own."""
+    monkeypatch.chdir(world)
+    # each file holds a good row, too
+    rows = [(world / name).read_text()[1:-1] for name in ("page.json", "half.json", "deep.json")]
+    (tmp_path / "rows.json").write_text(f"[{', '.join(rows)}]")
+    names = {"llm": parts_path("llama"), "clip": parts_path("clip")}
+    line = TRAIN.replace("pairs.json", str(tmp_path / "rows.json")).replace(" run", f" {tmp_path / 'run'}")
+    words = f"{line.format(**names)} --image_folder {world} --on_bad_row skip --streaming {streaming}".split()
+    assert main([*words, "--per_device_train_batch_size", "3"]) == 0
+    summary = json.loads((tmp_path / "run" / "training_summary.json").read_text())
+    assert summary["train_rows_left_out"] == 3
+    assert streaming == "true" or (summary["train_rows"], summary["train_rows_unusable"]) == (3, 3)

@@ -263,9 +263,10 @@ def _measure_rows(run: "StageRun", report: dict[str, Any], num_images: int | Non
         name: counts.get(f"train_{key}", 0)
         for name, key in (("kept", "rows"), ("cut", "rows_cut"), ("left_out", "rows_left_out"))
     }
-    if counted and report["rows"]["left_out"]:
+    too_long = report["rows"]["left_out"] - counts.get("train_rows_unusable", 0)
+    if counted and too_long:
         report["problems"].append(
-            f"{report['rows']['left_out']} of {sum(report['rows'].values())} rows are longer than "
+            f"{too_long} of {too_long + counts['train_rows']} rows are longer than "
             f"max_length={args.max_length} (the longest has {counts['train_longest_row']} tokens), and on_overlong is "
             f'"error". {_first_overlong(run)}'
         )
@@ -278,7 +279,8 @@ def _measure_rows(run: "StageRun", report: dict[str, Any], num_images: int | Non
     if found["unreadable"]:
         listed = "\n  ".join(found["first_unreadable"])
         report["problems"].append(
-            f"{found['unreadable']} of {found['unreadable'] + found['decoded']} images cannot be read:\n  {listed}"
+            f"{found['unreadable']} of {found['unreadable'] + found['decoded']} images cannot be read:\n  {listed}\n"
+            'Repair or remove them, or leave such rows out with on_bad_row="skip".'
         )
 
 

@@ -1,10 +1,8 @@
 """What `aligngpt check` measures: tokens, batches, images, levels, an example, steps; each as plain values."""
 
 import math
-import os
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +10,9 @@ import numpy as np
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from tqdm.auto import tqdm
 
 from ..collator import ROW_INDEX_COLUMN, SUPERVISED_COLUMN
-from ..data.images import load_image
+from ..data.images import decode_images
 from ..first_batch import row_names
 from ..rows import LENGTH_COLUMN, NUM_IMAGES_COLUMN
 
@@ -67,26 +64,12 @@ def image_facts(rows: Dataset, number: int | None) -> dict[str, Any]:
     with_images = np.flatnonzero(rows.select_columns([NUM_IMAGES_COLUMN]).with_format("numpy")[:][NUM_IMAGES_COLUMN])
     if number is not None and len(with_images) > number:
         with_images = with_images[np.linspace(0, len(with_images) - 1, number).round().astype(int)]
-    named = [column for column in ("id", ROW_INDEX_COLUMN, "images") if column in rows.column_names]
-    rows = rows.select_columns(named)
     sizes, unreadable = [], []
-
-    def decode(index: int) -> tuple[list[tuple[int, int]], list[str]]:
-        row, found, problems = rows[int(index)], [], []
-        for image in row["images"]:
-            try:
-                found.append(load_image(image, row=row.get("id") or row[ROW_INDEX_COLUMN]).size)
-            except ValueError as error:
-                problems.append(str(error))
-        return found, problems
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        decoded = tqdm(
-            pool.map(decode, with_images), total=len(with_images), desc="Decoding images", unit="row", delay=2
-        )
-        for found, problems in decoded:
-            sizes += found
-            unreadable += problems
+    for index, found, problems in decode_images(rows, with_images):
+        sizes += found
+        if problems:
+            row = rows.select_columns([name for name in ("id", ROW_INDEX_COLUMN) if name in rows.column_names])[index]
+            unreadable += [f"row {row.get('id') or row[ROW_INDEX_COLUMN]}: {problem}" for problem in problems]
     sides = sorted(min(size) for size in sizes)
     return {
         "rows": len(with_images),

@@ -117,8 +117,17 @@ def build_stage(stage: str, argv: Sequence[str], *, prog: str | None = None, wil
     if model_args.attn_implementation is not None:
         model.set_attn_implementation(model_args.attn_implementation)
     streaming = {"streaming": True, "shuffle_buffer": data_args.shuffle_buffer, "seed": config.seed}
-    rows = rows_of(data_args, data_args.dataset, data_args.dataset_split, **(streaming if data_args.streaming else {}))
-    eval_rows = rows_of(data_args, data_args.eval_dataset, data_args.eval_split) if data_args.eval_dataset else None
+    options = {"shared": config.world_size > 1}
+    rows = rows_of(
+        data_args,
+        data_args.dataset,
+        data_args.dataset_split,
+        **options,
+        **(streaming if data_args.streaming else {}),
+    )
+    eval_rows = None
+    if data_args.eval_dataset:
+        eval_rows = rows_of(data_args, data_args.eval_dataset, data_args.eval_split, **options)
     adapter = lora_config(model_args, model)
     trainer = trainer_class(
         model, config, rows, eval_dataset=eval_rows, processing_class=processor, peft_config=adapter

@@ -19,7 +19,10 @@ Message = dict[str, Any]
 
 
 UNREADABLE, EMPTY, UNUSABLE = REASON_KINDS = ("unreadable", "empty", "unusable")
-"""Kinds of reasons: an image that is missing or broken, a record without a text, anything else."""
+"""Kinds of reasons: an image or a record that is missing or broken, a record without a text, anything else."""
+TOO_DEEP = "lists or objects nested too deeply to be read"
+ROW_ERRORS = (TypeError, ValueError, AttributeError, KeyError, ArithmeticError, RecursionError)
+"""What a row that cannot be used may raise: a `BadRow`, or whatever a value of another kind leads to."""
 
 
 class Reason(str):
@@ -52,7 +55,13 @@ class BadRow(ValueError):
 
 def reason_of(error: Exception) -> Reason:
     """What an error says about its record."""
-    return Reason(str(error), getattr(error, "kind", UNUSABLE))
+    text = str(error)
+    if isinstance(error, RecursionError):
+        text = TOO_DEEP
+    elif isinstance(error, (AttributeError, KeyError)):
+        text = f"a value of another kind than expected ({type(error).__name__}: {error})"
+    # half a character cannot be written anywhere
+    return Reason(text.encode(errors="backslashreplace").decode(), getattr(error, "kind", UNUSABLE))
 
 
 def find_layout(columns: Any) -> tuple[str, ...] | None:

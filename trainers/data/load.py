@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset, Features, Image, IterableDataset, List
 from datasets.fingerprint import Hasher
 from datasets.info import DatasetInfo
@@ -30,8 +32,8 @@ from datasets.table import InMemoryTable, Table, concat_tables
 from tqdm.auto import tqdm
 
 from .arrow_writer import TableWriter
-from .conversations import UNREADABLE, BadRow, reason_of
-from .images import load_image, resolve_path
+from .conversations import ROW_ERRORS, UNREADABLE, BadRow, Reason, reason_of
+from .images import decode_images, load_image, resolve_path
 from .records import (
     IMAGE_COLUMNS,
     IMAGES,
@@ -43,6 +45,7 @@ from .records import (
     convert_record,
     encode_images,
     has_image,
+    name_of,
 )
 from .sources import Records, open_source
 from .streaming import stream_rows
@@ -81,10 +84,18 @@ class RowReport:
 
 
 def load_rows(
-    source: Any, *, streaming: bool = False, shuffle_buffer: int = 1000, seed: int = 0, **options: Any
+    source: Any,
+    *,
+    streaming: bool = False,
+    shuffle_buffer: int = 1000,
+    seed: int = 0,
+    shared: bool = False,
+    **options: Any,
 ) -> Dataset | IterableDataset:
     """
-    The rows of `source` as the trainers take them.
+    The rows of `source` as the trainers take them. With `on_bad_row="skip"` each image is decoded once, here or on a
+    stream's way, so that one that cannot be read costs its row alone; how many rows were left out stands in the
+    attribute `rows_left_out` of a data set and in `stream_counts` of a stream.
 
     Args:
         source: as for [`read_rows`].
@@ -93,13 +104,18 @@ def load_rows(
         shuffle_buffer: rows of a stream among which the next one is drawn, besides shuffling its shards; 0 keeps the
             order. Has no effect on a data set that is not streamed: the trainers shuffle that whole.
         seed: of that shuffling.
+        shared: all processes of a run make this call at the same time: they share the decoding, and leave out the same
+            rows.
         options: as for [`read_rows`].
 
     Raises:
         ValueError: as [`read_rows`].
     """
     if not streaming and not isinstance(source, IterableDataset):
-        return read_rows(source, **options)[0]
+        skip = options.get("on_bad_row", "raise") == "skip" and options.get("check_images", True)
+        rows, report = read_rows(source, decode=skip, shared=shared, **options)
+        rows.rows_left_out = len(report.dropped)
+        return rows
     if isinstance(source, (list, tuple)):
         source = read_rows(source, **options)[0]
     title, opened, folder = _open(source, streaming=True, **options)
@@ -123,6 +139,8 @@ def read_rows(
     image_folder: str | Path | None = None,
     on_bad_row: str = "raise",
     check_images: bool = True,
+    decode: bool = False,
+    shared: bool = False,
 ) -> tuple[Dataset, RowReport]:
     """Reads a source and reports on it.
 
@@ -136,7 +154,9 @@ def read_rows(
         image_folder: what relative image paths start from; by default the folder of the file itself.
         on_bad_row: `"raise"` refuses a source with unusable rows and names the first few; `"skip"` leaves them out
             and says how many and why.
-        check_images: look whether each image file exists. Images are not decoded here.
+        check_images: look whether each image file exists.
+        decode: decode each image once, too: one that cannot be read makes its row unusable.
+        shared: all processes of a run make this call at the same time: they share the decoding.
 
     Returns:
         The data set, and the report of rows kept and dropped.
@@ -150,6 +170,8 @@ def read_rows(
         raise ValueError(f"{title}: it is a stream; read it with load_rows(..., streaming=True).")
     build = _from_dataset if isinstance(opened, Dataset) else _from_records
     rows = build(opened, title, folder, check_images, report)
+    if decode:
+        _drop_unreadable(rows, report, shared)
     if report.dropped and on_bad_row == "raise":
         raise ValueError(
             f"{title}: {len(report.dropped)} of {report.total} rows cannot be used:\n{report.describe_dropped()}\n"
@@ -199,8 +221,8 @@ def _convert(
             messages, found = convert_record(record, len(images))
             report.kept.append(number)
             yield {"images": images, "messages": messages, **found}
-        except (BadRow, TypeError, ValueError) as error:
-            report.dropped.append((number, record.get("id"), reason_of(error)))
+        except ROW_ERRORS as error:
+            report.dropped.append((number, name_of(record), reason_of(error)))
             yield {"images": [], "messages": []}
 
 
@@ -227,6 +249,20 @@ def _refuse_gaps(column: str, table: Table, report: RowReport) -> None:
     report.dropped += [(number, None, f"no {column}, which other rows have") for number in sorted(gaps)]
     report.kept = [number for number in report.kept if number not in gaps]
     report.dropped.sort(key=lambda entry: entry[0])
+
+
+def _drop_unreadable(rows: Dataset, report: RowReport, shared: bool) -> None:
+    """Rows with an image that cannot be decoded are no longer kept; where `shared`, the same in all processes."""
+    rank, count = (PartialState().process_index, PartialState().num_processes) if shared else (0, 1)
+    decoded = decode_images(rows, report.kept[rank::count])
+    found = [(number, "; ".join(problems)) for number, _, problems in decoded if problems]
+    reasons = dict(gather_object(found) if count > 1 else found)
+    names = rows.select_columns(["id"]) if "id" in rows.column_names else None
+    report.dropped += [
+        (number, names and names[number]["id"], Reason(reason, UNREADABLE)) for number, reason in reasons.items()
+    ]
+    report.dropped.sort(key=lambda entry: entry[0])
+    report.kept = [number for number in report.kept if number not in reasons]
 
 
 def _assemble(table: Table, fingerprint: str) -> Dataset:
@@ -257,7 +293,8 @@ def _from_records(
         table = _write(_convert(prepared(), report, total), writer, report)
         if not report.total:
             raise ValueError(f"{title}: no rows.")
-        check_columns(columns, title)
+        if columns or not report.dropped:  # otherwise no record could be read, which is said of each
+            check_columns(columns, title)
         return _assemble(table, Hasher.hash(writer.digest))
 
 

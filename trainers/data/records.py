@@ -13,6 +13,7 @@ from modeling_aligngpt.images_aligngpt import array_to_image, shortened, with_al
 
 from .conversations import ACCEPTED, EMPTY, LAYOUTS, BadRow, find_layout, to_messages
 from .images import resolve_path
+from .sources import Broken
 
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,7 @@ MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string
 OPTIONAL = {"id": Value("string"), "clip_score": Value("float32"), "align_level": Value("int64")}
 IMAGE_COLUMNS = ("images", "image")
 OTHER_COLUMNS = ("id", "align_level", "similarity", "clip_score")
+MOST_LEVELS = 2**31  # what could be a level; the model's own number is for the collator
 UNUSED = {"model", "url", "source", "dataset"}  # columns that public releases carry: left out without a word
 USED_COLUMNS = {name for layout in LAYOUTS for name in layout} | set(OTHER_COLUMNS)
 IMAGES = Features({"x": List(Image())}).arrow_schema.field("x").type
@@ -31,10 +33,10 @@ def check_columns(columns: set[str], title: str) -> None:
     layout = find_layout(columns)
     missing_image = layout in (("caption",), ("text",)) and not columns & set(IMAGE_COLUMNS)
     if layout is None or missing_image:
-        raise ValueError(f"{title}: found the columns {', '.join(sorted(columns))}; accepted are {ACCEPTED}.")
+        raise ValueError(f"{title}: found the columns {', '.join(sorted(map(str, columns)))}; accepted are {ACCEPTED}.")
     used = {*layout, *IMAGE_COLUMNS, *OTHER_COLUMNS, *UNUSED}
     if columns - used:
-        logger.warning("%s: columns not used: %s.", title, ", ".join(sorted(columns - used)))
+        logger.warning("%s: columns not used: %s.", title, ", ".join(sorted(map(str, columns - used))))
 
 
 def convert_record(record: dict[str, Any], num_images: int) -> tuple[list[dict], dict[str, Any]]:
@@ -42,7 +44,31 @@ def convert_record(record: dict[str, Any], num_images: int) -> tuple[list[dict],
     layout = find_layout({column for column in record if record[column] is not None})
     if layout is None:
         raise BadRow(f"has only {', '.join(record)}; accepted are {ACCEPTED}", EMPTY)
-    return to_messages(record, layout, num_images), _optional(record)
+    messages, found = to_messages(record, layout, num_images), _optional(record)
+    for number, message in enumerate(messages):
+        check_text("".join(block.get("text", "") for block in message["content"]), f"message {number}")
+    check_text(found.get("id", ""), "id")
+    return messages, found
+
+
+def check_text(text: str, where: str) -> None:
+    """Raises BadRow for a text that cannot be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        # as which a byte that is not UTF-8 was read
+        is_byte = 0xDC80 <= code <= 0xDCFF
+        what = f"byte 0x{code - 0xDC00:02x}" if is_byte else f"\\u{code:04x}, half of a character"
+        raise BadRow(f"{where}: not UTF-8 text ({what}, at character {error.start})") from None
+
+
+def name_of(record: dict[str, Any]) -> str | int | float | None:
+    """The `id` by which errors name a record, if it has one that can be written."""
+    name = record.get("id")
+    if isinstance(name, str):
+        return name.encode(errors="backslashreplace").decode()
+    return name if isinstance(name, (int, float)) else None
 
 
 def _optional(record: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +77,7 @@ def _optional(record: dict[str, Any]) -> dict[str, Any]:
         value = record.get(column)
         if value is None or value == "":
             continue
-        if isinstance(value, bool) or not float(value).is_integer() or float(value) < 0:
+        if isinstance(value, bool) or not float(value).is_integer() or not 0 <= float(value) < MOST_LEVELS:
             hint = " (a raw score goes into `clip_score`)" if column == "similarity" else ""
             raise BadRow(f"{column} is {value!r}, not a level 0, 1, 2, ...{hint}")
         found.setdefault("align_level", int(float(value)))
@@ -68,7 +94,9 @@ def check_file(path: str, check: bool) -> list[str]:
 
 
 def encode_images(record: dict[str, Any], folder: Path | str | None, check: bool) -> tuple[list[dict], list[str]]:
-    """(the record's images as `{"path", "bytes"}`, undecoded; what is wrong with them)."""
+    """(the record's images as `{"path", "bytes"}`, undecoded; what is wrong with them, or with the whole record)."""
+    if isinstance(record, Broken):
+        return [], [record.problem]
     value = next((record[column] for column in IMAGE_COLUMNS if record.get(column) is not None), [])
     values = value if isinstance(value, (list, tuple)) else [value]
     values = [item for item in values if not (isinstance(item, str) and item == "")]
@@ -79,6 +107,7 @@ def encode_images(record: dict[str, Any], folder: Path | str | None, check: bool
             item = resolve_path(str(item["path"] if outside else item), folder)
             problems += check_file(item, check)
         try:
+            check_text(item if isinstance(item, str) else "", "image path")
             images.append(Image().encode_example(_keep_pixels(item)))
         except Exception as error:
             problems.append(f"unusable image value of type {type(item).__name__} ({error})")

@@ -5,12 +5,13 @@ import csv
 import glob
 import json
 import os
+import re
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import ijson
 from datasets import (
     Dataset,
     DatasetDict,
@@ -23,8 +24,15 @@ from datasets import (
     load_from_disk,
 )
 
+from .conversations import TOO_DEEP
 
-READ = 1 << 12  # bytes in which a JSON file has to begin
+
+READ = 1 << 16  # characters of a JSON array that are read at a time
+DECODER = json.JSONDecoder()
+SPACE = re.compile(r"[ \t\r\n]*")
+LONGEST_WORD = 16  # of JSON outside its texts, such as -Infinity: what an end of the text read so far can cut
+PART = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[^"\[\]{}]+|[\[\]{}]', re.DOTALL)
+WANTED = "expected a list of records (JSON) or a record a line (JSONL)"
 # Shards of a data set in memory or on disk that is streamed: how many loader processes can share it.
 NUM_SHARDS = 64
 WEBDATASET_IMAGES = ("jpg", "jpeg", "png", "webp")
@@ -46,12 +54,30 @@ class Records:
             yield from read_records(path)
 
 
+class Broken(dict):
+    """What could be read of a record that is damaged in its file, and the `problem`. It costs its own row alone."""
+
+    def __init__(self, problem: str, known: dict[str, Any] | None = None):
+        super().__init__(known or {})
+        self.problem = problem
+
+
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of one JSON, JSONL, CSV or TSV file; raises ValueError naming file and place."""
-    try:
-        yield from READERS[path.suffix](path)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}).") from error
+    """
+    The records of one JSON, JSONL, CSV or TSV file. Bytes that are not UTF-8 stay in the texts, as lone surrogates.
+
+    Raises:
+        ValueError: naming file and place, where nothing behind a fault can be read. A fault that costs one record gives
+            a [`Broken`].
+    """
+    return READERS[path.suffix](path)
+
+
+def _open_text(path: Path, newline: str | None = None) -> TextIO:
+    with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ValueError(f"{path}: not UTF-8 text but UTF-16: save it as UTF-8.")
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
 def open_source(
@@ -169,47 +195,149 @@ def _open_files(paths: list[Path], streaming: bool) -> Dataset | IterableDataset
     return _from_webdataset(opened)
 
 
+class _Ahead:
+    """The text of a file from `place` on, read further where what is there does not hold a value whole."""
+
+    def __init__(self, file: TextIO):
+        self.file, self.text, self.place = file, "", 0
+
+    def more(self) -> bool:
+        left = self.text[self.place :]
+        # as much again: a long value is not tried many times
+        self.text, self.place = left + self.file.read(max(READ, len(left))), 0
+        return len(self.text) > len(left)
+
+    def next(self) -> str:
+        """The next character that is no white space, "" at the end of the file; `place` stays in front of it."""
+        while True:
+            self.place = SPACE.match(self.text, self.place).end()
+            if self.place < len(self.text) or not self.more():
+                return self.text[self.place : self.place + 1]
+
+    def value(self) -> Any:
+        """The value at `place`, which moves behind it."""
+        while True:
+            try:
+                value, self.place = DECODER.raw_decode(self.text, self.place)
+                return value
+            except json.JSONDecodeError as error:
+                cut = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - LONGEST_WORD
+                if not (cut and self.more()):
+                    raise
+
+    def pass_over(self) -> None:
+        """Moves `place` behind the list or object that begins there, however deep."""
+        depth = 0
+        while True:
+            part = PART.match(self.text, self.place)
+            if part is not None:
+                self.place = part.end()
+                depth += (part[0] in "[{") - (part[0] in "]}")
+                if depth == 0:
+                    return
+            elif not self.more():
+                raise json.JSONDecodeError("a list or object is not closed", self.text, len(self.text))
+
+
 def _array_records(path: Path) -> Iterator[dict[str, Any]]:
-    """Records of a JSON array one by one, by a strict parser."""
-    refused = f"{path}: expected a list of records (JSON) or a record a line (JSONL)"
+    """Records of a JSON array one by one."""
     number = 0
-    with path.open("rb") as file:
-        begin = file.read(READ).removeprefix(codecs.BOM_UTF8).lstrip()
-        if not begin.startswith(b"["):
-            raise ValueError(f"{refused}.")
-        file.seek(0)
-        if file.read(3) != codecs.BOM_UTF8:
-            file.seek(0)
+    with _open_text(path) as file:
+        text = _Ahead(file)
+        if text.next() != "[":
+            raise ValueError(f"{path}: {WANTED}.")
+        text.place += 1
+        separator = "," if text.next() != "]" else "]"
+        text.place += separator == "]"
         try:
-            for record in ijson.items(file, "item", use_float=True):
+            while separator == ",":
+                text.next()
+                try:
+                    record = text.value()
+                except RecursionError:
+                    text.pass_over()
+                    record = Broken(f"{path}, record {number}: {TOO_DEEP}")
                 if not isinstance(record, dict):
-                    raise ValueError(f"{refused}; record {number} is {str(record)[:20]!r}.")
+                    raise ValueError(f"{path}: {WANTED}; record {number} is {str(record)[:20]!r}.")
                 yield record
                 number += 1
-        except ijson.JSONError as error:
-            problem = str(error).strip().splitlines()[0]
-            raise ValueError(f"{path}, record {number}: not valid JSON ({problem}).") from error
+                separator = text.next()
+                if separator not in (",", "]"):
+                    raise json.JSONDecodeError("Expecting ',' or ']'", text.text, text.place)
+                text.place += 1
+            if text.next():
+                raise json.JSONDecodeError("trailing garbage", text.text, text.place)
+        except json.JSONDecodeError as error:
+            near = error.doc[error.pos : error.pos + 20]
+            place = f"before {near!r}" if near else "at the end of the file"
+            raise ValueError(
+                f"{path}, record {number}: not valid JSON ({error.msg} {place}). What follows cannot be read: repair "
+                "the file."
+            ) from error
 
 
 def _line_records(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
+    with _open_text(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
+                problem = WANTED
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
-            if not isinstance(record, dict):
-                raise ValueError(
-                    f"{path}, line {number}: expected a list of records (JSON) or a record a line (JSONL)."
-                )
-            yield record
+                record, problem = None, f"not valid JSON ({error})"
+            except RecursionError:
+                record, problem = None, TOO_DEEP
+            yield record if isinstance(record, dict) else Broken(f"{path}, line {number}: {problem}")
 
 
 def _table_records(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        yield from csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+    """
+    Records of CSV or TSV, read strictly: otherwise a quote that is not closed swallows rows without a word. Where one
+    breaks a row, that row is its first line, and what it took in besides is read once more.
+    """
+    mark = "\t" if path.suffix == ".tsv" else ","
+    again: deque[str] = deque()
+    taken: list[str] = []
+
+    def lines() -> Iterator[str]:
+        while line := again.popleft() if again else file.readline():
+            taken.append(line)
+            yield line
+
+    with _open_text(path, newline="") as file:
+        header: list[str] | None = None
+        place, reader = 1, csv.reader(lines(), delimiter=mark, strict=True)
+        while True:
+            place += len(taken)
+            taken.clear()
+            where = f"{path}, line {place}"
+            try:
+                fields = next(reader, None)
+            except csv.Error as error:
+                again.extendleft(reversed(taken[1:]))
+                del taken[1:]
+                reader = csv.reader(lines(), delimiter=mark, strict=True)
+                if header is None:
+                    raise ValueError(f"{where}: the header cannot be read ({error}).") from error
+                yield Broken(f"{where}: a quote is not closed, or stands within a text and is not doubled ({error})")
+                continue
+            if fields is None:
+                return
+            if not fields:
+                continue
+            if header is None:
+                header = fields
+                if twice := [name for name in header if name and header.count(name) > 1]:
+                    raise ValueError(f"{path}: the header names {twice[0]!r} twice: rename one of them.")
+            else:
+                record = {**dict.fromkeys(header), **dict(zip(header, fields, strict=False))}
+                if any(fields[len(header) :]):
+                    quoted = "a tab" if mark == "\t" else "a comma"
+                    number = f"{len(fields)} fields where the header has {len(header)}"
+                    yield Broken(f"{where}: {number} (a text that holds {quoted} stands in quotes)", record)
+                else:
+                    yield record
 
 
 READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {

@@ -11,7 +11,8 @@ import torch
 from datasets import Dataset, Features, Image, IterableDataset, List
 from torch.utils.data import get_worker_info
 
-from .conversations import UNREADABLE, BadRow
+from .conversations import ROW_ERRORS, UNREADABLE, BadRow, reason_of
+from .images import load_image
 from .records import (
     IMAGE_COLUMNS,
     MESSAGES,
@@ -21,8 +22,9 @@ from .records import (
     convert_record,
     encode_images,
     has_image,
+    name_of,
 )
-from .sources import NUM_SHARDS, Records, read_records
+from .sources import NUM_SHARDS, Broken, Records, read_records
 
 
 logger = logging.getLogger(__name__)
@@ -113,8 +115,10 @@ def _features(columns: set[str]) -> Features:
     return Features({"images": List(Image()), "messages": MESSAGES, **optional})
 
 
-def _row(record: dict[str, Any], features: Features, folder: Path | str | None, check: bool) -> dict[str, Any]:
-    """One row; BadRow, TypeError or ValueError where it cannot be used."""
+def _row(
+    record: dict[str, Any], features: Features, folder: Path | str | None, check: bool, decode: bool
+) -> dict[str, Any]:
+    """One row; one of `ROW_ERRORS` where it cannot be used. `decode`: look whether its images can be read, too."""
     images, problems = encode_images(record, folder, check)
     if problems:
         raise BadRow("; ".join(problems), UNREADABLE)
@@ -122,6 +126,9 @@ def _row(record: dict[str, Any], features: Features, folder: Path | str | None, 
     for column in ("clip_score", "align_level"):
         if column in features and column not in found and has_image(messages):
             raise BadRow(f"no {column}, which other rows have")
+    if decode:
+        for image in images:
+            load_image(image)
     return {
         "images": images,
         "messages": messages,
@@ -130,21 +137,24 @@ def _row(record: dict[str, Any], features: Features, folder: Path | str | None, 
 
 
 def _refuse(counts: StreamCounts, name: str, reason: Exception, skip: bool) -> None:
-    """Counts a row that cannot be used, or stops at it."""
+    """Counts a row that cannot be used, or stops at it, in one line: of a loader's process no more arrives."""
+    said = f"{name}: {reason_of(reason)}"
     if not skip:
         raise ValueError(
-            f'{counts.title}: {name}: {reason}\nCorrect it, or leave such rows out with on_bad_row="skip".'
+            f'{counts.title}: {said}. Correct it, or leave such rows out with on_bad_row="skip".'
         ) from reason
-    counts.add("rows_left_out", reason=f"{name}: {reason}")
+    counts.add("rows_left_out", reason=said)
 
 
 def _from_records(
     records: Records, title: str, folder: Path | str | None, check: bool, skip: bool, counts: StreamCounts
 ) -> IterableDataset:
     """Each file is a shard: as many loader processes as files can work at once."""
-    columns = {column for record in islice(records, PEEK) for column in record}
+    begin = list(islice(records, PEEK))
+    columns = {column for record in begin for column in record}
     if not columns:
-        raise ValueError(f"{title}: no rows.")
+        problems = [f" {record.problem}." for record in begin if isinstance(record, Broken)]
+        raise ValueError(f"{title}: no rows.{problems[0] if problems else ''}")
     check_columns(columns, title)
     features = _features(columns)
     several = len(records.paths) > 1
@@ -154,9 +164,9 @@ def _from_records(
             for number, record in enumerate(read_records(Path(path))):
                 name = f"{os.path.basename(path)} row {number}" if several else f"row {number}"
                 try:
-                    row = _row(record, features, folder, check)
-                except (BadRow, TypeError, ValueError) as error:
-                    known = f" (id {record['id']!r})" if record.get("id") is not None else ""
+                    row = _row(record, features, folder, check, skip and check)
+                except ROW_ERRORS as error:
+                    known = f" (id {name_of(record)!r})" if name_of(record) is not None else ""
                     _refuse(counts, name + known, error, skip)
                     continue
                 yield row if row.get("id") is not None else {**row, "id": name}
@@ -186,9 +196,10 @@ def _from_stream(
         for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
             record = dict(zip(batch, values, strict=True))
             try:
-                row = _row(record, features, folder, check)
-            except (BadRow, TypeError, ValueError) as error:
-                name = f"row with id {record['id']!r}" if record.get("id") is not None else f"row {index} of its shard"
+                row = _row(record, features, folder, check, skip and check)
+            except ROW_ERRORS as error:
+                known = name_of(record)
+                name = f"row with id {known!r}" if known is not None else f"row {index} of its shard"
                 _refuse(counts, name, error, skip)
                 continue
             for column in features:

@@ -8,9 +8,9 @@ from typing import Any
 from datasets import Dataset, Features, Image, List, Value
 from tqdm.auto import tqdm
 
-from ..data.conversations import BadRow
-from ..data.records import encode_images
-from ..data.sources import open_source
+from ..data.conversations import ROW_ERRORS, BadRow, reason_of
+from ..data.records import check_text, encode_images
+from ..data.sources import Broken, open_source
 
 
 LAYOUTS = (
@@ -104,9 +104,11 @@ def _read(
     rows = []
     for number, record in enumerate(tqdm(opened, desc="Reading rows", unit="row", delay=2)):
         try:
+            if isinstance(record, Broken):
+                raise BadRow(record.problem)
             rows.append(read(record, image_folder or folder))
-        except (BadRow, TypeError, ValueError) as error:
-            raise ValueError(f"{title}, row {number}: {error}.") from error
+        except ROW_ERRORS as error:
+            raise ValueError(f"{title}, row {number}: {reason_of(error)}.") from error
     if not rows:
         raise ValueError(f"{title}: no rows.")
     return title, rows
@@ -127,6 +129,7 @@ def _prompt(record: dict[str, Any], folder: Path | str | None, num_align_levels:
     answer = record.get("answer")
     if answer is not None and not isinstance(answer, str):
         raise BadRow(f"answer is {answer!r}, not a text")
+    check_text(answer or "", "answer")
     level = _level(record, num_align_levels)
     return {"images": images, "prompt": prompt, "answer": answer, "align_level": level}
 
@@ -161,11 +164,13 @@ def _messages(value: Any, role: str) -> list[dict[str, str]]:
     """A text, or messages whose contents are texts or lists of parts; TRL places the images itself."""
     if isinstance(value, str):
         # TRL puts as many images in front as the row has
+        check_text(value, role)
         return [{"role": role, "content": value.replace("<image>", "").strip()}]
     found = []
     for message in value:
         content = message["content"]
         if not isinstance(content, str):
             content = "".join(part.get("text") or "" for part in content)
+        check_text(content, message["role"])
         found.append({"role": message["role"], "content": content.replace("<image>", "").strip()})
     return found

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from ..data.images import usable_cores
+
 
 logger = logging.getLogger(__name__)
 
@@ -128,11 +130,6 @@ def keeping_progress(what: str, folder: Path) -> Iterator[None]:
             f"{what} cannot be written ({error}). Finished scores are kept in {folder}: make room, and the same "
             "command goes on from there."
         ) from error
-
-
-def usable_cores() -> int:
-    """CPU cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_workers(device: torch.device, processes: Processes) -> int:

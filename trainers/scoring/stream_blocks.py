@@ -24,10 +24,10 @@ from huggingface_hub import HfApi
 
 from modeling_aligngpt.images_aligngpt import shortened
 
-from ..data.conversations import UNREADABLE, BadRow, reason_of
+from ..data.conversations import ROW_ERRORS, UNREADABLE, BadRow, reason_of
 from ..data.load import RowReport
-from ..data.records import IMAGE_COLUMNS, MESSAGES, convert_record, encode_images
-from ..data.sources import Records, open_source, read_records
+from ..data.records import IMAGE_COLUMNS, MESSAGES, convert_record, encode_images, name_of
+from ..data.sources import Broken, Records, open_source, read_records
 from .config import ScoreConfig
 from .processes import keeping_progress
 from .source import Span, file_identity, spans_of
@@ -111,7 +111,7 @@ def _hub_revision(config: ScoreConfig) -> str | None:
 
 def _convert(record: dict[str, Any], folder: str | Path | None) -> dict[str, Any]:
     """A record -> a row of `SPOOLED`; what is wrong with it goes into `reason`."""
-    name = record.get("id")
+    name = name_of(record)
     row: dict[str, Any] = {"id": None if name is None else str(name), "images": [], "messages": [], "reason": None}
     try:
         images, problems = encode_images(_with_remote_images(record), folder, check=True)
@@ -123,7 +123,7 @@ def _convert(record: dict[str, Any], folder: str | Path | None) -> dict[str, Any
             {"role": message["role"], "content": [{"text": None, **block} for block in message["content"]]}
             for message in messages
         ]
-    except (BadRow, TypeError, ValueError) as error:
+    except ROW_ERRORS as error:
         row["reason"] = reason_of(error).kept()
     return row
 
@@ -131,7 +131,7 @@ def _convert(record: dict[str, Any], folder: str | Path | None) -> dict[str, Any
 def _with_remote_images(record: dict[str, Any]) -> dict[str, Any]:
     """The record, its images that lie neither in the stream nor on this machine fetched."""
     column = next((name for name in IMAGE_COLUMNS if record.get(name) is not None), None)
-    if column is None:
+    if column is None or isinstance(record, Broken):
         return record
     value = record[column]
     images = [_fetch(item) for item in (value if isinstance(value, (list, tuple)) else [value])]
