@@ -4,8 +4,9 @@ Chat templates of the language-model families that AlignGPT is built on, and how
 What all of them do:
 
 - `bos_token` (where the family writes one) comes first, `<align>` right behind it if the conversation has an image.
-- Images of a user message come first in it, each followed by a newline, and its text is stripped, as in the authors'
-  preprocessing; a message without an image keeps its text. Content is a string, which may hold `<image>`, or parts.
+- The image of a user message comes first in it, followed by a newline, and its text is stripped, as in the authors'
+  preprocessing. Several images keep their places; those before any text are followed by a newline each. A message
+  without an image keeps its text. Content is a string, which may hold `<image>`, or parts.
 - A system message may come first. `vicuna_v1` and `llama_2` have the authors' default for it; `mistral` and `gemma`,
   which know no system turn, write it in front of the first user message; `plain` leaves it out with the user's text.
 - An answer that comes before the first user message is left out, as in the authors' preprocessing.
@@ -38,6 +39,9 @@ LLAMA_2_SYSTEM = (
 # transformers sets this character before control tokens that a user wrote when it sanitises them: no placeholders
 _USER_WRITTEN = "\U000f0000"
 
+# how `with_suffix` finds a suffix in a template
+_SET = "{{%- set {} = '{}' -%}}"
+
 # Reads `messages` into `chat`: system (a string or none), images (a count), turns (dicts of role and content).
 _READ_MESSAGES = """
 {%- set image_token = image_token | default('<image>') -%}
@@ -48,32 +52,43 @@ _READ_MESSAGES = """
 {%- for message in messages -%}
   {%- set role = message['role'] -%}
   {%- set where = 'message ' ~ loop.index0 ~ ' (' ~ role ~ ')' -%}
-  {%- set raw = namespace(text='', images=0) -%}
+  {%- if 'content' not in message -%}
+    {{- raise_exception(where ~ ": it has no 'content' but " ~ message | join(', ') ~ '.') -}}
+  {%- endif -%}
+  {%- set raw = namespace(text='') -%}
   {%- if message['content'] is string -%}
     {%- set raw.text = message['content'] -%}
   {%- elif message['content'] is iterable -%}
     {%- for part in message['content'] -%}
       {%- if part['type'] in ['image', 'image_url'] -%}
-        {%- set raw.images = raw.images + 1 -%}
-      {%- elif part['type'] == 'text' -%}
+        {%- set raw.text = raw.text ~ image_token -%}
+      {%- elif part['type'] == 'text' and part['text'] is string -%}
         {%- set raw.text = raw.text ~ part['text'] -%}
+      {%- elif part['type'] == 'text' -%}
+        {{- raise_exception(where ~ ": a text part has no 'text' but " ~ part | join(', ') ~ '.') -}}
       {%- else -%}
         {{- raise_exception(where ~ ": a part is of type '" ~ part['type'] ~ "'; use 'text' or 'image'.") -}}
       {%- endif -%}
     {%- endfor -%}
   {%- endif -%}
-  {%- set read = namespace(text='') -%}
+  {#- read.front: images before any text, a line each; read.rest: what follows; read.text: all without images -#}
+  {%- set read = namespace(text='', images=0, front='', rest='') -%}
   {%- for piece in raw.text.split(image_token) -%}
-    {%- if loop.last -%}
-      {%- set read.text = read.text ~ piece -%}
-    {%- elif piece.endswith('USER_WRITTEN') -%}
-      {%- set read.text = read.text ~ piece ~ image_token -%}
-    {%- else -%}
-      {%- set read.text = read.text ~ piece -%}
-      {%- set raw.images = raw.images + 1 -%}
+    {%- set token = '' if loop.first else image_token -%}
+    {%- if token and loop.previtem.endswith('USER_WRITTEN') -%}
+      {%- set read.text = read.text ~ token -%}
+      {%- set read.rest = read.rest ~ token -%}
+    {%- elif token and read.text.strip() -%}
+      {%- set read.images = read.images + 1 -%}
+      {%- set read.rest = read.rest ~ token ~ (image_suffix if piece else '') -%}
+    {%- elif token -%}
+      {%- set read.images = read.images + 1 -%}
+      {%- set read.front = read.front ~ token ~ image_suffix ~ '\\n' -%}
     {%- endif -%}
+    {%- set read.text = read.text ~ piece -%}
+    {%- set read.rest = read.rest ~ piece -%}
   {%- endfor -%}
-  {%- if raw.images and role != 'user' -%}
+  {%- if read.images and role != 'user' -%}
     {{- raise_exception(where ~ ': it holds an image; move it into a user message.') -}}
   {%- endif -%}
   {%- if role == 'system' -%}
@@ -94,12 +109,14 @@ _READ_MESSAGES = """
     {%- set chat.turns = chat.turns + [{'role': role, 'content': read.text}] -%}
     {%- set chat.next = 'user' -%}
   {%- else -%}
-    {%- if raw.images -%}
-      {%- set text = read.text.strip() -%}
-      {%- set read.text = (image_token ~ image_suffix ~ '\\n') * (raw.images - 1) ~ image_token -%}
-      {%- set read.text = read.text ~ (image_suffix ~ '\\n' ~ text if text else '') -%}
+    {%- if read.images == 1 -%}
+      {%- set read.front = image_token ~ image_suffix ~ '\\n' -%}
+      {%- set read.rest = read.text -%}
     {%- endif -%}
-    {%- set chat.images = chat.images + raw.images -%}
+    {%- if read.images -%}
+      {%- set read.text = (read.front ~ read.rest.strip()).strip() -%}
+    {%- endif -%}
+    {%- set chat.images = chat.images + read.images -%}
     {%- set chat.turns = chat.turns + [{'role': role, 'content': read.text}] -%}
     {%- set chat.next = 'assistant' -%}
   {%- endif -%}
@@ -290,8 +307,13 @@ def with_suffix(template: str, suffix: str, tokenizer) -> str:
     # where the format begins with a token of its own, no text stands behind BOS
     head = "" if "[INST]" in template and "[INST]" in tokenizer.get_added_vocab() else suffix
     for name, value in (("image_suffix", suffix), ("head_suffix", head)):
-        template = template.replace(f"{{%- set {name} = '' -%}}", f"{{%- set {name} = '{value}' -%}}")
+        template = template.replace(_SET.format(name, ""), _SET.format(name, value))
     return template
+
+
+def writes_suffix(template: str | None, suffix: str) -> bool:
+    """Whether [`with_suffix`] has made this template."""
+    return _SET.format("image_suffix", suffix) in (template or "")
 
 
 def stop_token(name: str, tokenizer) -> str:
@@ -304,4 +326,4 @@ def stop_token(name: str, tokenizer) -> str:
     return _STOP_TOKENS.get(name, tokenizer.eos_token)
 
 
-__all__ = ["CHAT_TEMPLATES", "select_chat_template", "stop_token", "with_suffix"]
+__all__ = ["CHAT_TEMPLATES", "select_chat_template", "stop_token", "with_suffix", "writes_suffix"]

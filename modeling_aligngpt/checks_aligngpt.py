@@ -1,7 +1,13 @@
 """
 Checks of values that lie in tensors, without making a GPU wait: on CUDA they are asserted on the device, elsewhere they
-are read and raise. `generate`, which waits for every token anyway, reads them on any device before it begins.
+are read and raise. `generate`, which waits for every token anyway, reads them on any device before it begins. And of
+the names of arguments, which `**kwargs` would swallow.
 """
+
+import difflib
+import inspect
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 import torch
 from transformers.cache_utils import Cache
@@ -25,6 +31,24 @@ def require(condition: torch.Tensor, message, hint: str) -> None:
         torch._assert_async(condition, hint)
     elif condition.device.type != "meta" and not bool(condition):
         raise ValueError(message())
+
+
+@lru_cache(maxsize=1024)
+def _meant(function: Callable, name: str, more: tuple[str, ...]) -> str | None:
+    known = [*inspect.signature(function).parameters, *more]
+    return None if name in known else next(iter(difflib.get_close_matches(name, known, 1, 0.84)), None)
+
+
+def refuse_misspelt(function: Callable, given: Iterable[str], more: tuple[str, ...] = ()) -> None:
+    """
+    Raises a TypeError for a name in `given`, the `**kwargs` of `function`, that comes close to an argument of its own
+    (or to one of `more`) but is none. Other names go through: libraries hand theirs on to each other.
+    """
+    if is_torchdynamo_compiling():
+        return
+    for name in given:
+        if (meant := _meant(function, name, more)) is not None:
+            raise TypeError(f"{function.__qualname__} has no argument {name!r}: did you mean {meant!r}?")
 
 
 def check_images(image_BT: torch.Tensor, num_images: int, seq_length: int) -> None:
@@ -123,6 +147,7 @@ __all__ = [
     "check_levels",
     "check_images",
     "is_prefill",
+    "refuse_misspelt",
     "require",
     "warn_about_labels",
     "warn_without_align",

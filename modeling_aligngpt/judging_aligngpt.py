@@ -16,6 +16,7 @@ import torch
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.utils import ModelOutput
 
+from .checks_aligngpt import refuse_misspelt
 from .compat_v4 import IS_TRANSFORMERS_4
 from .configuration_aligngpt import AlignGPTConfig
 
@@ -65,8 +66,11 @@ class AlignGPTJudgeMixin:
             parts (`(B, T)`, *optional*): the part that each token of the text belongs to, from 0.
 
         Raises:
-            ValueError: a row without an image, or without a text.
+            ValueError: a row without an image, or without a text. TypeError: another argument.
         """
+        refuse_misspelt(AlignGPTJudgeMixin.judge, kwargs)
+        if kwargs:
+            raise TypeError(f"judge has no argument {next(iter(kwargs))!r}: it takes what judge_inputs returns.")
         judged_BT = labels[:, 1:] != -100
         num_tokens_B = judged_BT.sum(1)
         if bool((num_tokens_B == 0).any()):

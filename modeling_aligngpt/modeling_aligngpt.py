@@ -22,6 +22,7 @@ from .checks_aligngpt import (
     check_images,
     check_levels,
     is_prefill,
+    refuse_misspelt,
     warn_about_labels,
     warn_without_align,
     warn_without_images,
@@ -315,6 +316,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         Raises:
             ValueError: images and placeholders disagree, or a level is out of range.
         """
+        refuse_misspelt(AlignGPTModel.forward, kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
         cache = one_cache(cache, past_key_values)
@@ -426,6 +428,7 @@ class AlignGPTForConditionalGeneration(AlignGPTJudgeMixin, AlignGPTGenerationMix
                 change the logits: what the gate must not read says `prompt_mask`, which the processor makes.
             logits_to_keep (`int` or 1D `torch.Tensor`): last positions (or the positions) to score; 0 is all.
         """
+        refuse_misspelt(AlignGPTForConditionalGeneration.forward, kwargs)
         if labels is not None:
             warn_about_labels(self.config, input_ids, labels, prompt_mask, align_level)
         outputs = self.model(

@@ -5,6 +5,7 @@ Written for transformers 5; additions for 4.57 are in `compat_v4.py`.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TextInput
 
-from .chat_templates import CHAT_TEMPLATES, with_suffix
+from .chat_templates import CHAT_TEMPLATES, with_suffix, writes_suffix
+from .checks_aligngpt import refuse_misspelt
 from .compat_v4 import IS_TRANSFORMERS_4, ProcessorBase
 from .configuration_aligngpt import GATE_CONTEXTS
 from .control_tokens import control_tokens, sanitized
@@ -23,7 +25,9 @@ from .gate_prompt_aligngpt import answer_opening, first_turn, mask_up_to, withou
 from .images_aligngpt import DROPPED, LIMITS, TRANSPARENCIES, WHITE, ImageLimits, read_image, shortened, to_8_bit
 from .judging_aligngpt import judge_inputs, split_sentences
 from .processing_parts import (
+    a_level_per_row,
     apply_edits,
+    argument_names,
     image_processor_for,
     infer_image_suffix,
     output_size,
@@ -95,6 +99,8 @@ class AlignGPTProcessor(ProcessorBase):
         self,
         images: ImageInput | None = None,
         text: TextInput | list[TextInput] | None = None,
+        *,
+        align_level: int | Sequence[int] | None = None,
         **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         """
@@ -102,6 +108,7 @@ class AlignGPTProcessor(ProcessorBase):
             images: images (PIL, numpy, tensor, path, URL, base64): one, a list in reading order, or a list per row.
                 Arrays are read by [`~images_aligngpt.to_8_bit`], and left as they are with `do_rescale=False`.
             text: one prompt or several. A prompt that brings its BOS along gets no second one.
+            align_level (*optional*): for the model, one for all rows or one for each; returned as `(batch,)`.
             kwargs: of tokenizer and image processor, flat or as `text_kwargs` and `images_kwargs`.
 
         Returns:
@@ -111,7 +118,9 @@ class AlignGPTProcessor(ProcessorBase):
 
         Raises:
             ValueError: images and placeholders differ, an image cannot be read, or truncation cuts placeholders.
+            TypeError: an argument that looks like a misspelling of another.
         """
+        refuse_misspelt(AlignGPTProcessor.__call__, kwargs, argument_names(self.image_processor))
         for name in ("videos", "audio"):
             if kwargs.pop(name, None) is not None:  # type: ignore[misc]
                 raise ValueError(f"{type(self).__name__} takes images and text, not {name}: leave `{name}` out.")
@@ -120,6 +129,8 @@ class AlignGPTProcessor(ProcessorBase):
         output = super().__call__(images=images, text=text, **kwargs)
         if self.gate_context == "first_turn" and text is not None:
             output["prompt_mask"] = self._first_turn_mask([text] if isinstance(text, str) else text, output, kwargs)  # type: ignore[arg-type]
+        if align_level is not None and text is not None:
+            output["align_level"] = a_level_per_row(align_level, output["input_ids"])
         return output
 
     def _first_turn_mask(self, rows: list[str], output: BatchFeature, kwargs: dict):
@@ -149,7 +160,9 @@ class AlignGPTProcessor(ProcessorBase):
             self._opening_of = (template, answer_opening(self.tokenizer, template))
         return self._opening_of[1]
 
-    def apply_chat_template(self, conversation, chat_template=None, sanitize_control_tokens: bool = True, **kwargs):  # type: ignore[override]
+    def apply_chat_template(  # type: ignore[override]
+        self, conversation, chat_template=None, sanitize_control_tokens: bool = True, align_level=None, **kwargs
+    ):
         """
         As transformers', for texts that stay text: see `control_tokens.py`.
 
@@ -157,7 +170,21 @@ class AlignGPTProcessor(ProcessorBase):
             conversation: messages, or a list of conversations.
             chat_template (`str`, *optional*): another template than the processor's, or the name of one of several.
             sanitize_control_tokens (`bool`): `False` lets control tokens in messages act as such.
+            align_level (*optional*): as of [`~AlignGPTProcessor.__call__`].
+
+        Raises:
+            ValueError: tools (or documents), which the template does not write.
+            TypeError: an argument that looks like a misspelling of another.
         """
+        refuse_misspelt(AlignGPTProcessor.apply_chat_template, kwargs, argument_names(self.image_processor))
+        for name in ("tools", "documents"):
+            if kwargs.get(name) and name not in (self._template_of(chat_template) or ""):
+                raise ValueError(f"The chat template has no place for {name}: leave `{name}` out.")
+        given = kwargs if IS_TRANSFORMERS_4 else dict(kwargs.get("processor_kwargs") or {})
+        # a template writes BOS itself, or its conversations have none
+        more = {} if _mentions({**kwargs, **given}, "add_special_tokens") else {"add_special_tokens": False}
+        given |= more if align_level is None else {**more, "align_level": align_level}
+        kwargs |= {} if IS_TRANSFORMERS_4 else {"processor_kwargs": given}
         conversation = getattr(conversation, "messages", conversation)
         if sanitize_control_tokens and conversation:
             batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
@@ -332,14 +359,20 @@ class AlignGPTProcessor(ProcessorBase):
             no_text = tuple(self.tokenizer.get_added_vocab())
             # the suffix belongs to the text behind it: an answer that begins there is supervised from the suffix on
             starts = [start for start in starts if start < len(row) and not row.startswith(no_text, start)]
-            for start in () if self._has_suffix(row, head) else set(starts):
+            for start in () if self._has_suffix(row, head, starts) else set(starts):
                 edits.append((start, start + 1, self.image_suffix + row[start], "text"))
         return apply_edits(row, edits)
 
-    def _has_suffix(self, row: str, head: int) -> bool:
-        """Whether a chat template has written `image_suffix` already; only a template writes BOS or `<align>`."""
-        behind_image = self.align_token in row and f"{self.image_token}{self.image_suffix}\n" in row
-        return behind_image or (head > 0 and row.startswith(self.image_suffix, head))
+    def _has_suffix(self, row: str, head: int, starts: list[int]) -> bool:
+        """
+        Whether a chat template has written `image_suffix` in front of the texts that begin at `starts`; only a
+        template writes BOS or `<align>`, and all but "plain" write text or a token of their own behind them.
+        """
+        if not head or row.startswith(self.image_token, head):
+            return False
+        # a user's text may begin with a space, too: without text at the head, the processor's own template decides
+        written = head in starts or writes_suffix(self._template_of(None), self.image_suffix)
+        return written and all(row.startswith(self.image_suffix, start) for start in starts)
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """Positions that images of these sizes take (for vLLM)."""

@@ -1,12 +1,16 @@
-"""Parts of the processor: a tower's image processor, tokenizer properties, text edits, saved files."""
+"""Parts of the processor: a tower's image processor, tokenizer properties, arguments, text edits, saved files."""
 
+import inspect
 import json
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import transformers
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 
@@ -22,6 +26,25 @@ def single_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
             f"tokenizer.add_special_tokens({{'additional_special_tokens': [{token!r}]}})."
         )
     return ids[0]
+
+
+def argument_names(image_processor) -> tuple[str, ...]:
+    """What may be given flat to a processor or its chat template: arguments of tokenizer, image processor, template."""
+    kinds = (*ProcessingKwargs.__annotations__.values(), getattr(image_processor, "valid_kwargs", None))
+    names = [name for kind in kinds for name in getattr(kind, "__annotations__", ())]
+    return (
+        *ProcessingKwargs.__annotations__,
+        *names,
+        *inspect.signature(ProcessorMixin.apply_chat_template).parameters,
+    )
+
+
+def a_level_per_row(align_level, input_ids):
+    """`(batch,)` levels, of the type of `input_ids`: tensor, array or list."""
+    levels = np.asarray(align_level) if np.ndim(align_level) else np.full(len(input_ids), align_level)
+    if isinstance(input_ids, torch.Tensor):
+        return torch.from_numpy(levels)
+    return levels if isinstance(input_ids, np.ndarray) else levels.tolist()
 
 
 def apply_edits(row: str, edits: list[tuple[int, int, str, str]]) -> tuple[str, list[dict]]:

@@ -16,6 +16,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from modeling_aligngpt.chat_templates import CHAT_TEMPLATES
 from modeling_aligngpt.control_tokens import control_tokens, sanitized
 
+from .data.conversations import BadRow, refuse_foreign
 from .data.images import load_image
 
 
@@ -189,6 +190,10 @@ class AlignGPTDataCollator(DataCollatorMixin):
         messages = row.get("messages")
         if not messages:
             raise ValueError(f"{describe_row(row)} has no `messages`.")
+        try:
+            refuse_foreign(row, ("messages",))
+        except BadRow as error:
+            raise ValueError(f"{describe_row(row)} {error}.") from None
         tokens = (self.processor.image_token, self.processor.align_token)
         checked, images, answers = [], 0, 0
         for turn, message in enumerate(messages):

@@ -19,6 +19,8 @@ from .collator import (
     describe_row,
     overlong_message,
 )
+from .data.conversations import FOREIGN
+from .data.records import left_encoded
 from .data.streaming import ROWS_AT_ONCE, StreamCounts
 
 
@@ -199,8 +201,8 @@ def _encode_all(
     rows: Dataset, collator: AlignGPTDataCollator, args: "StageConfig", name: str, positions: np.ndarray | None
 ) -> Dataset:
     """A data set of `TEXT_FEATURES`, a row for each of `rows`, empty where not selected; the first bad row raises."""
-    needed_columns = [column for column in ("messages", "align_level", "id") if column in rows.column_names]
-    texts = rows.select_columns(needed_columns)
+    needed_columns = [name for name in ("messages", "align_level", "id", *FOREIGN) if name in rows.column_names]
+    texts = left_encoded(rows.select_columns(needed_columns))
     limit = args.max_length if args.on_overlong == "error" else None
 
     def encode(batch: dict[str, list], indices: list[int]) -> dict[str, list]:

@@ -185,20 +185,40 @@ def test_system_message(name, expected):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_images_come_first_in_their_message(name):
-    content = "<image>\n<image>\nWhat is it?"
-    expected = render(name, [{"role": "user", "content": content}])
-    assert expected.count("<image>\n<image>\nWhat is it?") == 1
+def test_an_image_comes_first_in_its_message(name):
+    expected = render(name, [user(None, "What is it?")])
+    assert expected.count("<image>\nWhat is it?") == 1
     for message in (
-        user(None, None, "What is it?"),
-        user("What is it?", None, None),
-        user(None, "What ", None, "is it?"),
-        {"role": "user", "content": " What <image>is it?\n<image>"},
-        user("What is it?<image>", None),
+        user("What is it?", None),
+        user("What ", None, "is it?"),
+        {"role": "user", "content": " What <image>is it?\n"},
+        {"role": "user", "content": "What is it?\n<image>"},
+        user("What is it?<image>"),
     ):
         assert render(name, [message]) == expected
     alone = render(name, [user(None)])
-    assert "<image>" in alone and "<image>\n<" not in alone.replace("<image>\n<|im_end", "")
+    assert "<image>" in alone and "<image>\n" not in alone.replace("<image>\n<|im_end", "")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("string", "parts", "laid_out"),
+    [
+        (
+            "This is <image> and this <image>. What differs?",
+            ("This is ", None, " and this ", None, ". What differs?"),
+            "This is <image> and this <image>. What differs?",
+        ),
+        ("<image>\n<image>\nWhat differs?", (None, None, "What differs?"), "<image>\n<image>\nWhat differs?"),
+        ("<image> <image><image>", (None, None, None), "<image>\n<image>\n<image>"),
+        ("\nWhat differs?\n<image><image>\n", ("What differs?\n", None, None), "What differs?\n<image><image>"),
+        ("<image> or <image> ?", (None, "or ", None, " ?"), "<image>\nor <image> ?"),
+    ],
+)
+def test_several_images_keep_their_places(name, string, parts, laid_out):
+    expected = render(name, [user(None, "What is it?")]).replace("<image>\nWhat is it?", laid_out)
+    assert render(name, [{"role": "user", "content": string}]) == expected
+    assert render(name, [user(*parts)]) == expected
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -263,6 +283,11 @@ def test_plain():
         ([system("an <image>"), user(None)], r"message 0 \(system\): it holds an image"),
         ([user(None), system("a")], r"message 1 \(system\): a system message must be the first"),
         ([{"role": "user", "content": [{"type": "video"}]}], r"message 0 \(user\): a part is of type 'video'"),
+        ([{"role": "user", "contents": "Hi"}], r"message 0 \(user\): it has no 'content' but role, contents\."),
+        (
+            [{"role": "user", "content": [{"type": "text", "content": "Hi"}]}],
+            r"message 0 \(user\): a text part has no 'text' but type, content\.",
+        ),
         ([system("a")], "no user message"),
         ([assistant("a")], "no user message"),
     ],
@@ -376,18 +401,20 @@ SUFFIX_CHATS = [
     [("system", "Be short."), ("user", "<image> what is it?")],
     [("user", " only text ")],
     [("system", ""), ("user", "only text")],
+    [("user", "this is <image> and this <image>. what differs?")],
+    [("user", "see <image> , <image> "), ("assistant", "yes"), ("user", " <image><image> and <image>")],
+    [("user", "is it <image> or<image><image>?"), ("assistant", " no"), ("user", "why")],
 ]
 
 
-@pytest.mark.parametrize("name", ["vicuna_v1", "llama_2", "mistral", "phi", "chatml"])
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("chat", SUFFIX_CHATS)
 def test_suffix_in_the_template_is_what_the_processor_writes(name, chat):
     """An engine tokenises what the template gives; the processor edits it. Both get the same ids."""
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "base_llm")
-    tokenizer.add_tokens(
-        ["<image>", "<align>", "<|user|>", "<|end|>", "<|assistant|>", "<|system|>"], special_tokens=True
-    )
-    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    added = ["<image>", "<align>", "<|user|>", "<|end|>", "<|assistant|>", "<|system|>", "<|im_start|>", "<|im_end|>"]
+    added += ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<start_of_turn>", "<end_of_turn>"]
+    tokenizer.add_tokens(added, special_tokens=True)
     processor = AlignGPTProcessor(
         image_processor_for(8, None, do_pad=True),
         tokenizer,
@@ -399,9 +426,8 @@ def test_suffix_in_the_template_is_what_the_processor_writes(name, chat):
     images = [Image.new("RGB", (8, 8))] * sum(text.count("<image>") for _, text in chat)
 
     def ids(template):
-        text = processor.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=True
-        )
+        processor.chat_template = template
+        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text, processor(images=images or None, text=text, add_special_tokens=False)["input_ids"][0]
 
     edited = ids(CHAT_TEMPLATES[name])[1]

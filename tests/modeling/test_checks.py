@@ -122,3 +122,33 @@ def test_generate_checks_before_a_device_would():
         model.generate(**batch, align_level=torch.tensor([0, 8, 1]), max_new_tokens=1)
     with pytest.raises(ValueError, match=r"2 image\(s\) of 4 <image> positions.*\[4, 8, 0\]"):
         model.generate(**{**batch, "pixel_values": draw_images(2)}, max_new_tokens=1)
+
+
+def test_misspelt_arguments_are_refused_and_those_of_libraries_are_not():
+    """By `forward` of both classes, and by `generate` as transformers does it."""
+    model, batch = tiny_model(), make_batch(MIXED_ROWS)
+    for forward in (model, model.model):
+        with pytest.raises(TypeError, match=r"forward has no argument 'align_levels': did you mean 'align_level'\?"):
+            forward(**batch, align_levels=3)
+    with pytest.raises(TypeError, match=r"forward has no argument 'label': did you mean 'labels'\?"):
+        model(**batch, label=batch["input_ids"])
+    with pytest.raises(ValueError, match=r"not used by the model.*align_levels"):
+        model.generate(**batch, max_new_tokens=1, align_levels=3)
+    expected = model(**batch).logits
+    length = batch["input_ids"].shape[1]
+    handed_on = {
+        "use_cache": False,
+        "output_attentions": True,
+        "output_hidden_states": True,
+        "return_dict": True,
+        "cache_position": torch.arange(length),
+        "num_items_in_batch": 5,
+        "token_type_ids": None,
+        "mm_token_type_ids": None,
+        "shift_labels": None,
+        "output_router_logits": False,
+        "is_causal": True,
+        "max_length_q": length,
+        "max_length_k": length,
+    }
+    assert torch.equal(model(**batch, **handed_on).logits, expected)

@@ -95,3 +95,7 @@ def test_what_cannot_be_judged_is_refused(judged):
     text_only = processor.tokenizer(["a whale"], return_tensors="pt")
     with pytest.raises(ValueError, match="Row 0 has no image"):
         model.judge(**text_only, labels=text_only["input_ids"], pixel_values=inputs["pixel_values"][:1])
+    with pytest.raises(TypeError, match="no argument 'part': did you mean 'parts'"):
+        model.judge(**inputs, part=inputs["labels"])
+    with pytest.raises(TypeError, match="no argument 'align_level': it takes what judge_inputs returns"):
+        model.judge(**inputs, align_level=3)

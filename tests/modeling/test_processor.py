@@ -327,6 +327,38 @@ def test_other_errors(small):
         AlignGPTProcessor(small.image_processor, tokenizer)
 
 
+def test_misspelt_arguments_are_refused(small):
+    chat = [user(shown(draw_image()), "What is it?")]
+    with pytest.raises(TypeError, match="no argument 'align_levels': did you mean 'align_level'"):
+        small(images=draw_image(), text="<image> a", align_levels=3)
+    with pytest.raises(TypeError, match="no argument 'image': did you mean 'images'"):
+        small(image=draw_image(), text="<image> a")
+    with pytest.raises(TypeError, match="no argument 'paddding': did you mean 'padding'"):
+        small(text="a", paddding=True)
+    with pytest.raises(TypeError, match="no argument 'align_levels': did you mean 'align_level'"):
+        small.apply_chat_template(chat, tokenize=True, return_dict=True, align_levels=3)
+    small.apply_chat_template(chat, add_generation_prompt=True, enable_thinking=False)  # a setting of other templates
+
+
+def test_tools_have_no_place(small):
+    tools = [{"type": "function", "function": {"name": "look", "description": "Looks.", "parameters": {}}}]
+    chat = [user("Hi")]
+    with pytest.raises(ValueError, match="has no place for tools: leave `tools` out"):
+        small.apply_chat_template(chat, tools=tools)
+    assert small.apply_chat_template(chat, tools=None) == small.apply_chat_template(chat, tools=[])
+    small.apply_chat_template(chat, chat_template="{{ tools }}", tools=tools)
+
+
+def test_a_level_travels_with_the_inputs(small):
+    assert small(images=draw_image(), text="<image> a", align_level=3)["align_level"] == [3]
+    batch = small(text=["a", "b"], padding=True, return_tensors="pt", align_level=[3, 4])
+    assert batch["align_level"].tolist() == [3, 4]
+    chats = [[user(shown(draw_image()), "What?")], [user("Hi")]]
+    settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
+    padding = {"padding": True} if IS_TRANSFORMERS_4 else {"processor_kwargs": {"padding": True}}
+    assert small.apply_chat_template(chats, align_level=5, **settings, **padding)["align_level"].tolist() == [5, 5]
+
+
 def test_processor_and_config_must_agree(golden):
     tokenizer = golden.tokenizer
     golden.validate_with(config_for(tokenizer))
@@ -519,3 +551,25 @@ def test_pipeline_with_prompts(pipe):
     assert isinstance(pipe(text="no image", max_new_tokens=3)[0]["generated_text"], str)
     with pytest.raises(ValueError, match=r"Row 0: .* it has 1 and 0 images"):
         pipe(text="<image> a", max_new_tokens=3)
+
+
+def test_pipeline_with_a_level(pipe):
+    """By itself (transformers 4 drops all settings of a chat), and among the settings of `generate`."""
+    seen, generate = [], pipe.model.generate
+    pipe.model.generate = lambda **kwargs: seen.append(kwargs.get("align_level")) or generate(**kwargs)
+    try:
+        image, chat = draw_image(), [user(shown(draw_image()), "What is it?")]
+        settings = {"max_new_tokens": 2, "return_full_text": False}
+        asked = pipe(text=chat, generate_kwargs={"align_level": 7}, **settings)
+        if not IS_TRANSFORMERS_4:
+            assert pipe(text=chat, align_level=7, **settings) == asked
+            pipe(text=[chat, chat], align_level=2, batch_size=2, **settings)
+        pipe(images=image, text="<image> a", align_level=0, **settings)
+        with pytest.raises(TypeError, match="no argument 'align_levels': did you mean 'align_level'"):
+            pipe(images=image, text="<image> a", align_levels=0, **settings)
+        with pytest.raises(ValueError, match=r"align_level=.*9.* is out of range"):
+            pipe(images=image, text="<image> a", align_level=9, **settings)
+    finally:
+        del pipe.model.generate
+    seen = [level if isinstance(level, int) else level.tolist() for level in seen]
+    assert seen == ([7, [0], [9]] if IS_TRANSFORMERS_4 else [7, [7], [2, 2], [0], [9]])

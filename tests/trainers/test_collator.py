@@ -2,11 +2,16 @@
 
 import pytest
 import torch
+from parity.golden import GOLDEN
+from PIL import Image
 from stage_parts import NUM_LEVELS, conversation_rows, draw_image, message, pair_rows
+from transformers import AutoTokenizer
 from trl.data_utils import prepare_multimodal_messages
 
-from aligngpt_trainers import AlignGPTDataCollator
-from modeling_aligngpt import CHAT_TEMPLATES
+from aligngpt_trainers import AlignGPTDataCollator, load_rows
+from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTProcessor
+from modeling_aligngpt.chat_templates import with_suffix
+from modeling_aligngpt.processing_aligngpt import infer_image_suffix
 
 
 SEQ_LENGTH = 16
@@ -71,6 +76,54 @@ def test_equals_the_processors_own_chat_template(processor, template, suffix):
     assert torch.equal(batch["pixel_values"], expected["pixel_values"])
     assert torch.equal(batch["labels"] != -100, expected["assistant_masks"].bool())
     assert torch.equal(batch["prompt_mask"], batch["labels"] == -100)
+
+
+SEVERAL = (
+    ("This is <image> and this <image>. What differs?", ("This is ", None, " and this ", None, ". What differs?")),
+    ("<image>\n<image>\nWhat differs?", (None, None, "What differs?")),
+    ("What differs? <image><image>", ("What differs? ", None, None)),
+)
+
+
+@pytest.mark.parametrize("words", ["byte-level", "sentencepiece"])
+@pytest.mark.parametrize("template", [name for name in CHAT_TEMPLATES if name != "plain"])
+def test_several_images_are_the_same_ids_in_training_and_use(processor, template, words):
+    """A string and a list of parts, read by the loader and asked as they are."""
+    image, answer = Image.new("RGB", (32, 32)), "The colour."
+    if words == "sentencepiece":
+        tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "base_llm")
+        own = ["<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|user|>"]
+        own += ["<|assistant|>", "<|end|>", "<start_of_turn>", "<end_of_turn>"]
+        tokenizer.add_tokens(["<image>", "<align>", *own], special_tokens=True)
+        tokenizer.pad_token = tokenizer.unk_token
+        parts = {"image_seq_length": SEQ_LENGTH, "image_suffix": infer_image_suffix(tokenizer)}
+        processor = AlignGPTProcessor(processor.image_processor, tokenizer, **parts)
+    # as it is saved in a model's folder
+    processor.chat_template = with_suffix(CHAT_TEMPLATES[template], processor.image_suffix, processor.tokenizer)
+    collator = AlignGPTDataCollator(processor, "instruct")
+    for string, parts in SEVERAL:
+        content = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+        asked = [[{"role": "user", "content": each}] for each in (string, content)]
+        turns = [{"from": "human", "value": string}, {"from": "gpt", "value": answer}]
+        rows = [{"image": [image] * 2, "conversations": turns}]
+        rows += [
+            {"images": [image] * 2, "messages": [*chat, {"role": "assistant", "content": answer}]} for chat in asked
+        ]
+        trained = [collator(list(load_rows([row])))["input_ids"][0].tolist() for row in rows]
+        assert trained[0] == trained[1] == trained[2]
+        for chat in asked:
+            prompt = processor.apply_chat_template(
+                chat,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                processor_kwargs={"images": [image] * 2},
+            )["input_ids"][0]
+            assert trained[0][: len(prompt)] == prompt
+            # an engine expands what the template gives
+            text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            expanded = text.replace("<image>", "<image>" * SEQ_LENGTH)
+            assert processor.tokenizer(expanded, add_special_tokens=False)["input_ids"] == prompt
 
 
 def test_pads_on_the_right_to_a_multiple(processor):

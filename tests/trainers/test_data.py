@@ -108,7 +108,8 @@ class TestLlavaJson:
         rows = load_rows([llava(), text, several], image_folder=folder / "pictures")
         assert [len(images) for images in rows["images"]] == [1, 0, 2]
         assert rows[1]["messages"] == [said("user", block("Hi")), said("assistant", block("Hello"))]
-        assert rows[2]["messages"][0] == said("user", block("First"), block(), block(", then"), block(), block("last"))
+        first = said("user", block("First "), block(), block(", then\n"), block(), block(" last"))
+        assert rows[2]["messages"][0] == first
         assert [message["role"] for message in rows[2]["messages"]] == ["user", "assistant"] * 2
 
     @pytest.mark.parametrize("text", ["<image>\nWhat?", "What?\n<image>", " What?<image> ", "<image>What?"])
@@ -356,6 +357,45 @@ class TestErrors:
         assert "10 of 30 rows left out" in caplog.text
         with pytest.raises(ValueError, match=r"no rows\. All 1 were unusable"):
             load_rows(records[:1], image_folder=folder / "pictures", on_bad_row="skip")
+
+    @pytest.mark.parametrize(
+        ("column", "value", "nothing"),
+        [
+            ("videos", ["a.mp4"], []),
+            ("audio", {"bytes": b"RIFF", "path": None}, None),
+            ("tools", '[{"name": "look"}]', "[]"),
+            ("objects", {"ref": ["a kite"], "bbox": [[1, 2, 3, 4]]}, {"ref": [], "bbox": []}),
+            ("tool_calls", [{"name": "look"}], None),
+        ],
+    )
+    @pytest.mark.parametrize("kind", ["list", "table", "stream"])
+    def test_what_the_model_cannot_take(self, column, value, nothing, kind):
+        def row(value, text):
+            turns = [{"role": "user", "content": text}, {"role": "assistant", "content": "A kite."}]
+            if column == "tool_calls":
+                turns[1][column], value = value, None
+            return {"messages": turns, **({} if column == "tool_calls" else {column: value})}
+
+        rows = [row(nothing, "What?"), row(value, "What is in <bbox>?"), row(nothing, "Where?")]
+        source = rows
+        if kind != "list":
+            source = Dataset.from_list(rows)
+            source = source.cast_column("audio", datasets.Audio()) if column == "audio" else source
+        reason = f"holds `{column}`, but the model takes images and text alone"
+        with pytest.raises(ValueError, match=f"row 1.*: {reason}.*\n.*on_bad_row"):
+            list(load_rows(source, streaming=kind == "stream", shuffle_buffer=0))
+        kept = load_rows(source, streaming=kind == "stream", shuffle_buffer=0, on_bad_row="skip")
+        texts = [row["messages"][0]["content"][0]["text"] for row in kept]
+        assert texts == ["What?", "Where?"]
+
+    def test_facts_about_objects_are_no_reason(self):
+        row = {"image": draw_image(), "caption": "a kite", "objects": {"bbox": [[1, 2, 3, 4]]}}
+        assert len(load_rows([row])) == 1
+
+    def test_a_text_block_without_text(self):
+        turns = [said("user", {"type": "text", "content": "Hi"}), said("assistant", block("a"))]
+        with pytest.raises(BadRow, match="message 0: a text block has no `text`"):
+            to_messages({"messages": turns}, ("messages",), 0)
 
     def test_a_level_that_only_some_rows_have(self, folder):
         with pytest.raises(ValueError, match="row 1: no align_level, which other rows have"):

@@ -159,6 +159,7 @@ def test_layouts_give_the_same_rows(tmp_path):
         ({"question": None}, "row 1: found .*accepted are"),
         ({"image": "gone.png"}, "row 1: no such image file 'gone.png'"),
         ({"align_level": 8}, "row 1: align_level is 8"),
+        ({"question": "is <image> or <image> brighter?"}, "row 1: several images stand among its words"),
     ],
 )
 def test_bad_pairs_are_named(change, message):

@@ -15,6 +15,11 @@ ACCEPTED = (
     "or `image` + `caption` or `text`"
 )
 
+# What other models take, by column and key of a turn. `objects` are what these marks in a text stand for.
+FOREIGN = ("video", "videos", "audio", "audios", "tools")
+FOREIGN_OF_A_TURN = ("tool_calls", "function_call")
+GROUNDING = ("<bbox>", "<ref-object>")
+
 Message = dict[str, Any]
 
 
@@ -64,6 +69,25 @@ def reason_of(error: Exception) -> Reason:
     return Reason(text.encode(errors="backslashreplace").decode(), getattr(error, "kind", UNUSABLE))
 
 
+def _holds(value: Any) -> bool:
+    """Whether a value is there: tables fill the gaps of a column with empty ones."""
+    if isinstance(value, (dict, list, tuple)):
+        return any(map(_holds, value.values() if isinstance(value, dict) else value))
+    return value is not None and not (isinstance(value, (str, bytes)) and value in ("", b"", "[]", "{}", "null"))
+
+
+def refuse_foreign(record: dict[str, Any], layout: tuple[str, ...]) -> None:
+    """Raises BadRow for a record that holds more than images and text, and would be learned without it."""
+    found = next((column for column in FOREIGN if _holds(record.get(column))), None)
+    if found is None and _holds(record.get("objects")):
+        texts = str([record[column] for column in layout])
+        found = "objects" if any(mark in texts for mark in GROUNDING) else None
+    turns = [turn for column in layout if isinstance(record[column], (list, tuple)) for turn in record[column]]
+    names = [name for turn in turns if isinstance(turn, dict) for name in FOREIGN_OF_A_TURN if _holds(turn.get(name))]
+    if found or names:
+        raise BadRow(f"holds `{found or names[0]}`, but the model takes images and text alone")
+
+
 def find_layout(columns: Any) -> tuple[str, ...] | None:
     """The layout whose columns are all in `columns`, or None."""
     return next((layout for layout in LAYOUTS if all(name in columns for name in layout)), None)
@@ -76,19 +100,15 @@ def _text(value: str) -> dict[str, str]:
 def _split_placeholders(text: str) -> list[dict[str, str]]:
     """Text with `<image>` anywhere -> content blocks.
 
-    A single image goes to the front of its message, as in the data code of LLaVA and of the authors; several keep
-    their places, since the text between them refers to them.
+    A single image goes to the front of its message, as in the data code of LLaVA and of the authors. Several keep
+    their places, and the text around them its spaces, as when the chat templates read the same text in use.
     """
-    if text.count(IMAGE_TOKEN) == 1:
-        rest = text.replace(IMAGE_TOKEN, "").strip()
-        return [{"type": "image"}] + ([_text(rest)] if rest else [])
-    pieces = [piece.strip() for piece in text.split(IMAGE_TOKEN)]
-    blocks = []
-    for number, piece in enumerate(pieces):
-        if number:
-            blocks.append({"type": "image"})
-        if piece:
-            blocks.append(_text(piece))
+    text, *behind = text.strip().split(IMAGE_TOKEN)
+    if len(behind) == 1:
+        text, behind = "", [(text + behind[0]).strip()]
+    blocks = [_text(text)] if text else []
+    for piece in behind:
+        blocks += [{"type": "image"}, _text(piece)] if piece else [{"type": "image"}]
     return blocks
 
 
@@ -107,12 +127,15 @@ def _content(value: Any, role: str, number: int) -> list[dict[str, str]]:
         kind = block.get("type") if isinstance(block, dict) else None
         if kind == "image":
             blocks.append({"type": "image"})
-        elif kind == "text":
-            if (block.get("text") or "").strip():
+        elif kind == "text" and isinstance(block.get("text"), str):
+            if block["text"]:
                 blocks.append(_text(block["text"]))
+        elif kind == "text":
+            raise BadRow(f"message {number}: a text block has no `text`")
         else:
             raise BadRow(f"message {number}: block of type {kind!r}; accepted are 'image' and 'text'")
-    return blocks
+    # what is between images is text, too, be it one space
+    return blocks if any(block["type"] == "image" or block["text"].strip() for block in blocks) else []
 
 
 def _turns(record: dict[str, Any], layout: tuple[str, ...]) -> list[tuple[Any, Any]]:
@@ -163,6 +186,7 @@ def to_messages(record: dict[str, Any], layout: tuple[str, ...], num_images: int
     Raises:
         BadRow: saying what is wrong.
     """
+    refuse_foreign(record, layout)
     messages = []
     for number, (speaker, content) in enumerate(_turns(record, layout)):
         role = ROLES.get(speaker)

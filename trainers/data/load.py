@@ -45,6 +45,7 @@ from .records import (
     convert_record,
     encode_images,
     has_image,
+    left_encoded,
     name_of,
 )
 from .sources import Records, open_source
@@ -319,7 +320,7 @@ def _from_dataset(dataset: Dataset, title: str, folder: Path | str | None, check
             images = dataset.data.select(["images"])
         elif images is None:  # lists of images under the name of a single one
             images = InMemoryTable(pa.table({"images": dataset.data.column(image_column)}))
-    text = dataset.select_columns([column for column in dataset.column_names if column in USED_COLUMNS])
+    text = left_encoded(dataset.select_columns([name for name in dataset.column_names if name in USED_COLUMNS]))
 
     def prepared() -> Iterator[tuple[dict, list[str], list[str]]]:
         records = (

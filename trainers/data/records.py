@@ -1,5 +1,6 @@
 """One record of a source, images still encoded, and what can be wrong with it; for data sets and streams alike."""
 
+import dataclasses
 import logging
 import os
 from pathlib import Path
@@ -7,11 +8,11 @@ from typing import Any
 
 import PIL.Image
 import PIL.ImageOps
-from datasets import Features, Image, List, Value
+from datasets import Audio, Dataset, Features, Image, IterableDataset, List, Value, Video
 
 from modeling_aligngpt.images_aligngpt import array_to_image, shortened, with_alpha
 
-from .conversations import ACCEPTED, EMPTY, LAYOUTS, BadRow, find_layout, to_messages
+from .conversations import ACCEPTED, EMPTY, FOREIGN, LAYOUTS, BadRow, find_layout, to_messages
 from .images import resolve_path
 from .sources import Broken
 
@@ -24,7 +25,7 @@ IMAGE_COLUMNS = ("images", "image")
 OTHER_COLUMNS = ("id", "align_level", "similarity", "clip_score")
 MOST_LEVELS = 2**31  # what could be a level; the model's own number is for the collator
 UNUSED = {"model", "url", "source", "dataset"}  # columns that public releases carry: left out without a word
-USED_COLUMNS = {name for layout in LAYOUTS for name in layout} | set(OTHER_COLUMNS)
+USED_COLUMNS = {name for layout in LAYOUTS for name in layout} | {*OTHER_COLUMNS, *FOREIGN, "objects"}
 IMAGES = Features({"x": List(Image())}).arrow_schema.field("x").type
 
 
@@ -34,7 +35,7 @@ def check_columns(columns: set[str], title: str) -> None:
     missing_image = layout in (("caption",), ("text",)) and not columns & set(IMAGE_COLUMNS)
     if layout is None or missing_image:
         raise ValueError(f"{title}: found the columns {', '.join(sorted(map(str, columns)))}; accepted are {ACCEPTED}.")
-    used = {*layout, *IMAGE_COLUMNS, *OTHER_COLUMNS, *UNUSED}
+    used = {*layout, *IMAGE_COLUMNS, *OTHER_COLUMNS, *FOREIGN, *UNUSED}
     if columns - used:
         logger.warning("%s: columns not used: %s.", title, ", ".join(sorted(map(str, columns - used))))
 
@@ -129,6 +130,16 @@ def _keep_pixels(value: Any) -> Any:
         return PIL.ImageOps.exif_transpose(value)  # a copy, which has no format
     except Exception:  # broken EXIF data
         return value.copy()
+
+
+def left_encoded(rows: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """Rows whose columns of images, audio and video are not decoded when a row is read."""
+    for column, kind in (rows.features or {}).items():
+        inner = getattr(kind, "feature", kind)
+        if isinstance(inner, (Image, Audio, Video)):
+            encoded = dataclasses.replace(inner, decode=False)
+            rows = rows.cast_column(column, encoded if inner is kind else List(encoded))
+    return rows
 
 
 def has_image(messages: list[dict]) -> bool:

@@ -22,6 +22,7 @@ from .records import (
     convert_record,
     encode_images,
     has_image,
+    left_encoded,
     name_of,
 )
 from .sources import NUM_SHARDS, Broken, Records, read_records
@@ -183,13 +184,8 @@ def _from_stream(
     columns = set(rows.column_names or [])
     check_columns(columns, title)
     features = _features(columns)
-    rows = rows.select_columns([name for name in rows.column_names if name in USED_COLUMNS | set(IMAGE_COLUMNS)])
-    for column in IMAGE_COLUMNS:  # left encoded
-        kind = (rows.features or {}).get(column)
-        if isinstance(kind, Image):
-            rows = rows.cast_column(column, Image(decode=False))
-        elif isinstance(getattr(kind, "feature", None), Image):
-            rows = rows.cast_column(column, List(Image(decode=False)))
+    used = USED_COLUMNS | set(IMAGE_COLUMNS)
+    rows = left_encoded(rows.select_columns([name for name in rows.column_names if name in used]))
 
     def convert(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         converted: dict[str, list] = {name: [] for name in features}

@@ -163,14 +163,21 @@ def _level(record: dict[str, Any], num_align_levels: int | None) -> int | None:
 def _messages(value: Any, role: str) -> list[dict[str, str]]:
     """A text, or messages whose contents are texts or lists of parts; TRL places the images itself."""
     if isinstance(value, str):
-        # TRL puts as many images in front as the row has
         check_text(value, role)
-        return [{"role": role, "content": value.replace("<image>", "").strip()}]
+        return [{"role": role, "content": _without_places(value)}]
     found = []
     for message in value:
         content = message["content"]
         if not isinstance(content, str):
-            content = "".join(part.get("text") or "" for part in content)
+            content = "".join("<image>" if part.get("type") == "image" else part.get("text") or "" for part in content)
         check_text(content, message["role"])
-        found.append({"role": message["role"], "content": content.replace("<image>", "").strip()})
+        found.append({"role": message["role"], "content": _without_places(content)})
     return found
+
+
+def _without_places(text: str) -> str:
+    """A text without `<image>`: TRL puts as many images in front of the first question as the row has."""
+    *before, _ = pieces = text.split("<image>")
+    if len(before) > 1 and "".join(before).strip():
+        raise BadRow("several images stand among its words, and TRL can only put them in front: leave the row out")
+    return "".join(pieces).strip()
