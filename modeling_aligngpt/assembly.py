@@ -1,7 +1,9 @@
 """A fresh AlignGPT from a language model and a vision tower: placeholder tokens, vocabulary, templates, processor."""
 
+import copy
 import math
 import os
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.configuration_utils import PretrainedConfig
 from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .backbones import WRAPPER_PREFIXES, backbone_of, check_language_model, check_vision_tower, read_config
 from .chat_templates import CHAT_TEMPLATES, select_chat_template, stop_token
@@ -16,10 +19,15 @@ from .configuration_aligngpt import AlignGPTConfig
 from .generation_aligngpt import complete_generation_config
 from .modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTMLP
 from .processing_aligngpt import AlignGPTProcessor
+from .processing_parts import image_settings, output_size
 
+
+logger = logging.get_logger(__name__)
 
 IMAGE_TOKEN, ALIGN_TOKEN = "<image>", "<align>"
 VOCABULARY_MULTIPLE = 64
+# a tower's summary of an image, by the families' names: what is projected is a layer's states
+_POOLERS = ("pooler.", "head.")
 
 
 def add_placeholder_tokens(tokenizer) -> tuple[int, int]:
@@ -109,21 +117,93 @@ def load_language_model(language_model: str | os.PathLike, dtype=None):
     return model
 
 
-def load_vision_tower(vision_tower: str | os.PathLike, dtype=None):
+def load_vision_tower(vision_tower: str | os.PathLike, dtype=None, image_size: int | None = None):
     """
-    The vision part of a CLIP/SigLIP dual encoder, or a vision tower as it is; returns the model.
+    The vision part of a dual encoder (CLIP, SigLIP, a `VisionTextDualEncoderModel`), or a vision tower as it is.
+
+    Args:
+        vision_tower: folder or Hub id.
+        dtype: of the weights.
+        image_size: of the images that it shall take, see [`interpolated`]; `None`: its config's.
+
+    Returns:
+        The model. Weights of its pooler, which nothing here reads, are zeros where the checkpoint has none.
 
     Raises:
-        ValueError: the checkpoint lacks weights of the tower, which would stay random.
+        ValueError: the checkpoint lacks other weights of the tower, which would stay random.
     """
-    vision_config = vision_config_of(read_config(vision_tower, "vision tower"))
-    tower, report = AutoModel.from_pretrained(vision_tower, config=vision_config, dtype=dtype, output_loading_info=True)
-    if missing := sorted(report["missing_keys"]):
+    config = read_config(vision_tower, "vision tower")
+    # there a model of any family stands behind a prefix that its own class does not know
+    prefix = {r"^vision_model\.": ""} if config.model_type == "vision-text-dual-encoder" else None
+    tower, report = AutoModel.from_pretrained(
+        vision_tower, config=vision_config_of(config), dtype=dtype, key_mapping=prefix, output_loading_info=True
+    )
+    lacking = sorted(report["missing_keys"])
+    if missing := [name for name in lacking if not name.removeprefix("vision_model.").startswith(_POOLERS)]:
         raise ValueError(
-            f"{vision_tower} lacks {len(missing)} weights of a {vision_config.model_type} ({', '.join(missing[:3])}): "
+            f"{vision_tower} lacks {len(missing)} weights of a {tower.config.model_type} ({', '.join(missing[:3])}): "
             "name a vision tower, or a CLIP or SigLIP model."
         )
-    return tower
+    with torch.no_grad():
+        for name in lacking:
+            tower.get_parameter(name).zero_()
+    return tower if image_size in (None, tower.config.image_size) else _resized(tower, image_size)
+
+
+def _resized(tower, image_size: int):
+    """The tower for images of another size."""
+    config = with_image_size(tower.config, image_size)
+    with torch.random.fork_rng(devices=[]):
+        resized = AutoModel.from_config(config, dtype=tower.dtype)
+    shapes = {name: value.shape for name, value in resized.state_dict().items()}
+    weights = tower.state_dict()
+    for name, value in weights.items():
+        if value.shape != shapes[name]:
+            weights[name] = interpolated(value, tower.config, image_size)
+    resized.load_state_dict(weights)
+    return resized.eval()
+
+
+def with_image_size(vision_config: PretrainedConfig, image_size: int) -> PretrainedConfig:
+    """
+    A copy of a tower's config for images of another size.
+
+    Raises:
+        ValueError: the tower's config has no size in pixels, or its patches do not fill such an image.
+    """
+    own, patch = (getattr(vision_config, name, None) for name in ("image_size", "patch_size"))
+    if not isinstance(own, int) or not isinstance(patch, int):
+        raise ValueError(f"image_size={image_size}: the config of this {vision_config.model_type} has none to change.")
+    if image_size != own and (image_size < patch or image_size % patch):
+        near = max(patch, image_size // patch * patch)
+        raise ValueError(
+            f"image_size={image_size} is no multiple of the tower's patch_size {patch}: take {near} or {near + patch}."
+        )
+    vision_config = copy.deepcopy(vision_config)
+    vision_config.image_size = image_size
+    return vision_config
+
+
+def interpolated(positions: torch.Tensor, vision_config: PretrainedConfig, image_size: int) -> torch.Tensor:
+    """
+    A tower's position embeddings `(..., P + S * S, V)`, of P special tokens and S patches a side, for images of another
+    size, as the family's own class interpolates them.
+
+    Args:
+        positions: of images of `vision_config.image_size` pixels.
+        vision_config: the tower's.
+        image_size: in pixels.
+    """
+    old, new = (size // vision_config.patch_size for size in (vision_config.image_size, image_size))
+    special, grid = positions.float().split([positions.shape[-2] - old**2, old**2], dim=-2)
+    grid = nn.functional.interpolate(
+        grid.reshape(1, old, old, -1).permute(0, 3, 1, 2),
+        size=(new, new),
+        mode="bicubic",
+        antialias=vision_config.model_type == "dinov2_with_registers",
+    )
+    grid = grid.flatten(2).transpose(1, 2).reshape(*special.shape[:-2], new**2, -1)
+    return torch.cat([special, grid], dim=-2).to(positions.dtype)
 
 
 def vision_config_of(config: PretrainedConfig) -> PretrainedConfig:
@@ -138,6 +218,7 @@ def plan(
     language_model_revision: str | None = None,
     vision_tower_revision: str | None = None,
     chat_template: str | None = None,
+    image_size: int | None = None,
     **config_overrides,
 ) -> tuple[AlignGPTConfig, PreTrainedTokenizerBase, str]:
     """
@@ -148,10 +229,13 @@ def plan(
         Config, tokenizer with the placeholders, and name of the chat template.
 
     Raises:
-        ValueError: a part does not fit, or `chat_template` is unknown.
+        ValueError: a part does not fit, nothing says how the tower's images are scaled, or `chat_template` is unknown.
     """
     lm_config = read_config(language_model, "language model", language_model_revision)
     vision_config = vision_config_of(read_config(vision_tower, "vision tower", vision_tower_revision))
+    settings = image_settings(vision_tower, vision_tower_revision)
+    if image_size is not None:
+        vision_config = with_image_size(vision_config, image_size)
     check_language_model(lm_config, language_model)
     tokenizer = AutoTokenizer.from_pretrained(language_model, revision=language_model_revision)
     name = chat_template or select_chat_template(tokenizer)
@@ -164,7 +248,21 @@ def plan(
     text_config.vocab_size = max(padded_vocabulary_size(len(tokenizer)), text_config.vocab_size)
     config = _make_config(text_config, vision_config, placeholder_ids, head.bias is not None, config_overrides)
     check_vision_tower(config, vision_tower)
+    if image_size is None:
+        _compare_sizes(config, settings, vision_tower)
     return config, tokenizer, name
+
+
+def _compare_sizes(config: AlignGPTConfig, settings: dict, vision_tower: str | os.PathLike) -> None:
+    """Says when a tower's config and its image processor name different sizes."""
+    own, given = getattr(config.vision_config, "image_size", None), output_size(SimpleNamespace(**settings))
+    if not isinstance(own, int) or given is None or given[0] != given[1] or given[0] == own:
+        return
+    logger.warning_once(
+        f"vision tower {str(vision_tower)!r}: its config says images of {own} pixels, which is what the model takes "
+        f"({config.image_seq_length:,} tokens an image); its image processor makes {given[0]}. For those: "
+        f"`aligngpt init --image-size {given[0]}`."
+    )
 
 
 def _make_config(text_config, vision_config, placeholder_ids, lm_head_bias: bool, overrides: dict) -> AlignGPTConfig:
@@ -183,6 +281,7 @@ def assemble(
     vision_tower: str | os.PathLike,
     *,
     chat_template: str | None = None,
+    image_size: int | None = None,
     do_pad: bool = False,
     dtype: torch.dtype | str | None = None,
     seed: int = 0,
@@ -193,8 +292,9 @@ def assemble(
 
     Args:
         language_model: folder or Hub id of a causal language model, tokenizer included.
-        vision_tower: folder or Hub id of a vision tower or of a CLIP/SigLIP dual encoder.
+        vision_tower: folder or Hub id of a vision tower or of a dual encoder (CLIP, SigLIP).
         chat_template: a name of `CHAT_TEMPLATES`; `None` recognises the language model's own.
+        image_size: pixels of an image's side, a multiple of the tower's patches, in place of its config's.
         do_pad: images padded to a square with the mean colour (`True`: stage 2) or cropped (`False`: stage 1).
         dtype: of the weights; `None` is float32.
         seed: of projector, level table and gate, so that every process starts from the same ones.
@@ -206,11 +306,13 @@ def assemble(
     Raises:
         ValueError: a part does not fit (before any weight is read) or lacks weights, or `chat_template` is unknown.
     """
-    planned, tokenizer, template = plan(language_model, vision_tower, chat_template=chat_template, **config_overrides)
+    planned, tokenizer, template = plan(
+        language_model, vision_tower, chat_template=chat_template, image_size=image_size, **config_overrides
+    )
     dtype = torch.float32 if dtype is None else dtype
     causal_lm = load_language_model(language_model, dtype)
     extend_vocabulary(causal_lm, len(tokenizer), planned.align_token_id)
-    tower = load_vision_tower(vision_tower, dtype)
+    tower = load_vision_tower(vision_tower, dtype, image_size)
     placeholder_ids = planned.image_token_id, planned.align_token_id
     text_config = causal_lm.config.get_text_config()
     config = _make_config(text_config, tower.config, placeholder_ids, planned.lm_head_bias, config_overrides)
@@ -265,9 +367,11 @@ __all__ = [
     "extend_vocabulary",
     "fresh_parts",
     "load_language_model",
+    "interpolated",
     "load_vision_tower",
     "padded_vocabulary_size",
     "placeholder_generation_config",
     "plan",
     "vision_config_of",
+    "with_image_size",
 ]

@@ -60,15 +60,22 @@ def read_config(source: str | os.PathLike, role: str, revision: str | None = Non
     The config of a language model or vision tower.
 
     Raises:
-        BackboneError: there is none, or its family is unknown to the installed transformers.
+        BackboneError: there is none, its family is unknown to the installed transformers, or it is a timm model's.
     """
     try:
-        return AutoConfig.from_pretrained(source, revision=revision)
+        values, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+        if "pretrained_cfg" not in values:
+            return AutoConfig.from_pretrained(source, revision=revision)
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise BackboneError(
             f"{role} {str(source)!r}: its config cannot be read by transformers {transformers.__version__} ({first})."
         ) from error
+    raise BackboneError(
+        f"{role} {str(source)!r} is a timm model ({values.get('architecture')}): its config names neither width nor "
+        "patches nor layers, and whoever loads it needs timm and torchvision. Take the same encoder in transformers' "
+        "own format: ViT, SigLIP and DINOv2 have one."
+    )
 
 
 def backbone_of(causal_lm: nn.Module) -> nn.Module:

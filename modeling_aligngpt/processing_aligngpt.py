@@ -448,7 +448,7 @@ class AlignGPTProcessor(ProcessorBase):
             kwargs: of [`AlignGPTProcessor`], over what follows from the config.
 
         Raises:
-            ValueError: as [`AlignGPTProcessor.validate_with`].
+            ValueError: as [`AlignGPTProcessor.validate_with`], or nothing at `vision_tower` says its normalisation.
         """
         image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
         suffix = infer_image_suffix(tokenizer, image_token)  # type: ignore[arg-type]

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,6 @@ import torch
 import transformers
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-
-
-logger = logging.getLogger(__name__)
 
 
 def single_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
@@ -95,7 +91,7 @@ def image_processor_for(input_image_size, vision_tower, do_pad: bool):
     """[`LlavaImageProcessor`] in its PIL form, for images of `input_image_size`, with the normalisation of a tower."""
     settings: dict[str, Any] = {}
     if vision_tower is not None:
-        own = _image_settings(vision_tower)
+        own = image_settings(vision_tower)
         names = ("image_mean", "image_std", "resample", "rescale_factor", "do_center_crop")
         settings = {name: own[name] for name in names if own.get(name) is not None}
         if "size" in own and "shortest_edge" not in own["size"]:
@@ -108,15 +104,30 @@ def image_processor_for(input_image_size, vision_tower, do_pad: bool):
     return form(do_pad=do_pad, **settings)
 
 
-def _image_settings(vision_tower) -> dict[str, Any]:
-    """What a tower's image processor is set to; what its file says where its class cannot be had (torchvision)."""
+def image_settings(vision_tower, revision: str | None = None) -> dict[str, Any]:
+    """
+    What a tower's image processor is set to; what its file says where its class cannot be had (torchvision).
+
+    Raises:
+        ValueError: no file there says the images' mean and standard deviation.
+    """
     try:
-        return transformers.AutoImageProcessor.from_pretrained(vision_tower).to_dict()
-    except ImportError:
-        return transformers.ImageProcessingMixin.get_image_processor_dict(vision_tower)[0]
-    except (OSError, ValueError) as error:
-        logger.warning(f"{vision_tower}: no image processor there, CLIP's normalisation is taken ({error}).")
-        return {}
+        return transformers.AutoImageProcessor.from_pretrained(vision_tower, revision=revision).to_dict()
+    except (ImportError, OSError, ValueError) as error:
+        reason = error
+    try:
+        settings = transformers.ImageProcessingMixin.get_image_processor_dict(vision_tower, revision=revision)[0]
+    except (OSError, ValueError):
+        settings = {}
+    if not {"image_mean", "image_std"} <= settings.keys():
+        raise ValueError(
+            f"vision tower {str(vision_tower)!r}: no preprocessor_config.json (or processor_config.json) that says how "
+            "images are scaled (image_mean, image_std) can be read there: copy it from where the tower was taken."
+        ) from reason
+    for name in ("size", "crop_size"):
+        if isinstance(side := settings.get(name), int):  # as older files have it
+            settings[name] = {"height": side, "width": side}
+    return settings
 
 
 def pair_of(size) -> tuple[int, int] | None:

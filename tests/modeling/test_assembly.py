@@ -6,16 +6,22 @@ import pytest
 import torch
 from modeling.tiny import CLIP, IMAGE_SIZE, LLAMA, PATCH_SIZE, SIGLIP, randomize
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    BertConfig,
     CLIPImageProcessor,
     CLIPModel,
     GenerationConfig,
     PreTrainedTokenizerFast,
     SiglipModel,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+    ViTModel,
 )
 
 from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTForConditionalGeneration, AlignGPTProcessor
@@ -70,6 +76,17 @@ def save_tower(folder, kind: str, mean=0.4):
     return folder
 
 
+def tower_config(model_type, **values):
+    return AutoConfig.for_model(model_type, **{name: CLIP[name] for name in SIGLIP if name != "model_type"} | values)
+
+
+def save_with_processor(folder, model, image_size=IMAGE_SIZE):
+    randomize(model).save_pretrained(folder)
+    size = {"height": image_size, "width": image_size}
+    CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size=size).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def language_model(tmp_path):
     return save_language_model(tmp_path / "language model")
@@ -121,6 +138,92 @@ def test_weights_are_the_parts(tmp_path, kind, text):
     assert model.config.vision_feature_select_strategy == strategy
     assert model.config.image_seq_length == processor.image_seq_length == (IMAGE_SIZE // PATCH_SIZE) ** 2
     assert not model.training and all(p.device.type == "cpu" for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["tower", "classifier"])
+def test_a_pooler_is_not_needed(tmp_path, language_model, kind):
+    config = tower_config("vit")
+    classifier = AutoModelForImageClassification.from_config(config)
+    model = ViTModel(config, add_pooling_layer=False) if kind == "tower" else classifier
+    folder = save_with_processor(tmp_path / "vit", model)
+    tower = assemble(language_model, folder)[0].model.vision_tower
+    stored = getattr(model, "vit", model).state_dict()
+    poolers = tower.state_dict().keys() - stored.keys()
+    assert poolers == {"pooler.dense.weight", "pooler.dense.bias"}
+    for name, weight in tower.state_dict().items():
+        assert torch.equal(weight, stored.get(name, torch.zeros_like(weight))), name
+    # any other weight is
+    weights = load_file(folder / "model.safetensors")
+    del weights[next(name for name in weights if name.endswith("layernorm.bias"))]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"vit lacks 1 weights of a vit \(layernorm.bias\)"):
+        assemble(language_model, folder)
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2", "clip_vision_model"])
+def test_the_image_side_of_any_dual_encoder(tmp_path, language_model, family):
+    text = BertConfig(**SAME_TEXT)
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(tower_config(family), text, projection_dim=8)
+    dual = VisionTextDualEncoderModel(config)
+    model, _ = assemble(language_model, save_with_processor(tmp_path / "dual", dual))
+    tower, stored = model.model.vision_tower.state_dict(), dual.vision_model.state_dict()
+    assert tower.keys() == stored.keys()
+    assert [name for name in stored if not torch.equal(stored[name], tower[name])] == []
+
+
+# ---- another image size than the tower's ----
+
+OWN_SIZE = 20
+
+
+@pytest.mark.parametrize("size", [8, 32])
+@pytest.mark.parametrize(
+    "family",
+    ["clip_vision_model", "siglip_vision_model", "vit", "dinov2", "dinov2_with_registers", "dinov3_vit", "ijepa"],
+)
+def test_another_image_size_is_as_the_family_itself_interpolates(tmp_path, language_model, family, size):
+    tower = AutoModel.from_config(tower_config(family, image_size=OWN_SIZE))
+    folder = save_with_processor(tmp_path / "tower", tower, OWN_SIZE)
+    model, processor = assemble(language_model, folder, image_size=size)
+    assert model.config.image_seq_length == processor.image_seq_length == (size // PATCH_SIZE) ** 2
+    inputs = processor(images=Image.linear_gradient("L").convert("RGB"), text="<image>what?", return_tensors="pt")
+    images = inputs["pixel_values"]
+    assert images.shape[-2:] == (size, size)
+    # DINO's towers do it unasked
+    asked = {} if family.startswith("dino") else {"interpolate_pos_encoding": True}
+    with torch.no_grad():
+        expected = tower(images, **asked).last_hidden_state
+        assert torch.equal(model.model.vision_tower(images).last_hidden_state, expected)
+        logits = model(**inputs).logits
+        model.save_pretrained(tmp_path / "saved")
+        loaded, report = AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "saved", output_loading_info=True)
+        assert not report["missing_keys"] and not report["mismatched_keys"]
+        assert torch.equal(loaded(**inputs).logits, logits)
+
+
+def test_a_size_is_a_multiple_of_the_patches_and_two_sizes_are_said(tmp_path, language_model, caplog):
+    tower = AutoModel.from_config(tower_config("dinov2", image_size=OWN_SIZE))
+    folder = save_with_processor(tmp_path / "tower", tower, IMAGE_SIZE)
+    assert assemble(language_model, folder)[0].config.image_seq_length == 25
+    assert (
+        "its config says images of 20 pixels, which is what the model takes (25 tokens an image); its image processor "
+        "makes 8. For those: `aligngpt init --image-size 8`." in caplog.text
+    )
+    caplog.clear()
+    assert assemble(language_model, folder, image_size=IMAGE_SIZE)[0].config.image_seq_length == 4
+    assert assemble(language_model, folder, image_size=OWN_SIZE)[0].config.image_seq_length == 25
+    assert "image processor makes" not in caplog.text
+    with pytest.raises(ValueError, match="image_size=22 is no multiple of the tower's patch_size 4: take 20 or 24"):
+        assemble(language_model, folder, image_size=22)
+    with pytest.raises(ValueError, match="image_size=-3 is no multiple of the tower's patch_size 4: take 4 or 8"):
+        assemble(language_model, folder, image_size=-3)
+
+
+def test_a_size_that_is_no_multiple_stays_if_it_is_the_towers_own(tmp_path, language_model):
+    """SigLIP's 384 pixels in patches of 14."""
+    tower = AutoModel.from_config(tower_config("siglip_vision_model", image_size=11))
+    model, _ = assemble(language_model, save_with_processor(tmp_path / "tower", tower, 11), image_size=11)
+    assert model.config.image_seq_length == 4
 
 
 def test_new_rows_are_at_the_mean_and_placeholders_differ(language_model, tower):

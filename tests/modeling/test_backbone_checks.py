@@ -1,5 +1,7 @@
 """What is tried of language models and vision towers before anything is read: families that fit, and those refused."""
 
+import json
+
 import pytest
 import torch
 from modeling.tiny import CLIP, IMAGE_SIZE, LLAMA, PATCH_SIZE
@@ -114,6 +116,17 @@ def test_what_does_not_fit_is_refused_in_a_line(family, reason):
 def test_a_model_without_a_config_is_named(tmp_path):
     with pytest.raises(BackboneError, match=r"language model .*gone.*: its config cannot be read by transformers"):
         read_config(tmp_path / "gone", "language model")
+
+
+@pytest.mark.parametrize("saved_by_transformers", [False, True])
+def test_a_timm_model_is_refused_for_what_its_config_lacks(tmp_path, saved_by_transformers):
+    """With timm installed or without: its folder on the Hub as timm writes it, or as transformers' wrapper does."""
+    config = {"architecture": "vit_base_patch16_siglip_224", "pretrained_cfg": {"input_size": [3, 224, 224]}}
+    config |= {"model_type": "timm_wrapper", "label_names": []} if saved_by_transformers else {"num_features": 768}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BackboneError, match=r"vision tower .* is a timm model \(vit_base_patch16_sig") as e:
+        read_config(tmp_path, "vision tower")
+    assert "needs timm and torchvision" in str(e.value) and "transformers' own format" in str(e.value)
 
 
 def test_the_copy_keeps_one_layer_of_each_kind_and_all_factors():

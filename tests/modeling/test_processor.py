@@ -376,7 +376,7 @@ def test_processor_and_config_must_agree(golden):
         golden.validate_with(config)
 
 
-def test_image_processor_follows_the_tower(golden, tmp_path, caplog):
+def test_image_processor_follows_the_tower(golden, tmp_path):
     tokenizer, config = golden.tokenizer, config_for(golden.tokenizer)
     assert golden.image_processor.do_pad and golden.image_processor.do_center_crop
     assert dict(golden.image_processor.size)["shortest_edge"] == dict(golden.image_processor.crop_size)["height"] == 48
@@ -388,11 +388,19 @@ def test_image_processor_follows_the_tower(golden, tmp_path, caplog):
     )
     white = processor(images=Image.new("RGB", (30, 10), "white"), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(white, torch.ones(1, 3, 48, 48))
-    (tmp_path / "bare").mkdir()
-    config.vision_config.save_pretrained(tmp_path / "bare")
-    processor = AlignGPTProcessor.from_parts(tokenizer, config, vision_tower=tmp_path / "bare", do_pad=True)
-    assert processor.image_processor.image_mean == golden.image_processor.image_mean
-    assert "no image processor" in caplog.text
+    bare = tmp_path / "bare"
+    config.vision_config.save_pretrained(bare)
+    unknown = r"bare': no preprocessor_config.json \(or processor_config.json\) that says how images are scaled"
+    with pytest.raises(ValueError, match=unknown):
+        AlignGPTProcessor.from_parts(tokenizer, config, vision_tower=bare)
+    # of a class that cannot be had here, what the file says is taken
+    settings = {"image_processor_type": "SomebodysImageProcessor", "image_mean": [0.3] * 3, "size": 48}
+    (bare / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=unknown):
+        AlignGPTProcessor.from_parts(tokenizer, config, vision_tower=bare)
+    (bare / "preprocessor_config.json").write_text(json.dumps({**settings, "image_std": [0.2] * 3}))
+    processor = AlignGPTProcessor.from_parts(tokenizer, config, vision_tower=bare)
+    assert list(processor.image_processor.image_mean) == [0.3] * 3 and not processor.image_processor.do_center_crop
 
 
 def test_answers_are_masked_with_images_on_either_padding_side(small):

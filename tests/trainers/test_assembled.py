@@ -67,6 +67,19 @@ def test_the_same_folder_without_holding_it(tmp_path, in_memory, family, kind, d
     AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "disk")
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip tower"])
+def test_another_image_size_without_holding_it(tmp_path, in_memory, kind, capsys):
+    language_model, tower = save_language_model(tmp_path / "lm"), save_tower(tmp_path / "tower", kind)
+    model, processor = assemble(language_model, tower, dtype=torch.bfloat16, image_size=20)
+    model.save_pretrained(tmp_path / "memory")
+    processor.save_pretrained(tmp_path / "memory")
+    words = ["--llm", str(language_model), "--vision-tower", str(tower), "--output", str(tmp_path / "disk")]
+    assert cli.main(["init", *words, "--image-size", "20"]) == 0
+    assert not in_memory
+    assert_same_folder(tmp_path / "disk", tmp_path / "memory")
+    assert re.search(r"image tokens \(image_seq_length\) +25 for an image of 20 pixels", capsys.readouterr().out)
+
+
 def test_a_language_model_in_half_precision_and_several_files(tmp_path, in_memory):
     """The padded rows are the mean in the dtype that is asked for, not in the stored one."""
     folder = save_language_model(

@@ -27,7 +27,7 @@ class InitArguments:
             "help": "Causal language model with its tokenizer: folder or Hub id.",
         }
     )
-    vision_tower: str = field(metadata={"help": "CLIP or SigLIP model, or its vision tower: folder or Hub id."})
+    vision_tower: str = field(metadata={"help": "CLIP or SigLIP model, or a vision tower: folder or Hub id."})
     output: str = field(metadata={"help": "Folder for the fresh model; must not exist."})
     llm_revision: str | None = field(
         default=None,
@@ -41,6 +41,13 @@ class InitArguments:
         default=None,
         metadata={
             "help": f"Conversation format: {', '.join(CHAT_TEMPLATES)}. Default: recognised from the language model."
+        },
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Pixels of an image's side, a multiple of the tower's patches: fewer are fewer tokens. The tower's "
+            "position embeddings are interpolated. Default: the tower's own size."
         },
     )
     num_align_levels: int = field(default=8, metadata={"help": "Size of the level table (paper: 8)."})
@@ -98,6 +105,7 @@ def init_command(argv: Sequence[str]) -> None:
             at_revision(args.vision_tower, args.vision_tower_revision, "vision_tower"),
             beside,
             chat_template=args.chat_template,
+            image_size=args.image_size,
             num_align_levels=args.num_align_levels,
             dtype=getattr(torch, args.dtype),
             seed=args.seed,

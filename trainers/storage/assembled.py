@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModel, AutoModelForCausalLM, GenerationConfig, PretrainedConfig
 
 from aligngpt_shared.weights import StoredWeights, read_weights, save_model
 from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
@@ -14,6 +14,7 @@ from modeling_aligngpt.assembly import (
     assemble,
     extend_rows,
     fresh_parts,
+    interpolated,
     padded_vocabulary_size,
     placeholder_generation_config,
     plan,
@@ -35,6 +36,7 @@ def write_assembled(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     chat_template: str | None = None,
+    image_size: int | None = None,
     max_shard_size: str = "5GB",
     **config_overrides,
 ) -> tuple[AlignGPTForConditionalGeneration, AlignGPTProcessor]:
@@ -43,7 +45,7 @@ def write_assembled(
     another form than their class are assembled in memory.
 
     Args:
-        language_model, vision_tower, dtype, seed, chat_template, config_overrides: as [`assemble`].
+        language_model, vision_tower, dtype, seed, chat_template, image_size, config_overrides: as [`assemble`].
         folder: where to write.
         max_shard_size: greatest size of a weight file.
 
@@ -53,14 +55,13 @@ def write_assembled(
     Raises:
         ValueError: as [`assemble`]; a weight file that cannot be read.
     """
-    config, tokenizer, template = plan(language_model, vision_tower, chat_template=chat_template, **config_overrides)
+    settings = {"chat_template": chat_template, "image_size": image_size, **config_overrides}
+    config, tokenizer, template = plan(language_model, vision_tower, **settings)
     # both are there: their configs were read
     llm, tower = local_copy(language_model), local_copy(vision_tower)
     weights = _part_weights(config, llm, tower, len(tokenizer), dtype)
     if weights is None:
-        model, processor = assemble(
-            language_model, vision_tower, chat_template=chat_template, dtype=dtype, seed=seed, **config_overrides
-        )
+        model, processor = assemble(language_model, vision_tower, dtype=dtype, seed=seed, **settings)
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         processor.save_pretrained(folder)
         return model, processor
@@ -88,7 +89,7 @@ def _part_weights(
         return None
     with torch.device("meta"):
         own = AutoModelForCausalLM.from_config(own_config)
-        own_tower = AutoModel.from_config(vision_config_of(read_config(tower, "vision tower")))
+        own_tower = AutoModel.from_config(config.vision_config)
         own_tower = getattr(own_tower, "vision_model", own_tower)
     backbone, head = backbone_of(own), own.get_output_embeddings()
     names = {id(module): name for name, module in own.named_modules()}
@@ -99,22 +100,31 @@ def _part_weights(
     if head.weight is not backbone.get_input_embeddings().weight and not config.tie_word_embeddings:
         wanted |= {f"lm_head.{key}": ([f"{names[id(head)]}.{key}"], value) for key, value in head.state_dict().items()}
     wanted |= {f"{TOWER}{key}": ([f"vision_model.{key}", key], value) for key, value in own_tower.state_dict().items()}
+    vision_config, image_size = vision_config_of(read_config(tower, "vision tower")), _image_size(config.vision_config)
     found = StoredWeights()
     stored = {False: read_weights(llm), True: read_weights(tower)}
     stored[False].rename(partial(re.sub, WRAPPER_PREFIXES, ""))
     for key, (candidates, value) in wanted.items():
         part = stored[key.startswith(TOWER)]
         name = next((each for each in candidates if each in part), None)
-        if name is None or part[name].shape != value.shape or not part[name].is_floating_point():
+        if name is None or not part[name].is_floating_point():
             return None
         found.take(part, name, key)
         found.change(key, lambda stored: stored.to(dtype))
+        if key.startswith(TOWER) and part[name].shape != value.shape and image_size != _image_size(vision_config):
+            found.change(key, lambda positions: interpolated(positions, vision_config, image_size))
+        if found[key].shape != value.shape:
+            return None
     size = max(padded_vocabulary_size(num_tokens), config.text_config.vocab_size)
     embedding = LANGUAGE_MODEL + _embedding_name(backbone)
     for key, token in ((embedding, config.align_token_id), ("lm_head.weight", None), ("lm_head.bias", None)):
         if key in found:
             found.change(key, lambda value, token=token: extend_rows(value, size, token))
     return found
+
+
+def _image_size(vision_config: PretrainedConfig) -> int | None:
+    return getattr(vision_config, "image_size", None)
 
 
 def _embedding_name(model: torch.nn.Module) -> str:
