@@ -24,6 +24,7 @@ PAGES = (
     "SECURITY.md",
     "docs/*.md",
     "benchmarks/*.md",
+    "benchmarks/levels/*.md",
     "notebooks/*.ipynb",
 )
 LINK = re.compile(r"(?<!\!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
