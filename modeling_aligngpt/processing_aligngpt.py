@@ -28,6 +28,7 @@ from .processing_parts import (
     a_level_per_row,
     apply_edits,
     argument_names,
+    check_image_counts,
     image_processor_for,
     infer_image_suffix,
     output_size,
@@ -309,25 +310,8 @@ class AlignGPTProcessor(ProcessorBase):
     def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
         """Checks that every row has as many images as placeholders (in total where images are a flat list)."""
         if isinstance(text, list) and all(isinstance(row, str) for row in text):
-            self._check_image_counts(images, [row.count(self.image_token) for row in text])
+            check_image_counts(images, text, self.image_token)
         super().validate_inputs(images=images, text=text, videos=videos, audio=audio, **kwargs)
-
-    def _check_image_counts(self, images, placeholders: list[int]):
-        rule = f"the number of {self.image_token} tokens in the prompts should be the same as the number of images"
-        remedy = f"write one {self.image_token} for each image."
-        nested = bool(images) and isinstance(images[0], (list, tuple))
-        if nested and len(images) != len(placeholders):
-            raise ValueError(f"{len(images)} rows of images for {len(placeholders)} prompts: {rule}; {remedy}")
-        if nested or not images:
-            counts = [len(row) for row in images] if images else [0] * len(placeholders)
-            for row, (wanted, given) in enumerate(zip(placeholders, counts, strict=True)):
-                if wanted != given:
-                    raise ValueError(f"Row {row}: {rule}, but it has {wanted} and {given} images; {remedy}")
-        elif sum(placeholders) != len(images):
-            raise ValueError(
-                f"Rows 0 to {len(placeholders) - 1}: {rule}, but they have {sum(placeholders)} "
-                f"({', '.join(map(str, placeholders))}) and {len(images)} images; {remedy}"
-            )
 
     def replace_image_token(self, image_inputs: dict | None = None, image_idx: int = 0, **kwargs) -> str:
         """What an image's placeholder becomes."""

@@ -43,6 +43,26 @@ def a_level_per_row(align_level, input_ids):
     return levels if isinstance(input_ids, np.ndarray) else levels.tolist()
 
 
+def check_image_counts(images, text: list[str], image_token: str) -> None:
+    """Raises a ValueError unless each row has as many images as placeholders, or all rows where `images` are flat."""
+    placeholders = [row.count(image_token) for row in text]
+    rule = f"the number of {image_token} tokens in the prompts should be the same as the number of images"
+    remedy = f"write one {image_token} for each image."
+    nested = bool(images) and isinstance(images[0], (list, tuple))
+    if nested and len(images) != len(placeholders):
+        raise ValueError(f"{len(images)} rows of images for {len(placeholders)} prompts: {rule}; {remedy}")
+    if nested or not images:
+        counts = [len(row) for row in images] if images else [0] * len(placeholders)
+        for row, (wanted, given) in enumerate(zip(placeholders, counts, strict=True)):
+            if wanted != given:
+                raise ValueError(f"Row {row}: {rule}, but it has {wanted} and {given} images; {remedy}")
+    elif sum(placeholders) != len(images):
+        raise ValueError(
+            f"Rows 0 to {len(placeholders) - 1}: {rule}, but they have {sum(placeholders)} "
+            f"({', '.join(map(str, placeholders))}) and {len(images)} images; {remedy}"
+        )
+
+
 def apply_edits(row: str, edits: list[tuple[int, int, str, str]]) -> tuple[str, list[dict]]:
     """`row` with each `(start, end, replacement, type)` carried out, and the record of it."""
     pieces, records, last, length = [], [], 0, 0
