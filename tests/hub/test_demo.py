@@ -50,7 +50,7 @@ def test_a_folder_or_a_hub_id(somewhere):
         (["--model", "nowhere"], "no such folder"),
         (["--model", "/a/b"], "no such folder"),
         (["--model", "empty"], "no config.json"),
-        (["--model", "other"], "model_type is 'llava'"),
+        (["--model", "other"], "config of a llava model"),
         (["--model", "run", "--revision", "v1"], "a folder has none"),
         (["--revision", "v1"], "name one with --model"),
     ],
