@@ -56,7 +56,9 @@ def ask(text: str = "what is in the picture?") -> list[dict[str, str]]:
 @pytest.fixture
 def reader(space, monkeypatch):
     """The processor's own door for images, which needs no model."""
-    monkeypatch.setattr(space["images"], "loaded", lambda: SimpleNamespace(processor=AlignGPTProcessor))
+    processor = SimpleNamespace(transparency="white")
+    processor.read_image = partial(AlignGPTProcessor.read_image, processor)
+    monkeypatch.setattr(space["images"], "loaded", lambda: SimpleNamespace(processor=processor))
 
 
 def test_images_are_read_upright_and_in_rgb(space, reader, tmp_path):
