@@ -5,6 +5,7 @@ import re
 import sys
 import threading
 import time
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -68,7 +69,8 @@ def test_images_are_read_upright_and_in_rgb(space, reader, tmp_path):
     image.save(tmp_path / "turned.jpg", exif=exif)
     assert space["images"].read_image(tmp_path / "turned.jpg").size == (20, 40)
     Image.new("LA", (5, 6)).save(tmp_path / "grey.png")
-    assert space["images"].read_image(tmp_path / "grey.png").mode == "RGB"
+    grey = space["images"].read_image(tmp_path / "grey.png")
+    assert grey.mode == "RGB" and grey.getpixel((0, 0)) == (255, 255, 255)  # transparent throughout
 
 
 def test_unusable_images_are_refused_with_what_is_wrong(space, reader, tmp_path):
