@@ -67,7 +67,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
 
     def _init_weights(self, module: nn.Module):
         if module is self.align_embeddings:
-            nn.init.xavier_uniform_(module.weight)  # as the authors' code
+            nn.init.xavier_uniform_(self.align_embeddings.weight)  # as the authors' code
         else:
             super()._init_weights(module)
 
