@@ -94,9 +94,10 @@ def publish(
     check_repo_id(repo_id)
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: give the one that training, conversion or save_pretrained wrote.")
-    # what cannot be read is named below, beside all else
-    with suppress(OSError):
-        AlignGPTConfig.get_config_dict(folder)
+    # what is missing or cannot be read is named below, beside all else
+    if (Path(folder) / "config.json").is_file():
+        with suppress(OSError):
+            AlignGPTConfig.get_config_dict(folder)
     wrong = [name for name in base_models if not is_hub_id(name)]
     if wrong:
         raise ValueError(f"--base-model {wrong[0]!r} is no Hub id: write USER/NAME.")

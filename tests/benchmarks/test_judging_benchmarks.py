@@ -1,7 +1,6 @@
 """benchmarks/judging.py reads each benchmark's layout and scores it with every kind of scorer; rows are drawn here."""
 
 import json
-import random
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from aligngpt_playground import parts_path, trained_model
-from aligngpt_playground.captions import alter, exact_caption
+from aligngpt_playground.captions import exact_caption
 from aligngpt_playground.scenes import draw_scenes, render
 from benchmarks.judging import auc, figures, main, read_cases
 
@@ -21,15 +20,15 @@ ROWS = 6
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Files in the five layouts about drawn images: the true caption, and one with a fact altered."""
-    folder, rng = tmp_path_factory.mktemp("judging"), random.Random(0)
+    """Files in the five layouts about drawn images: the true caption, and that of another scene."""
+    folder = tmp_path_factory.mktemp("judging")
     files: dict[str, list | dict] = {name: [] for name in ("winoground", "seetrue", "rewardbench")}
     crepe, foils = {}, []
     scenes = list(draw_scenes(2 * ROWS, 3, "heldout", unique=True))
     for number, scene in enumerate(scenes):
         name = f"COCO_val2014_{number:012d}.jpg"
         render(scene, number).save(folder / name, quality=95)
-        true, false = exact_caption(scene), exact_caption(alter(scene, rng))
+        true, false = exact_caption(scene), exact_caption(scenes[number - 1])
         crepe[str(number)] = {"filename": name, "caption": true, "negative_caption": false}
         foils += [{"image_id": number, "caption": text, "foil": text == false} for text in (true, false)]
         files["seetrue"] += [{"image": name, "text": text, "label": int(text == true)} for text in (true, false)]
@@ -67,7 +66,7 @@ def test_each_layout_is_read_and_scored(name, layout, columns, folder, capsys):
     assert read_cases(folder / f"{name}.json")[0] == layout and layout in capsys.readouterr().out
     assert list(found[scorer]) == columns and list(found["length"]) == columns
     # this CLIP knows true captions of its world
-    assert all(0.6 <= value <= 1 for value in found[scorer].values()), found
+    assert all(0.8 <= value <= 1 for value in found[scorer].values()), found
 
 
 def test_models_answer_by_likelihood_and_the_image_is_taken_off(folder, tmp_path):

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -158,23 +159,42 @@ def _from_records(
         raise ValueError(f"{title}: no rows.{problems[0] if problems else ''}")
     check_columns(columns, title)
     features = _features(columns)
-    several = len(records.paths) > 1
-
-    def generate(paths: list[str]) -> Iterator[dict[str, Any]]:
-        for path in paths:
-            for number, record in enumerate(read_records(Path(path))):
-                name = f"{os.path.basename(path)} row {number}" if several else f"row {number}"
-                try:
-                    row = _row(record, features, folder, check, skip and check)
-                except ROW_ERRORS as error:
-                    known = f" (id {name_of(record)!r})" if name_of(record) is not None else ""
-                    _refuse(counts, name + known, error, skip)
-                    continue
-                yield row if row.get("id") is not None else {**row, "id": name}
-
+    # not a closure: of one, `datasets` takes apart all the functions that it leads to
+    generate = partial(
+        _generate,
+        features=features,
+        folder=folder,
+        check=check,
+        skip=skip,
+        counts=counts,
+        several=len(records.paths) > 1,
+    )
     # a file and a number name a row where it has no id
     kinds = features if "id" in features else Features({**features, "id": OPTIONAL["id"]})
     return IterableDataset.from_generator(generate, kinds, {"paths": [str(path) for path in records.paths]})
+
+
+def _generate(
+    paths: list[str],
+    *,
+    features: Features,
+    folder: Path | str | None,
+    check: bool,
+    skip: bool,
+    counts: StreamCounts,
+    several: bool,
+) -> Iterator[dict[str, Any]]:
+    """The rows of files that can be used; `several`: whether there are other files, so that names need the file's."""
+    for path in paths:
+        for number, record in enumerate(read_records(Path(path))):
+            name = f"{os.path.basename(path)} row {number}" if several else f"row {number}"
+            try:
+                row = _row(record, features, folder, check, skip and check)
+            except ROW_ERRORS as error:
+                known = f" (id {name_of(record)!r})" if name_of(record) is not None else ""
+                _refuse(counts, name + known, error, skip)
+                continue
+            yield row if row.get("id") is not None else {**row, "id": name}
 
 
 def _from_stream(
