@@ -45,7 +45,7 @@ from modeling_aligngpt.assembly import assemble
 
 
 FROZEN = Path(__file__).parent / "fixtures" / "frozen"
-MODELS = ("fresh", "stage1", "gate", "level", "stream", "lora")
+MODELS = ("fresh", "stage1", "gate", "level", "mean", "stream", "lora")
 LEVELS, STEPS, LEARNING_RATE = 4, 6, 2e-3
 STAGES = {
     "pretrain": (AlignGPTPretrainTrainer, AlignGPTPretrainConfig, "fresh", "pairs"),
@@ -113,10 +113,15 @@ def questions() -> dict[str, tuple[list, list[dict]]]:
     images = [row["images"][0] for row in rows("pairs").select(range(2))]
 
     first = [message("user", "what is it?", images=1), message("assistant", "a square")]
+    between = [{"type": "text", "text": "this"}, {"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}]
+    clear = images[0].copy()
+    clear.putalpha(images[1].convert("L").resize(clear.size))
     return {
         "image alone": (images[:1], [message("user", images=1)]),
         "question": (images[:1], [message("user", "what colour is it?", images=1)]),
         "two images": (images, [message("user", "compare them", images=2)]),
+        "images between texts": (images, [{"role": "user", "content": between}]),
+        "transparent image": ([clear], [message("user", "what colour is it?", images=1)]),
         "second turn": (images[1:], [*first, message("user", "and the colour?")]),
         "no image": ([], [message("user", "name a colour")]),
     }
@@ -169,7 +174,8 @@ def make_models() -> None:
     second = {"sources": {"model": "stage1", "dataset": "liuhaotian/LLaVA-Instruct-150K"}}
     stage("instruct", "gate", rows("conversations"), {"pretrain": first, "alignment": scored["record"], **second})
     write("gate/evaluation_results.json", EVALUATION)
-    stage("instruct", "level", rows("conversations"), align_mode="level")
+    for mode in ("level", "mean"):
+        stage("instruct", mode, rows("conversations"), align_mode=mode)
     with tempfile.TemporaryDirectory() as shards:
         for number in range(2):
             rows("conversations").shard(2, number).to_parquet(f"{shards}/{number}.parquet")
