@@ -9,8 +9,6 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from detect_secrets.core.scan import scan_line
-from detect_secrets.settings import transient_settings
 from huggingface_hub import get_token
 from PIL import Image
 
@@ -37,6 +35,10 @@ DETECTORS = (
 
 def find_secrets(text: str) -> list[str]:
     """Secrets in a text, shown by their beginning alone; JSON is also read without its escapes."""
+    # of extra `train`; `demo` and `space` import this file and send nothing
+    from detect_secrets.core.scan import scan_line
+    from detect_secrets.settings import transient_settings
+
     found: dict[str, tuple[str, int]] = {}
     for kind, pattern in TOKENS.items():
         for match in re.finditer(pattern, text):

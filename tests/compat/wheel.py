@@ -1,7 +1,8 @@
 """
 `make wheel`: what a user gets. The built wheel (and the sdist) in a fresh environment outside the repository, nothing
-pinned but torch, on the newest releases that its own bounds admit: both stages and the rest of the quickstart, small;
-README's Python blocks on their outcome; `publish --dry-run`, `serve` and `demo`.
+pinned but torch, on the newest releases that its own bounds admit: first without extras, what the core promises; then
+both stages and the rest of the quickstart, small; README's Python blocks on their outcome; `publish --dry-run`, `serve`
+and `demo`.
 """
 
 import os
@@ -48,14 +49,18 @@ def build(folder: Path) -> tuple[Path, Path]:
     return next(folder.glob("*.whl")), next(folder.glob("*.tar.gz"))
 
 
-def make_environment(folder: Path, *wanted: str) -> Path:
-    """A fresh virtual environment with torch at the tested version and the rest as pip finds it; its bin folder."""
+def make_environment(folder: Path) -> Path:
+    """A fresh virtual environment with torch at the tested version; its bin folder."""
     run([sys.executable, "-m", "venv", folder], folder.parent)
-    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     torch = re.search(r"^torch==\S+", (ROOT / "constraints.txt").read_text(), re.MULTILINE).group()
-    run([*pip, torch], folder.parent)
-    run([*pip, *wanted], folder.parent)
+    install(folder / "bin", torch)
     return folder / "bin"
+
+
+def install(bin_folder: Path, *wanted: str | Path) -> None:
+    """Installs what is wanted as pip finds it."""
+    pip = [bin_folder / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    run([*pip, *wanted], bin_folder)
 
 
 def python_blocks(text: str) -> str:
@@ -81,6 +86,17 @@ def answers_on(command: list, address: str, cwd: Path) -> None:
     finally:
         process.terminate()
         process.wait(timeout=30)
+
+
+def use_the_core(bin_folder: Path, work: Path) -> None:
+    """What needs no extra, where none is installed."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "hf")}
+    aligngpt, golden = bin_folder / "aligngpt", ROOT / "tests" / "fixtures" / "golden"
+    tower = ["--vision-tower", golden / "clip-vit-tiny"]
+    run([aligngpt, "convert", "--checkpoint", golden / "checkpoint", *tower, "--output", "converted"], work, **offline)
+    question = ["--image", golden / "images" / "img0.png", "--question", "what is it?"]
+    print(run([aligngpt, "chat", *question], work, **offline).splitlines()[-1])
+    run([aligngpt, "space", "space", "--model", "user/name", "--revision", "0" * 40], work, **offline)
 
 
 def use_everything(bin_folder: Path, work: Path) -> None:
@@ -112,12 +128,15 @@ def main() -> int:
         wheel, sdist = build(folder / "dist")
         work = folder / "empty"
         work.mkdir()
-        bin_folder = make_environment(folder / "newest", f"{wheel}[train,demo,playground]")
+        bin_folder = make_environment(folder / "newest")
+        install(bin_folder, wheel)
+        use_the_core(bin_folder, work)
+        install(bin_folder, f"{wheel}[train,demo,playground]")
         listed = run([bin_folder / "python", "-m", "pip", "list", "--format", "freeze"], folder).splitlines()
         print(" ".join(line for line in listed if line.partition("==")[0].replace("-", "_") in SHOWN), flush=True)
         run([bin_folder / "python", "-m", "pip", "check"], folder)
         use_everything(bin_folder, work)
-        run([bin_folder / "python", "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", sdist], folder)
+        install(bin_folder, "--no-deps", "--force-reinstall", sdist)
         assert "vicuna-7b" in run([bin_folder / "aligngpt", "recipes"], work)
     print("1 passed, 0 failed")
     return 0

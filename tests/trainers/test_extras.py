@@ -3,8 +3,12 @@
 import importlib.metadata
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from aligngpt_trainers.commands import extras
 from aligngpt_trainers.commands.arguments import DataArguments, ModelArguments, PretrainModelArguments
@@ -12,6 +16,9 @@ from aligngpt_trainers.commands.cli import COMMANDS, main
 from aligngpt_trainers.commands.settings import check_settings
 from aligngpt_trainers.instruct_config import AlignGPTInstructConfig
 from aligngpt_trainers.pretrain_config import AlignGPTPretrainConfig
+
+
+ROOT = Path(__file__).parents[2]
 
 
 def said(capsys, *words: str) -> str:
@@ -43,7 +50,8 @@ def test_every_extra_that_is_named_exists():
     provided = importlib.metadata.metadata("aligngpt").get_all("Provides-Extra")
     assert {*extras.EXTRAS.values(), *extras.LOGGERS} <= set(provided)
     assert set(extras.EXTRAS) <= set(COMMANDS)
-    assert {"torch", "transformers", "pillow"} == {part.name for part in extras.requirements_of(None)}
+    core = {"torch", "transformers", "pillow", "psutil", "sentencepiece", "protobuf"}
+    assert core == {part.name for part in extras.requirements_of(None)}
     assert {"trl", "datasets", "peft"} <= {part.name for part in extras.requirements_of("train")}
     assert "bitsandbytes" in {part.name for part in extras.requirements_of("qlora")}
 
@@ -72,6 +80,49 @@ def test_the_core_takes_what_the_trainers_do_not(versions, capsys):
     with pytest.raises(SystemExit):
         main(["convert", "--help"])
     assert "usage: aligngpt convert" in capsys.readouterr().out
+
+
+CORE_ALONE = """
+import sys
+for name in sys.argv[1].split():
+    sys.modules[name] = None  # as where it is not installed
+from aligngpt_trainers.commands.cli import main
+checkpoint, tower, image, folder = sys.argv[2:]
+model, sha = f"{folder}/model", "0" * 40
+assert main(["convert", "--checkpoint", checkpoint, "--vision-tower", tower, "--output", model]) == 0
+assert main(["chat", "--model", model, "--image", image, "--question", "what is it?", "--max-new-tokens", "4"]) == 0
+assert main(["space", f"{folder}/space", "--model", "user/model", "--revision", sha]) == 0
+assert main(["doctor"]) == 0
+"""
+
+
+def closure(wanted: list[str], found: frozenset[str] = frozenset()) -> frozenset[str]:
+    """Names of packages and of all that they ask for."""
+    for requirement in map(Requirement, wanted):
+        name = canonicalize_name(requirement.name)
+        if name not in found and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            found = closure(importlib.metadata.requires(name) or [], found | {name})
+    return found
+
+
+def test_the_core_alone_converts_talks_and_makes_a_space(tmp_path):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    optional = {Requirement(line).name for lines in project["optional-dependencies"].values() for line in lines}
+    left_out = {canonicalize_name(name) for name in optional} - closure(project["dependencies"]) - {"aligngpt"}
+    distributions = importlib.metadata.packages_distributions()
+    modules = [name for name, of in distributions.items() if {canonicalize_name(item) for item in of} & left_out]
+    assert {"accelerate", "datasets", "detect_secrets", "gradio", "trl"} <= set(modules)
+    golden = ROOT / "tests" / "fixtures" / "golden"
+    parts = [golden / "checkpoint", golden / "clip-vit-tiny", golden / "images" / "img0.png", tmp_path]
+    words = [sys.executable, "-c", CORE_ALONE, " ".join(modules), *map(str, parts)]
+    result = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert (tmp_path / "model" / "model.safetensors").is_file() and (tmp_path / "space" / "app.py").is_file()
+
+
+def test_a_space_that_is_sent_needs_what_looks_for_secrets(versions, capsys):
+    versions(**{"detect-secrets": None})
+    assert 'pip install "aligngpt[train]"' in said(capsys, "space", "out", "--model", "user/model", "--push")
 
 
 def test_a_logger_that_is_missing_is_one_line(tmp_path, capsys, monkeypatch):

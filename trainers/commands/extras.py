@@ -10,7 +10,7 @@ from packaging.utils import canonicalize_name
 
 
 PACKAGE = "aligngpt"
-# Command -> its extra; the others (chat, convert, doctor) need the core alone.
+# Command -> its extra; the others (chat, convert, doctor, space without --push) need the core alone.
 EXTRAS = {
     **dict.fromkeys(("init", "score", "check", "pretrain", "instruct", "dpo", "grpo", "merge"), "train"),
     **dict.fromkeys(("export", "publish", "republish", "publish-data", "judge", "levels"), "train"),
@@ -43,12 +43,17 @@ def check_extra(command: str, words: Sequence[str] = ()) -> None:
     Refuses a command whose packages are not there, or not as this version of the project was tested with.
 
     Args:
-        command, words: the command and what stands behind it; another engine brings packages of its own.
+        command, words: the command and what stands behind it; another engine brings packages of its own, what is sent
+            is scanned.
 
     Raises:
         ImportError: naming the packages, the versions found and wanted, and what to install.
     """
-    extra = None if command == "serve" and "vllm" in " ".join(words).replace("=", " ").split() else EXTRAS.get(command)
+    extra = EXTRAS.get(command)
+    if command == "serve" and "vllm" in " ".join(words).replace("=", " ").split():
+        extra = None
+    elif command == "space" and "--push" in words:
+        extra = "train"
     if wrong := missing_packages(extra):
         name = PACKAGE if extra is None else f"{PACKAGE}[{extra}]"
         raise ImportError(f'`aligngpt {command}` needs {", ".join(wrong)}: pip install "{name}".')

@@ -4,9 +4,8 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets import Dataset
 from PIL import Image
 from tqdm.auto import tqdm
 
@@ -14,6 +13,9 @@ from modeling_aligngpt.images_aligngpt import WHITE, read_image, shortened
 
 from .conversations import UNREADABLE, BadRow
 
+
+if TYPE_CHECKING:
+    from datasets import Dataset  # `chat` reads images where it is not installed
 
 AT_ONCE = 32  # rows that a thread decodes before it comes back
 MOST_THREADS = 16  # beyond, they wait for Python itself
@@ -62,7 +64,7 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def decode_images(rows: Dataset, numbers: Sequence[int]) -> Iterator[tuple[int, list[tuple[int, int]], list[str]]]:
+def decode_images(rows: "Dataset", numbers: Sequence[int]) -> Iterator[tuple[int, list[tuple[int, int]], list[str]]]:
     """
     Decodes the images of rows once, to see whether they can be read, on this process's share of the cores.
 
