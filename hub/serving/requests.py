@@ -146,6 +146,8 @@ class ResponsesRequest(_Request):
 
     @model_validator(mode="after")
     def _check(self) -> "ResponsesRequest":
+        # transformers' server streams where nothing is said, OpenAI's does not
+        self.stream = bool(self.stream)
         items = self.input if isinstance(self.input, list) else []
         messages = [item for item in items if isinstance(item, Message)]
         if messages and len(messages) != len(items):

@@ -97,10 +97,16 @@ def test_several_turns_and_text_alone(client, pipe):
     assert alone.choices[0].message.content
 
 
-def test_the_responses_interface_takes_levels_too(client):
+def test_the_responses_interface_answers_as_openais_and_takes_levels(client):
     content = [{"type": "input_image", "image_url": data_url(IMAGE)}, {"type": "input_text", "text": QUESTION}]
-    asked = {"model": "demo", "input": [{"role": "user", "content": content}], "max_output_tokens": 32, "stream": False}
-    assert "robot" in client.responses.create(**asked, extra_body={"align_level": 4}).output_text
+    asked = {"model": "demo", "input": [{"role": "user", "content": content}], "max_output_tokens": 32}
+    steering = {"extra_body": {"align_level": 4}}
+    whole = client.responses.create(**asked, **steering)
+    assert "robot" in whole.output_text and whole.status == "completed"
+    assert client.responses.create(**asked, **steering, stream=False).output_text == whole.output_text
+    events = list(client.responses.create(**asked, **steering, stream=True))
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
+    assert client.responses.create(model="demo", input="what is there?", max_output_tokens=16).output_text
     with pytest.raises(openai.UnprocessableEntityError, match="align_level=9"):
         client.responses.create(**asked, extra_body={"align_level": 9})
 
