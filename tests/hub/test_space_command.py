@@ -33,7 +33,8 @@ def test_the_folder_is_complete_and_pinned(tmp_path):
     assert card["title"] == 'A "quoted": title'
     assert card["models"] == ["user/demo"]
     assert card["preload_from_hub"] == [f"user/demo config.json,model.safetensors {SHA}"]
-    assert card["sdk"] == "gradio" and card["suggested_hardware"] == "zero-a10g" and card["license"] == "apache-2.0"
+    assert card["sdk"] == "gradio" and card["suggested_hardware"] == "zero-a10g"
+    assert (card["license"], card["license_name"]) == ("other", "apache-2.0-and-cc-by-sa-4.0")
     assert (folder / card["app_file"]).is_file()
     settings = json.loads((folder / "settings.json").read_text())
     assert (settings["model"], settings["revision"]) == ("user/demo", SHA)
@@ -55,7 +56,7 @@ def test_a_model_gets_its_own_examples(tmp_path):
     assert {path.name for path in (folder / "examples").iterdir()} == {"examples.json", "street.png"}
     assert json.loads((folder / "examples" / "examples.json").read_text()) == rows
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert "OpenMoji" not in card and "{%" not in card
+    assert "OpenMoji" not in card and "{%" not in card and front_matter(folder)["license"] == "apache-2.0"
     assert "OpenMoji" in (render_space(tmp_path / "other", MODEL) / "README.md").read_text(encoding="utf-8")
 
 
