@@ -253,7 +253,7 @@ _CLIP_VIT_L_336 = {
 
 def _check_kind(values: dict, where) -> None:
     """Refuses the config of another model, and that of the authors' code, whose `model_type` may be the same."""
-    kind, whose = str(values.get("model_type")), where or "This"
+    kind, whose = str(values.get("model_type", "nameless")), where or "This"
     if kind.startswith("aligngpt_") or any(name.startswith("mm_") for name in values):
         raise ValueError(
             f"{whose} is in the authors' format: convert it with `aligngpt convert --checkpoint {where or 'FOLDER'} "

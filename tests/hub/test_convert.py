@@ -282,6 +282,7 @@ def test_tower_from_a_dual_encoder(checkpoint, tmp_path):
     inner = getattr(tower, "vision_model", tower)
     both.vision_model.load_state_dict(inner.state_dict())
     both.save_pretrained(tmp_path / "both")
+    shutil.copy(TOWER / "preprocessor_config.json", tmp_path / "both")
     without_tower(checkpoint)
     ours = load(convert_checkpoint(checkpoint, tmp_path / "ours", vision_tower=tmp_path / "both"))
     for key, value in inner.state_dict().items():

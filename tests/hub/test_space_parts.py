@@ -173,7 +173,7 @@ def test_sentences_stand_on_a_scale_of_the_levels(space):
     assert "&lt;a&gt;" in html and "a cat &lt;b&gt;." in html and "short" not in html
     assert re.findall(r'class="share">([\d.]+)<', html) == ["3.5", "7.0"]
     assert re.findall(r'class="bar" style="width:([\d.]+)%', html) == ["50.0", "100.0"]
-    assert "0 to 7" in html and "It can be wrong" in html
+    assert "0 to 7" in html and "Experimental" in html
     assert space["alignment"].verdict_html([("short", [])], 8) == space["alignment"].NO_VERDICT
 
 

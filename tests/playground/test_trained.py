@@ -86,4 +86,4 @@ def test_names_on_the_command_line(cache, monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == said[0]
     (tmp_path / "playground" / "config.json").write_text("{}")
     assert cli.main([*words, "--model", "playground"]) == 2
-    assert "cannot be loaded" in capsys.readouterr().err
+    assert "not of an AlignGPT" in capsys.readouterr().err

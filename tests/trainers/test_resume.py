@@ -202,6 +202,7 @@ def run_process(tmp_path: Path, stage1_folder: Path, number: int | None = None, 
         to_dataset(pair_rows(16)).save_to_disk(rows)
     values = {**RUN, "output_dir": str(tmp_path / "out"), "use_cpu": True, "gradient_checkpointing": False}
     values |= {"learning_rate": 1e-2, "disable_tqdm": True, "save_strategy": "steps", "save_steps": 2}
+    values |= {"align_learning_rate": 7e-3}  # as `trainer_for`
     values |= plan.pop("settings", {})
     plan = {"stage": "pretrain", "model": str(stage1_folder), "rows": str(rows), "settings": values, **plan}
     plan["ready"] = str(ready)
