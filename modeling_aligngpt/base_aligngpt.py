@@ -47,7 +47,7 @@ class AlignGPTPreTrainedModel(PreTrainedModel):
         """
         raise ValueError(
             "AlignGPT cannot run in this engine's transformers backend: its gate compares images with the prompt, "
-            "which is not there. For vLLM run `pip install aligngpt` beside it, which brings a class of its own; for "
+            "which is not there. For vLLM install this model's package beside it, which brings a class of its own; for "
             "other engines write a plain LLaVA with `aligngpt export`."
         )
 
