@@ -24,7 +24,7 @@ COMMANDS = {
         "assemble a fresh model from a language model and a vision tower",
     ),
     "score": (
-        f"{_HERE}.train:score_command",
+        f"{_HERE}.score:score_command",
         "score image-text pairs with CLIP, cut scores into levels",
     ),
     "check": (

@@ -1,4 +1,4 @@
-"""What the commands `aligngpt pretrain`, `aligngpt instruct` and `aligngpt score` do."""
+"""What the commands `aligngpt pretrain` and `aligngpt instruct` do."""
 
 import os
 import warnings
@@ -135,16 +135,6 @@ def build_stage(stage: str, argv: Sequence[str], *, prog: str | None = None, wil
     if adapter is not None:
         settle_adapter(trainer.model)
     return StageRun(trainer, config, model_args, data_args, run_records(stage, model_args, data_args))
-
-
-def score_command(argv: Sequence[str]) -> Any:
-    """`aligngpt score`: CLIP scores and levels for a data set."""
-    from ..scoring.run import ScoreConfig, score_dataset
-
-    (config,) = parse_settings(
-        "aligngpt score", (ScoreConfig,), argv, "Score image-text pairs with CLIP and cut the scores into levels."
-    )
-    return score_dataset(config)
 
 
 def _check_run(stage: str, model_args: ModelArguments, data_args: DataArguments, config: StageConfig):
