@@ -33,8 +33,8 @@ make compat   # some minutes: one pair after another
 ```
 
 A tiny model is made, trained for a few steps in both stages by the commands of the documentation, its second stage
-stopped at a checkpoint and continued, published in a dry run, and asked. Each row is one pair of releases in front of the
-tested environment. The losses of both stages are those of the newest pair unless the last column says otherwise.
+stopped at a checkpoint and continued, published in a dry run, and asked. Each row is one pair of releases in front of
+the tested environment. The losses of both stages are those of the newest pair unless the last column says otherwise.
 
 {table}
 
@@ -60,8 +60,9 @@ def run(name, *words):
     done.append(name)
 
 common = ["--use_cpu", "true", "--report_to", "none", "--dataloader_num_workers", 0, "--logging_steps", 1]
-common += ["--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 3, "--per_device_train_batch_size", 4, "--seed", 1]
-common += ["--gradient_accumulation_steps", 1, "--dtype", "float32", "--bf16", "false", "--disable_tqdm", "true"]
+common += ["--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 3, "--seed", 1]
+common += ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1, "--dtype", "float32"]
+common += ["--bf16", "false", "--disable_tqdm", "true"]
 try:
     run("init", "init", "--llm", {llm!r}, "--vision_tower", {tower!r}, "--dtype", "float32", "--output", work / "fresh")
     run("pretrain", "pretrain", "--model", work / "fresh", "--dataset", {pairs!r}, "--output_dir", work / "one",
