@@ -2,7 +2,7 @@
 #
 #   docker build -t aligngpt .
 #   docker build -t aligngpt-gpu --build-arg BASE=nvidia/cuda:12.8.1-runtime-ubuntu24.04 .
-#   docker run --rm aligngpt doctor
+#   docker run --rm aligngpt recipes
 #   docker run --rm -p 8000:8000 -v "$PWD/runs:/data" aligngpt serve --model quickstart/instruct --host 0.0.0.0
 ARG BASE=python:3.11-slim
 FROM ${BASE}

@@ -31,6 +31,6 @@ def test_from_nothing_to_a_published_model(tmp_path, monkeypatch, capsys):
         else:
             continue
         ran.append(words[1] if words[0] == "aligngpt" else words[3])
-    expected = "doctor make parts score init check pretrain instruct chat levels publish"
+    expected = "make parts score init check pretrain instruct chat levels publish"
     assert ran == expected.split()
     assert "dry run: nothing was sent" in capsys.readouterr().out

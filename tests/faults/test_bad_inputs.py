@@ -228,7 +228,6 @@ CORPUS = [
     ("judge --model {llm} --image a.png --text hi", "config of a llama model"),
     ("judge --model {model} --image notes.txt --text hi", "a format that is not accepted"),
     ("judge --model {model} --image a.png --text ''", "Text 0 is empty"),
-    ("doctor --jsn", "unrecognized arguments: --jsn"),
     ("levels", "--data is missing"),
     ("levels --data mix.json", "--model is missing"),
     ("levels --model {model} --data gone", "gone"),

@@ -92,7 +92,6 @@ model, sha = f"{folder}/model", "0" * 40
 assert main(["convert", "--checkpoint", checkpoint, "--vision-tower", tower, "--output", model]) == 0
 assert main(["chat", "--model", model, "--image", image, "--question", "what is it?", "--max-new-tokens", "4"]) == 0
 assert main(["space", f"{folder}/space", "--model", "user/model", "--revision", sha]) == 0
-assert main(["doctor"]) == 0
 """
 
 

@@ -51,7 +51,6 @@ COMMANDS = {
     "evaluate": ("aligngpt_hub.evaluation.command", "run the paper's benchmarks by lmms-eval"),
     "judge": ("aligngpt_hub.levels.judge", "experimental: mean levels of texts beside their images"),
     "levels": ("aligngpt_hub.levels.command", "report what the alignment levels do in a model"),
-    "doctor": (f"{_HERE}.doctor", "list versions, devices, and what is missing for which command"),
 }
 
 # What `--model NAME` means beside folders and Hub ids: the trained models that come with the playground, and who makes

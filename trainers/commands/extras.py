@@ -10,7 +10,7 @@ from packaging.utils import canonicalize_name
 
 
 PACKAGE = "aligngpt"
-# Command -> its extra; the others (chat, convert, doctor, space without --push) need the core alone.
+# Command -> its extra; the others (chat, convert, space without --push) need the core alone.
 EXTRAS = {
     **dict.fromkeys(("init", "score", "check", "pretrain", "instruct", "dpo", "grpo", "merge"), "train"),
     **dict.fromkeys(("export", "publish", "republish", "publish-data", "judge", "levels"), "train"),
