@@ -15,6 +15,7 @@ from aligngpt_playground.evaluate import objects_named, score_answer
 from aligngpt_playground.scenes import Scene
 
 from .arms import LEVELS, OPEN, STAGE_1, STAGE_2, Arm, rows_of, tuned
+from .judging import Captions, judge
 from .student import ANSWER, CAPTION, Budget, Format, Student, train
 from .worlds import Pairs, World
 
@@ -28,6 +29,8 @@ PARTS = {
     "answers": (STAGE_2, Budget(steps=180, rate=1e-3, language_rate=1e-3)),
 }
 MEASURES = ("all objects", "exact", "main object", "absent object")
+JUDGES = ("none", "robust, fast", "shuffled")
+"""Arms of part `captions` that also judge captions; see judging.py."""
 
 
 def measure(texts: list[str], scenes: list[Scene]) -> dict[str, str]:
@@ -47,7 +50,7 @@ class Seed:
     """What the arms of a seed share: pairs, noisy rows, held-out images."""
 
     def __init__(self, world: World, seed: int, pairs: int = PAIRS):
-        self.seed = seed
+        self.world, self.seed = world, seed
         self.pairs: Pairs = world.pairs(pairs, seed)
         self.noisy: Pairs = world.pairs(NOISY, NOISY_SEED + seed)
         self.heldout: Pairs = world.pairs(HELDOUT, HELDOUT_SEED + seed, "heldout")
@@ -66,6 +69,8 @@ class Seed:
         if arm.cut is not None and not arm.mixed:
             found["lowest"] = self.describe(student, arm, form, 0)
             found["counts"] = torch.bincount(rows.levels, minlength=LEVELS).tolist()
+        if part == "captions" and arm in [STAGE_1[name] for name in JUDGES]:
+            found["judging"] = judge(student, arm, self.pairs, Captions(self.world, self.heldout, self.seed))
         return {**found, "seconds": round(time.perf_counter() - started, 1)}
 
     def describe(self, student: Student, arm: Arm, form: Format, level: int) -> dict[str, str]:

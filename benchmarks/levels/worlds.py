@@ -36,6 +36,7 @@ class Pairs:
         kinds: what the caption is worth: of `KINDS`, or `form/truth` in the blind world.
         features: [rows, 16, 192], the tower's, as the projector reads them.
         scores: [rows]; higher fits better.
+        pooled: [rows, 192], the tower's pooled states, which the small world's scorer reads.
     """
 
     scenes: list[Scene]
@@ -43,6 +44,7 @@ class Pairs:
     kinds: list[str]
     features: torch.Tensor
     scores: torch.Tensor
+    pooled: torch.Tensor | None = None
 
 
 def blind_caption(scene: Scene, rng: random.Random, form: str, truth: str) -> str:
@@ -186,4 +188,4 @@ class World:
         """Scored pairs; no training scene is ever held out."""
         scenes, captions, kinds = draw_rows(self.name, number, seed, split)
         features, pooled = self.tower.read(scenes, seed)
-        return Pairs(scenes, captions, kinds, features, self.score(features, pooled, captions))
+        return Pairs(scenes, captions, kinds, features, self.score(features, pooled, captions), pooled)
