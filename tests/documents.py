@@ -8,17 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aligngpt_trainers.commands import check as check_command
-from aligngpt_trainers.commands.arguments import ModelArguments
 from aligngpt_trainers.commands.cli import COMMANDS, _Parser
 from aligngpt_trainers.commands.flags import LAUNCHABLE, with_known_flags
 from aligngpt_trainers.commands.init import InitArguments
 from aligngpt_trainers.commands.launch import find_config, split_words, take_config
 from aligngpt_trainers.commands.merge import MergeArguments
-from aligngpt_trainers.commands.preferences import PreferenceArguments, RewardArguments
 from aligngpt_trainers.commands.settings import check_settings
 from aligngpt_trainers.commands.train import STAGES
-from aligngpt_trainers.preferences.dpo_config import AlignGPTDPOConfig
-from aligngpt_trainers.preferences.grpo import AlignGPTGRPOConfig
 from aligngpt_trainers.scoring.config import ScoreConfig
 
 
@@ -26,8 +22,6 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES += [path for folder in ("recipes", "playground") for path in sorted((ROOT / folder).rglob("*.md"))]
 SETTINGS = {"score": (ScoreConfig,), "init": (InitArguments,), "merge": (MergeArguments,)}
-SETTINGS["dpo"] = (ModelArguments, PreferenceArguments, AlignGPTDPOConfig)
-SETTINGS["grpo"] = (ModelArguments, PreferenceArguments, RewardArguments, AlignGPTGRPOConfig)
 # What else a shell is asked for; each is another project's, or the shell's own.
 FOREIGN = (
     "hf",

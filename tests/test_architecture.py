@@ -18,7 +18,7 @@ PACKAGES = {
 }
 # what each room may use besides itself; the model uses nothing
 _CORE = ("modeling_aligngpt", "aligngpt_shared")
-_TRAINERS = tuple(f"aligngpt_trainers{room}" for room in ("", ".storage", ".data", ".scoring", ".preferences"))
+_TRAINERS = tuple(f"aligngpt_trainers{room}" for room in ("", ".storage", ".data", ".scoring"))
 ROOMS = {
     "modeling_aligngpt": (),
     "aligngpt_shared": (),
@@ -27,12 +27,6 @@ ROOMS = {
     "aligngpt_trainers.data": (*_CORE, "aligngpt_trainers.storage"),
     "aligngpt_trainers.scoring": (*_CORE, "aligngpt_trainers.storage", "aligngpt_trainers.data"),
     "aligngpt_trainers": (*_CORE, "aligngpt_trainers.storage", "aligngpt_trainers.data"),
-    "aligngpt_trainers.preferences": (
-        *_CORE,
-        "aligngpt_trainers.storage",
-        "aligngpt_trainers.data",
-        "aligngpt_trainers",
-    ),
     "aligngpt_trainers.commands": (*_CORE, "aligngpt_recipes", *_TRAINERS),
     "aligngpt_hub": _CORE,
     "aligngpt_hub.metrics": (),

@@ -25,7 +25,6 @@ RUN_ELSEWHERE = {
     ("docs/hub.md", "BitsAndBytesConfig("): "tests/modeling/test_small_machine.py",
     ("docs/space.md", "Client("): "tests/hub/test_space_app.py",
     ("docs/serving.md", "OpenAI("): "tests/hub/test_serve.py",
-    ("docs/training.md", "AlignGPTGRPOTrainer("): "tests/trainers/test_grpo.py",
     # in an environment of its own: `make engines`
     ("docs/serving.md", "from vllm"): "tests/engines/vllm_check.py",
 }

@@ -5,19 +5,12 @@ import importlib
 
 _EXPORTS = {
     "AlignGPTDataCollator": "collator",
-    "AlignGPTDPOConfig": "preferences.dpo_config",
-    "AlignGPTDPOTrainer": "preferences.dpo_trainer",
-    "AlignGPTGRPOConfig": "preferences.grpo",
-    "AlignGPTGRPOTrainer": "preferences.grpo",
     "AlignGPTInstructConfig": "instruct_config",
     "AlignGPTInstructTrainer": "instruct_trainer",
     "DummyImageCallback": "dummy_image",
     "AlignGPTPretrainConfig": "pretrain_config",
     "AlignGPTPretrainTrainer": "pretrain_trainer",
     "ScoreConfig": "scoring.config",
-    "JudgeReward": "preferences.rewards",
-    "load_preferences": "preferences.pairs",
-    "load_prompts": "preferences.pairs",
     "load_rows": "data.load",
     "score_dataset": "scoring.run",
 }

@@ -35,8 +35,6 @@ SETTINGS = {
     "score": ("aligngpt_trainers.scoring.config", ("ScoreConfig",)),
     "pretrain": ("aligngpt_trainers.commands.train", ("PretrainModelArguments", "DataArguments")),
     "instruct": ("aligngpt_trainers.commands.train", ("ModelArguments", "DataArguments")),
-    "dpo": ("aligngpt_trainers.commands.preferences", ("ModelArguments", "PreferenceArguments")),
-    "grpo": ("aligngpt_trainers.commands.preferences", ("ModelArguments", "PreferenceArguments", "RewardArguments")),
     "merge": ("aligngpt_trainers.commands.merge", ("MergeArguments",)),
 }
 CLASSES = {
@@ -54,13 +52,6 @@ CLASSES = {
         "aligngpt_trainers.instruct_trainer.AlignGPTInstructTrainer",
         "aligngpt_trainers.instruct_config.AlignGPTInstructConfig",
         "aligngpt_trainers.stage_config.StageConfig",
-        "aligngpt_trainers.preferences.dpo_trainer.AlignGPTDPOTrainer",
-        "aligngpt_trainers.preferences.dpo_config.AlignGPTDPOConfig",
-        "aligngpt_trainers.preferences.grpo.AlignGPTGRPOTrainer",
-        "aligngpt_trainers.preferences.grpo.AlignGPTGRPOConfig",
-        "aligngpt_trainers.preferences.pairs.load_preferences",
-        "aligngpt_trainers.preferences.pairs.load_prompts",
-        "aligngpt_trainers.preferences.rewards.JudgeReward",
         "aligngpt_trainers.dummy_image.DummyImageCallback",
         "aligngpt_trainers.data.load.load_rows",
         "aligngpt_trainers.scoring.run.score_dataset",

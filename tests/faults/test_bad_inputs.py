@@ -137,19 +137,6 @@ CORPUS = [
     ("instruct --model {model} --dataset mix.json --use_cpu true --align_mode best", "align_mode|choice"),
     ("instruct --model {model} --dataset mix.json --use_cpu true --default_align_level 3", "has no effect"),
     ("instruct --model {model} --dataset mix.json --use_cpu true --output_dir run --vision_tower x", "unknown setting"),
-    ("dpo --dataset pairs.json --use_cpu true", "model is missing"),
-    ("dpo --model {model} --use_cpu true", "dataset is missing"),
-    ("dpo --model {model} --dataset pairs.json --use_cpu true --output_dir run", "row 0: found .*accepted are"),
-    ("dpo --model {model} --dataset fields.csv --use_cpu true --output_dir run", "fields.csv, row 0: found"),
-    ("dpo --model {model} --dataset cut.jsonl --use_cpu true --output_dir run", "row 0: cut.jsonl, line 1: not valid"),
-    ("dpo --model {model} --dataset pairs.json --use_cpu true --output_dir {model}", "holds a finished model"),
-    ("grpo --model {model} --use_cpu true", "dataset is missing"),
-    ("grpo --model {model} --dataset pairs.json --use_cpu true --output_dir run", "give --reward_model"),
-    ("grpo --model {model} --dataset pairs.json --use_cpu true --output_dir run --reward_funcs fame", "no 'fame'"),
-    (
-        "grpo --model {model} --dataset pairs.json --use_cpu true --output_dir run --reward_funcs exact_match",
-        "row 0: found .*a prompt is",
-    ),
     ("check", "Neither model nor language_model"),
     (f"check {STAGES} --images some", "a number of rows, or `all`"),
     (f"check {STAGES} --batches 0", "--batches 0: at least 1"),
@@ -249,7 +236,6 @@ CORPUS = [
     ("levels --model theirs --data mix.json", THEIRS),
     ("evaluate --model theirs --tasks pope --output out", THEIRS),
     ("instruct --model theirs --dataset mix.json --use_cpu true --output_dir run", THEIRS),
-    ("dpo --model theirs --dataset pairs.json --use_cpu true --output_dir run", THEIRS),
     (SCORE.replace("{clip}", "theirs"), THEIRS),
 ]  # fmt: skip
 

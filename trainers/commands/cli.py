@@ -36,8 +36,6 @@ COMMANDS = {
         f"{_HERE}.train:instruct_command",
         "stage 2: train language model, projector and gate",
     ),
-    "dpo": (f"{_HERE}.preferences:dpo_command", "tune a model of stage 2 on preference pairs"),
-    "grpo": (f"{_HERE}.preferences:grpo_command", "tune a model of stage 2 by rewards of its answers"),
     "merge": (f"{_HERE}.merge:merge_command", "merge a LoRA adapter into a model of its own"),
     "chat": (f"{_HERE}.chat", "talk with a model about images in the terminal"),
     "convert": ("aligngpt_hub.original.convert", "convert the authors' checkpoints to this format, and back"),
@@ -52,6 +50,9 @@ COMMANDS = {
     "judge": ("aligngpt_hub.levels.judge", "experimental: mean levels of texts beside their images"),
     "levels": ("aligngpt_hub.levels.command", "report what the alignment levels do in a model"),
 }
+
+# Commands that are gone -> what took their place
+GONE = dict.fromkeys(("dpo", "grpo"), "TRL's own trainer tunes the model; docs/preferences.md has the script.")
 
 # What `--model NAME` means beside folders and Hub ids: the trained models that come with the playground, and who makes
 # their folders
@@ -111,6 +112,9 @@ def _main(argv: Sequence[str] | None) -> int:
         print(version("aligngpt"))
         return 0
     command = words.pop(0)
+    if command in GONE:
+        print(f"error: `aligngpt {command}` is gone: {GONE[command]}", file=sys.stderr)
+        return 2
     if command not in COMMANDS:
         close = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(COMMANDS)}."

@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 PACKAGE = "aligngpt"
 # Command -> its extra; the others (chat, convert, space without --push) need the core alone.
 EXTRAS = {
-    **dict.fromkeys(("init", "score", "check", "pretrain", "instruct", "dpo", "grpo", "merge"), "train"),
+    **dict.fromkeys(("init", "score", "check", "pretrain", "instruct", "merge"), "train"),
     **dict.fromkeys(("export", "publish", "republish", "publish-data", "judge", "levels"), "train"),
     "evaluate": "eval",
     "demo": "demo",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 
 # The commands that share their work between processes (`--accelerate_config`).
-LAUNCHABLE = ("score", "pretrain", "instruct", "dpo", "grpo", "evaluate")
+LAUNCHABLE = ("score", "pretrain", "instruct", "evaluate")
 
 
 def with_known_flags(words: Sequence[str], parser: argparse.ArgumentParser) -> list[str]:
