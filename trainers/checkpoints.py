@@ -11,17 +11,16 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from datasets import IterableDataset
+from transformers import TrainerCallback
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
-from aligngpt_shared.files import move_folder
 from aligngpt_shared.records import SUMMARY, versioned
 
 from .continuing import write_settings
 from .guards import NonFiniteError
-from .storage.manifest import damage, write_manifest
+from .storage.manifest import MANIFEST_NAME, damage, write_manifest
 from .storage.saved_model import check_saved
 
 
@@ -29,63 +28,56 @@ logger = logging.get_logger(__name__)
 
 RECORD_NAME = "run_record.json"
 STATE_NAME = "trainer_state.json"
-STAGING_SUFFIX = ".tmp"
 
 
 class CheckpointError(OSError):
     """A checkpoint or the model could not be written; says which complete checkpoint remains."""
 
 
+class SaveCallback(TrainerCallback):
+    """Makes a checkpoint whole that the trainer has written."""
+
+    def __init__(self, trainer: "CheckpointMixin"):
+        self.trainer = trainer
+
+    def on_save(self, args, state, control, **kwargs):
+        self.trainer.finish_checkpoint()
+
+
 class CheckpointMixin:
-    """
-    How a stage saves and continues. Overridden of `transformers.Trainer`:
+    """How a stage saves and continues. A checkpoint is whole once its manifest stands, which is written last."""
 
-    - `_save_checkpoint`: writes to `checkpoint-N.tmp` and renames; older checkpoints go only afterwards.
-    - `_get_output_dir`: leads `_save_checkpoint` there.
-    - `_init_training_state`: a stream that was read more than once goes on in its last pass, not in the first.
-    - `_run_epoch`: a run continued behind its last step does not take another one.
-    """
+    checkpoints_kept: int | None = None
 
-    _staging: Path | None = None
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any):
-        args, step = self.args, self.state.global_step
-        run_dir = Path(super()._get_output_dir(trial))
-        name = f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        self._staging = run_dir / f"{name}{STAGING_SUFFIX}"
-        best_before = self.state.best_model_checkpoint
+    def finish_checkpoint(self) -> None:
+        """Adds record, settings and manifest to the checkpoint of this step; then older ones go."""
+        args = self.args
+        folder = self._checkpoint()
         record = self.run_record()
-        try:
-            if args.should_save:
-                shutil.rmtree(self._staging, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-            if args.should_save and self.saves_shards:
-                self._describe_shards(self._staging / name)
-            if args.should_save:
-                if self.state.best_model_checkpoint != best_before:
-                    self.state.best_model_checkpoint = str(run_dir / name)
-                    self.state.save_to_json(str(self._staging / name / STATE_NAME))
-                (self._staging / name / RECORD_NAME).write_text(json.dumps(record), encoding="utf-8")
-                write_settings(self, self._staging / name)
-            self.accelerator.wait_for_everyone()
-            if args.should_save:
-                write_manifest(self._staging / name, args.checkpoint_digests)
-                move_folder(self._staging / name, run_dir / name)
-        # a full disk is another error for every library, tokenizers' own a bare Exception
-        except Exception as error:
-            raise self._save_error(name, error) from error
-        finally:
-            if args.should_save:
-                shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging = None
         self.accelerator.wait_for_everyone()
         if args.should_save:
+            if self.saves_shards:
+                self._describe_shards(folder)
+            (folder / RECORD_NAME).write_text(json.dumps(record), encoding="utf-8")
+            write_settings(self, folder)
+            write_manifest(folder, args.checkpoint_digests)
             # by step and not by time: a clock that was ahead must not make a new checkpoint the oldest
-            rotate_checkpoints(str(run_dir), args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False)
+            rotate_checkpoints(args.output_dir, self.checkpoints_kept, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _checkpoint(self) -> Path:
+        return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+
+    def raise_save_error(self, error: BaseException) -> None:
+        """
+        What stopped training, where a checkpoint was being saved, as a [`CheckpointError`]; a full disk is another
+        error for every library, tokenizers' own a bare Exception.
+        """
+        folder = self._checkpoint()
+        if isinstance(error, Exception) and folder.is_dir() and not (folder / MANIFEST_NAME).is_file():
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise self._save_error(folder.name, error) from error
 
     @property
     def saves_shards(self) -> bool:
@@ -126,30 +118,12 @@ class CheckpointMixin:
         )
 
     def remove_unfinished(self):
-        """Removes leftovers of interrupted saves."""
-        if self.args.should_save:
-            for path in Path(self.args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*{STAGING_SUFFIX}"):
+        """Removes checkpoints behind the one that is continued whose save was cut off."""
+        step = read_state(self.resumed_from).get("global_step", 0)
+        for path in _checkpoints(self.args.output_dir) if self.args.should_save else ():
+            if not (path / MANIFEST_NAME).is_file() and int(path.name.rpartition("-")[2]) > step:
                 logger.warning(f"{path.name} is a save that was cut off: removed.")
                 shutil.rmtree(path, ignore_errors=True)
-
-    def _init_training_state(
-        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-    ):
-        epochs, batches = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
-        if resume_from_checkpoint is not None and isinstance(self.train_dataset, IterableDataset) and batches:
-            # an "epoch" counts its whole passes, and the share of `max_steps` that the last one has had
-            state = read_state(resume_from_checkpoint)
-            epochs = int(state["epoch"])
-            batches = round((state["epoch"] - epochs) * state["max_steps"] * self.args.gradient_accumulation_steps)
-        return epochs, batches
-
-    def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step >= self.state.max_steps > 0:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
 
     # ---- the finished model ----
 
@@ -232,7 +206,7 @@ class CheckpointMixin:
 def find_last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     """The newest whole checkpoint in a folder, or `None`; what is damaged is named and passed over."""
     for path in _checkpoints(output_dir):
-        if not _is_json(path / STATE_NAME):
+        if not (path / MANIFEST_NAME).is_file():
             logger.warning(f"{path.name} is incomplete (the run stopped while saving): passed over.")
         elif (found := damage(path)) is not None:
             logger.warning(f"{path.name} is damaged ({found}): passed over.")
@@ -274,8 +248,7 @@ def checkpoint_to_continue(asked: str | bool | None, output_dir: str | os.PathLi
         return None
     if not Path(asked).is_dir():
         raise CheckpointError(f"resume_from_checkpoint={str(asked)!r}: there is no such folder.")
-    found = damage(asked) if _is_json(Path(asked) / STATE_NAME) else f"{STATE_NAME} is missing or cannot be read"
-    if found is not None:
+    if (found := damage(asked)) is not None:
         raise CheckpointError(f"{asked} is damaged ({found}): name an earlier checkpoint, or start afresh.")
     return str(asked)
 

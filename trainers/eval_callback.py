@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from datasets import IterableDataset
 from trl.models.utils import unwrap_model_for_generation
 
@@ -116,7 +116,7 @@ def _answer(trainer: Any, model: torch.nn.Module, row: dict[str, Any], max_new_t
     num_images = int((prompt["input_ids"] == config.image_token_id).sum()) // config.image_seq_length
     if num_images:
         prompt["pixel_values"] = batch["pixel_values"][:num_images]
-    prompt = trainer._prepare_inputs(prompt)
+    prompt = send_to_device(prompt, trainer.args.device)
     # all processes take as many steps where each step gathers weights; transformers does not see FSDP2 by itself
     synced = {"synced_gpus": True} if trainer.is_fsdp_enabled and trainer.args.world_size > 1 else {}
     with trainer.compute_loss_context_manager():

@@ -1,6 +1,7 @@
 """Orderly stops of a run: at signals, and at losses or gradients that are not finite."""
 
 import functools
+import math
 import signal
 import sys
 import threading
@@ -54,7 +55,7 @@ class StopCallback(TrainerCallback):
         self.trainer = trainer
         self.received = 0
         self.received_at = 0.0
-        self.stopped_by = 0
+        self.stopped_by = self.began_at = 0
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopCallback":
@@ -94,8 +95,11 @@ class StopCallback(TrainerCallback):
             control.should_log = control.should_save = control.should_training_stop = True
         return control
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began_at = state.global_step
+
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.stopped_by:  # saved already
+        if self.stopped_by or state.global_step == self.began_at:  # saved already
             control.should_save = control.should_evaluate = False
         return control
 
@@ -130,7 +134,7 @@ def _start_worker(initialize: Callable[[int], None] | None, worker_id: int):
         initialize(worker_id)
 
 
-class FiniteGuard:
+class FiniteGuard(TrainerCallback):
     """
     Stops training at a loss that is NaN or infinite before its gradient reaches the weights, in all processes, and
     names the rows it comes from; likewise at a gradient that is not finite.
@@ -166,13 +170,15 @@ class FiniteGuard:
             guilty = names if sharded else self._with_bad_loss(inputs, names) or names
         self._stop("The loss is NaN or infinite", guilty)
 
-    def check_gradient(self, norm: torch.Tensor | float | None):
-        """`norm` of the whole gradient, the same in all processes, before the optimizer's step."""
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Looks at the whole gradient, the same in all processes; where it was clipped, NaN has become of infinity."""
         batches, self.batches = self.batches, []
+        accelerator = self.trainer.accelerator
         # a gradient scaler skips such steps itself and lowers its scale
-        if norm is None or getattr(self.trainer.accelerator, "scaler", None) is not None:
+        if getattr(accelerator, "scaler", None) is not None:
             return
-        if not bool(torch.isfinite(torch.as_tensor(norm))):
+        norm = accelerator.clip_grad_norm_(self.trainer.model_wrapped.parameters(), math.inf)
+        if norm is not None and not bool(torch.isfinite(torch.as_tensor(norm))):
             self._stop("The gradient is NaN or infinite, though the loss is not,", self._names(batches))
 
     @torch.no_grad()

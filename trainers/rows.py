@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
 from datasets.arrow_dataset import update_metadata_with_features
-from datasets.fingerprint import Hasher
+from datasets.fingerprint import generate_random_fingerprint
 from transformers.utils import logging
 
 from .collator import (
@@ -33,6 +33,8 @@ logger = logging.get_logger(__name__)
 LENGTH_COLUMN, NUM_IMAGES_COLUMN = "length", "num_images"
 # The least `max_length` that leaves a row its images and the beginning of its answer.
 NEEDED_COLUMN = "needed"
+# Columns of the source that the collator reads.
+USED = ("images", "messages", "align_level", "id")
 IMAGES = datasets.List(datasets.Image(decode=False))
 INDEX_FEATURES = datasets.Features({ROW_INDEX_COLUMN: datasets.Value("int64")})
 TEXT_FEATURES = datasets.Features(
@@ -85,38 +87,35 @@ def prepare_rows(
     images = (rows.features or {}).get("images")
     if isinstance(images, (datasets.Image, datasets.Value)):
         raise ValueError(f"The {name} data's `images` must hold lists of images, not {images}: use `load_rows`.")
-    # encoded images are opened in the collator, where an error can name the row
-    if isinstance(getattr(images, "feature", None), datasets.Image):
-        rows = rows.cast_column("images", IMAGES) if streamed else _undecoded(rows)
+    used = [column for column in USED if column in columns]
     if streamed:
+        # encoded images are opened in the collator, where an error can name the row
+        if isinstance(getattr(images, "feature", None), datasets.Image):
+            rows = rows.cast_column("images", IMAGES)
         # every process reads rows of its own: a batch whose rows have several images cannot be cut for the others
         args.accelerator_config.dispatch_batches = False
         return _prepare_stream(rows, collator, args, counts), {}
-    selected = None if rows._indices is None else rows._indices.column(0).to_numpy()
-    # columns are put beside the whole table, which copies no image, and the selection is made again
-    whole = rows if selected is None else _whole(rows)
-    if "images" not in columns:
-        whole = whole.add_column("images", [[]] * len(whole))
-    positions = _positions(len(whole), selected)
-    num_images = pc.fill_null(pc.list_value_length(whole.data.column("images")), 0).cast(pa.int32())
-    if args.check_rows:
-        with args.main_process_first(desc=f"reading the {name} texts"):
-            encoded = _encode_all(whole, collator, args, name, positions)
-        kept, counts = _fitting(encoded, selected, args, name)
-        encoded = encoded.remove_columns(NEEDED_COLUMN)
-    else:
-        index = pa.array(np.arange(len(whole)) if positions is None else positions)
-        encoded = Dataset(pa.table({ROW_INDEX_COLUMN: index}), info=datasets.DatasetInfo(features=INDEX_FEATURES))
-        kept, counts = None, {f"{name}_rows": len(rows)}
+    kept, counts = None, {f"{name}_rows": len(rows)}
+    with args.main_process_first(desc=f"reading the {name} texts"):
+        if args.check_rows:
+            encoded = _encode_all(rows, collator, args, name)
+            kept, counts = _fitting(encoded, args, name)
+            encoded = encoded.remove_columns(NEEDED_COLUMN)
+        else:
+            encoded = Dataset.from_dict({ROW_INDEX_COLUMN: np.arange(len(rows))}, features=INDEX_FEATURES)
+        rows = rows.select_columns(used)
+        if "images" not in columns:
+            rows = rows.add_column("images", [[]] * len(rows))
+        # beside the table, which copies no image; of a selection `datasets` makes a table first, once
+        rows = datasets.concatenate_datasets([rows, encoded], axis=1)
     if unusable:
         counts[f"{name}_rows_left_out"] = counts.get(f"{name}_rows_left_out", 0) + unusable
         counts[f"{name}_rows_unusable"] = unusable
-    encoded = encoded.add_column(NUM_IMAGES_COLUMN, num_images, feature=ENCODED_FEATURES[NUM_IMAGES_COLUMN])
-    clash = [column for column in encoded.column_names if column in whole.column_names]
-    beside = datasets.concatenate_datasets([whole.remove_columns(clash), encoded], axis=1)
-    if selected is not None:
-        beside = beside.select(selected)
-    return (beside if kept is None else beside.select(kept)), counts
+    if isinstance(getattr(images, "feature", None), datasets.Image):
+        rows = _undecoded(rows)
+    num_images = pc.fill_null(pc.list_value_length(rows.data.column("images")), 0).cast(pa.int32())
+    rows = rows.add_column(NUM_IMAGES_COLUMN, num_images, feature=ENCODED_FEATURES[NUM_IMAGES_COLUMN])
+    return (rows if kept is None else rows.select(kept)), counts
 
 
 def stream_totals(rows: Dataset | IterableDataset | None, name: str) -> dict[str, int]:
@@ -129,28 +128,12 @@ def stream_totals(rows: Dataset | IterableDataset | None, name: str) -> dict[str
 
 
 def _undecoded(rows: Dataset) -> Dataset:
-    """The same table with images left encoded; `cast_column` would copy the images of lists."""
+    """A whole table with images left encoded; `cast_column` would copy the images of lists."""
     features = datasets.Features({**rows.features, "images": IMAGES})
     table = update_metadata_with_features(rows.data.cast(features.arrow_schema), features)
-    fingerprint = Hasher.hash([rows._fingerprint, "undecoded"])
     info = rows.info.copy()
     info.features = features
-    return Dataset(table, info=info, split=rows.split, indices_table=rows._indices, fingerprint=fingerprint)
-
-
-def _whole(rows: Dataset) -> Dataset:
-    """The table that a selection was made from."""
-    fingerprint = Hasher.hash([rows._fingerprint, "whole"])
-    return Dataset(rows._data, info=rows.info.copy(), split=rows.split, fingerprint=fingerprint)
-
-
-def _positions(length: int, selected: np.ndarray | None) -> np.ndarray | None:
-    """For each row of the whole table its (first) position in the selection, -1 for none; `None` without selection."""
-    if selected is None:
-        return None
-    positions = np.full(length, -1, dtype=np.int64)
-    positions[selected[::-1]] = np.arange(len(selected))[::-1]
-    return positions
+    return Dataset(table, info=info, split=rows.split, fingerprint=generate_random_fingerprint())
 
 
 def _encode_chunk(
@@ -197,28 +180,18 @@ def _prepare_stream(
     return rows
 
 
-def _encode_all(
-    rows: Dataset, collator: AlignGPTDataCollator, args: "StageConfig", name: str, positions: np.ndarray | None
-) -> Dataset:
-    """A data set of `TEXT_FEATURES`, a row for each of `rows`, empty where not selected; the first bad row raises."""
+def _encode_all(rows: Dataset, collator: AlignGPTDataCollator, args: "StageConfig", name: str) -> Dataset:
+    """A data set of `TEXT_FEATURES`, a row for each of `rows`; the first bad row raises."""
     needed_columns = [name for name in ("messages", "align_level", "id", *FOREIGN) if name in rows.column_names]
     texts = left_encoded(rows.select_columns(needed_columns))
     limit = args.max_length if args.on_overlong == "error" else None
 
     def encode(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
-        indices = indices if positions is None else positions[indices].tolist()
         chunk = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        chunk = [{**row, ROW_INDEX_COLUMN: i} for i, row in zip(indices, chunk, strict=True) if i >= 0]
-        filled = iter(zip(*_encode_chunk(chunk, collator, limit), strict=True) if chunk else ())
-        nothing = {TOKENS_COLUMN: np.empty(0, np.int32), SUPERVISED_COLUMN: np.empty(0, bool)}
-        results = [next(filled) if index >= 0 else (nothing, 0, 0) for index in indices]
-        return {
-            ROW_INDEX_COLUMN: indices,
-            TOKENS_COLUMN: [tokens[TOKENS_COLUMN] for tokens, _, _ in results],
-            SUPERVISED_COLUMN: [tokens[SUPERVISED_COLUMN] for tokens, _, _ in results],
-            LENGTH_COLUMN: [length for _, length, _ in results],
-            NEEDED_COLUMN: [needed for _, _, needed in results],
-        }
+        chunk = [{**row, ROW_INDEX_COLUMN: index} for index, row in zip(indices, chunk, strict=True)]
+        encoded, lengths, needed = _encode_chunk(chunk, collator, limit)
+        columns = {column: [row[column] for row in encoded] for column in (TOKENS_COLUMN, SUPERVISED_COLUMN)}
+        return {ROW_INDEX_COLUMN: indices, **columns, LENGTH_COLUMN: lengths, NEEDED_COLUMN: needed}
 
     return texts.map(
         encode,
@@ -231,13 +204,9 @@ def _encode_all(
     )
 
 
-def _fitting(
-    encoded: Dataset, selected: np.ndarray | None, args: "StageConfig", name: str
-) -> tuple[np.ndarray | None, dict[str, int]]:
-    """Which rows of the selection fit (`None`: all), and the counts."""
+def _fitting(encoded: Dataset, args: "StageConfig", name: str) -> tuple[np.ndarray | None, dict[str, int]]:
+    """Which rows fit (`None`: all), and the counts."""
     lengths, needed = (encoded.data.column(column).to_numpy() for column in (LENGTH_COLUMN, NEEDED_COLUMN))
-    if selected is not None:
-        lengths, needed = lengths[selected], needed[selected]
     limit = np.inf if args.max_length is None else args.max_length
     kept = (needed if args.on_overlong == "truncate" else lengths) <= limit
     cut, left_out = int((kept & (lengths > limit)).sum()), int((~kept).sum())

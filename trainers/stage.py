@@ -3,13 +3,17 @@
 import os
 import time
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import ProcessorMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import seed_worker
 from transformers.utils import logging
 from trl import SFTTrainer
 
@@ -19,6 +23,7 @@ from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcesso
 from .checkpoints import (
     CheckpointError,
     CheckpointMixin,
+    SaveCallback,
     check_output,
     checkpoint_to_continue,
     find_last_checkpoint,
@@ -27,11 +32,12 @@ from .checkpoints import (
 )
 from .collator import ROW_INDEX_COLUMN, AlignGPTDataCollator
 from .continuing import ContinuationError, compare_settings
+from .data.streaming import Passes
 from .dummy_image import add_dummy_images
 from .eval_callback import GenerationMetrics, GenerationMixin
 from .guards import FiniteGuard, NonFiniteError, StopCallback, TrainingStopped, outlive_signals
 from .packing import RowPacking, check_packing
-from .rows import ENCODED_FEATURES, prepare_rows
+from .rows import prepare_rows
 from .sampling import make_sampler
 from .stage_config import IMAGE_ASPECT_RATIOS, StageConfig
 from .storage.saved_model import check_savable
@@ -53,6 +59,8 @@ __all__ = [
     "find_last_checkpoint",
 ]
 
+# `dataloader_` settings that are the loader's own
+LOADER_SETTINGS = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor")
 # settings that give a module of the model a learning rate of its own
 OWN_LEARNING_RATES = {
     "projector_learning_rate": "multi_modal_projector",
@@ -67,14 +75,13 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
 
     - `__init__`: loads a path with our own classes, hands in the collator and checked rows, then freezes (after
       `super().__init__`, so that nothing there undoes it).
-    - `_set_signature_columns_if_needed`: TRL would strip `align_level`, lengths and the names of rows.
-    - `_get_train_sampler`: batches of similar rows (`group_by`).
-    - `get_train_dataloader`, `get_eval_dataloader`: their processes ignore signals.
+    - `get_train_dataloader`: batches of similar rows (`group_by`), streams that begin anew; its processes ignore
+      signals, as those of `get_eval_dataloader`.
+    - `get_batch_samples`: a run continued behind its last step does not take another one.
     - `create_optimizer`: gives projector and level table learning rates of their own (`OWN_LEARNING_RATES`).
     - `compute_loss`: takes the rows' names out of the batch, stops at a loss that is not finite; on a
       CPU it keeps the head to supervised positions, as TRL does on a GPU.
     - `log`: adds what [`RunWatch`] has seen.
-    - `_get_grad_norm`: stops at a gradient that is not finite.
     - `train`: resumes from the last *complete* checkpoint when asked for `"auto"`, stops orderly at a signal, and
       measures the run.
     - `create_model_card`: TRL's card shows a text-generation pipeline, which cannot run this model; cards are made from
@@ -98,9 +105,6 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
     """
 
     stage: ClassVar[str]
-    _tag_names = ["aligngpt", "trl", "sft"]
-    _name = "AlignGPT"
-    _paper = {"title": "AlignGPT: Multi-modal Large Language Models with Adaptive Alignment Capability"}
 
     def __init__(
         self,
@@ -129,6 +133,8 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
         model.config.training_stage = self.stage
         processing_class.gate_context = model.config.gate_context
         processing_class.image_processor.do_pad = args.image_aspect_ratio == "pad"
+        # TRL would strip levels, lengths and names; `prepare_rows` keeps what is used
+        args.remove_unused_columns = False
         if processing_class.tokenizer.pad_token is None:
             processing_class.tokenizer.pad_token = processing_class.tokenizer.eos_token
         collator = AlignGPTDataCollator(
@@ -173,7 +179,8 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
                 "are whole. Take FULL_STATE_DICT."
             )
         self.finite_guard, self.stop_callback = FiniteGuard(self), StopCallback(self)
-        self.add_callback(self.stop_callback)
+        for callback in (self.finite_guard, self.stop_callback, SaveCallback(self)):
+            self.add_callback(callback)
         self.resumed_from: str | None = None
         # settings that a continued run has otherwise than before, with the step
         self.setting_changes: list[dict[str, Any]] = []
@@ -257,22 +264,32 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
 
     # ---- batches and loss ----
 
-    def _set_signature_columns_if_needed(self):
-        if self._signature_columns is None:
-            extra = ["images", "messages", "align_level", "id", "length", "num_images"]
-            self._signature_columns = list(dict.fromkeys([*extra, *ENCODED_FEATURES]))
-
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        args = self.args
+    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
+        rows, args = self.train_dataset, self.args
         seed = args.seed if args.data_seed is None else args.data_seed
         sampler = make_sampler(
             rows, args.group_by, args.train_batch_size, args.world_size, seed, args.dataloader_drop_last
         )
-        return super()._get_train_sampler(train_dataset) if sampler is None else sampler
+        streamed = isinstance(rows, IterableDataset)
+        if sampler is None and not streamed:
+            return outlive_signals(super().get_train_dataloader())
+        given = {name: getattr(args, f"dataloader_{name}") for name in LOADER_SETTINGS}
+        given |= {"batch_size": args.train_batch_size, "collate_fn": self.data_collator}
+        start = partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index)
+        given |= {} if streamed else {"sampler": sampler, "drop_last": args.dataloader_drop_last}
+        apart = streamed and 1 < args.world_size <= rows.num_shards
+        if apart:  # each process reads files of its own, which accelerate sees of a bare stream alone
+            rows = rows.shard(args.world_size, args.process_index)
+        loader = DataLoader(Passes(rows) if streamed else rows, worker_init_fn=start, **given)
+        if apart:
+            return outlive_signals(prepare_data_loader(loader, args.device, 1, 0, put_on_device=True))
+        return outlive_signals(self.accelerator.prepare(loader))
 
-    def get_train_dataloader(self) -> torch.utils.data.DataLoader:
-        return outlive_signals(super().get_train_dataloader())
+    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps > 0:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(epoch_iterator, *args, **kwargs)
 
     def get_eval_dataloader(self, *args, **kwargs) -> torch.utils.data.DataLoader:
         return outlive_signals(super().get_eval_dataloader(*args, **kwargs))
@@ -296,11 +313,6 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
                 # of the positions of the batches, those that this process's language model saw
                 logs["positions_left"] = round(self.packing.positions[0] / self.packing.positions[1], 4)
         super().log(logs, start_time)
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        norm = super()._get_grad_norm(model, grad_norm)
-        self.finite_guard.check_gradient(norm)
-        return norm
 
     # ---- running ----
 
@@ -336,12 +348,17 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
         self.forget_generations_after(read_state(self.resumed_from).get("global_step", 0))
         self._report_first_batch()
         self._started = time.perf_counter()
+        # older checkpoints go once a new one is whole (`finish_checkpoint`), which transformers does not wait for
+        self.checkpoints_kept, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with self.stop_callback:
                 output = super().train(resume_from_checkpoint=self.resumed_from, **kwargs)
-        except BaseException:
+        except BaseException as error:
             self._close_progress_bar()
+            self.raise_save_error(error)
             raise
+        finally:
+            self.args.save_total_limit = self.checkpoints_kept
         self.record = self.run_record()
         if self.stop_callback.stopped_by:
             raise self.stop_callback.error()

@@ -111,7 +111,7 @@ def test_a_gradient_that_is_not_finite_stops_too(assembled, pairs, tmp_path):
     """The loss is finite, its gradient is not: all rows of the step are named."""
 
     class Poison(TrainerCallback):
-        def on_pre_optimizer_step(self, *args, **kwargs):
+        def on_optimizer_step(self, *args, **kwargs):
             raise AssertionError("the optimizer would step")
 
     model, processor = assembled

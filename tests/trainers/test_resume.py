@@ -22,6 +22,7 @@ from aligngpt_trainers import (
     AlignGPTPretrainTrainer,
 )
 from aligngpt_trainers.stage import CheckpointError, TrainingStopped, find_last_checkpoint
+from aligngpt_trainers.storage.manifest import write_manifest
 
 
 STEPS = 7  # an epoch has four steps: one run is one epoch and most of a second
@@ -137,8 +138,8 @@ def test_the_comparison_is_sharp(straight, stage1_folder, tmp_path):
     stopped = trainer_for("instruct", stage1_folder, tmp_path, [SendSignal(signal.SIGTERM, 2)], 0.1)
     with pytest.raises(TrainingStopped):
         stopped.train()
-    for name in ("rng_state.pth", "manifest.json"):
-        (tmp_path / "checkpoint-2" / name).unlink()
+    (tmp_path / "checkpoint-2" / "rng_state.pth").unlink()
+    write_manifest(tmp_path / "checkpoint-2")
     resumed = trainer_for("instruct", stage1_folder, tmp_path, None, 0.1, resume="auto")
     resumed.train()
     assert not equal(final_weights(resumed), straight["instruct"][0])
@@ -248,12 +249,12 @@ def test_killed_in_the_middle_of_a_save(straight_without_dropout, stage1_folder,
     done = run_process(tmp_path, stage1_folder, die_saving_optimizer_at=4)
     assert done.returncode == -signal.SIGKILL
     left = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {"checkpoint-2", "checkpoint-4.tmp"} <= left and "checkpoint-4" not in left
+    assert {"checkpoint-2", "checkpoint-4"} <= left
+    assert not (tmp_path / "out" / "checkpoint-4" / "manifest.json").exists()
     assert find_last_checkpoint(tmp_path / "out").endswith("checkpoint-2")
     resumed = trainer_for("pretrain", stage1_folder, tmp_path / "out", resume="auto")
     resumed.train()
     assert resumed.resumed_from.endswith("checkpoint-2")
-    assert not (tmp_path / "out" / "checkpoint-4.tmp").exists()
     assert equal(final_weights(resumed), straight_without_dropout)
 
 
@@ -296,9 +297,8 @@ def test_older_checkpoints_go_once_the_new_one_stands(stage1_folder, tmp_path):
         def on_save(self, args, state, control, **kwargs):
             seen.append(sorted(path.name for path in tmp_path.glob("checkpoint-*")))
 
-    trainer = trainer_for(
-        "pretrain", stage1_folder, tmp_path, [Look()], save_strategy="steps", save_steps=2, save_total_limit=2
-    )
+    trainer = trainer_for("pretrain", stage1_folder, tmp_path, save_strategy="steps", save_steps=2, save_total_limit=2)
+    trainer.add_callback(Look())
     save = trainer._save_optimizer_and_scheduler
     during = []
 
@@ -309,7 +309,7 @@ def test_older_checkpoints_go_once_the_new_one_stands(stage1_folder, tmp_path):
     trainer._save_optimizer_and_scheduler = look_and_save
     trainer.train()
     assert seen[2:] == [["checkpoint-4", "checkpoint-6"], ["checkpoint-6", "checkpoint-7"]]
-    assert during[2] == ["checkpoint-2", "checkpoint-4", "checkpoint-6.tmp"]
+    assert during[2] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
 def test_the_best_checkpoint_is_kept_and_found(stage1_folder, tmp_path):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow.compute as pc
 import torch
+from accelerate.utils import send_to_device
 from datasets import Dataset
 
 from ..collator import ROW_INDEX_COLUMN, SUPERVISED_COLUMN
@@ -101,7 +102,7 @@ def first_loss(trainer: "StageTrainer", batch: dict[str, torch.Tensor]) -> float
     training, _ = model.training, model.eval()
     try:
         with torch.no_grad(), trainer.compute_loss_context_manager():
-            return float(trainer.compute_loss(model, trainer._prepare_inputs(dict(batch))))
+            return float(trainer.compute_loss(model, send_to_device(dict(batch), trainer.args.device)))
     finally:
         model.train(training)
 

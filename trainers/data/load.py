@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import Dataset, Features, Image, IterableDataset, List
-from datasets.fingerprint import Hasher
+from datasets import Dataset, Features, Image, IterableDataset, List, concatenate_datasets
+from datasets.fingerprint import Hasher, generate_fingerprint
 from datasets.info import DatasetInfo
 from datasets.table import InMemoryTable, Table, concat_tables
 from tqdm.auto import tqdm
@@ -304,9 +304,7 @@ def _from_dataset(dataset: Dataset, title: str, folder: Path | str | None, check
     if not len(dataset):
         raise ValueError(f"{title}: no rows.")
     check_columns(set(dataset.column_names), title)
-    if dataset._indices is not None:
-        dataset = dataset.flatten_indices()
-    dataset = dataset.with_format(None)
+    dataset = _flattened(dataset.with_format(None))
     image_column = next((column for column in IMAGE_COLUMNS if column in dataset.column_names), None)
     if image_column is None:
         images = InMemoryTable(pa.table({"images": pa.array([[]] * len(dataset), IMAGES)}))
@@ -333,8 +331,14 @@ def _from_dataset(dataset: Dataset, title: str, folder: Path | str | None, check
 
     with TableWriter(_schema("messages", *OPTIONAL)) as writer:
         table = _write(_convert(prepared(), report, len(dataset)), writer, report)
-    fingerprint = Hasher.hash(["aligngpt rows", dataset._fingerprint, str(folder)])
+    fingerprint = Hasher.hash(["aligngpt rows", generate_fingerprint(dataset), str(folder)])
     return _assemble(concat_tables([images, table], axis=1), fingerprint)
+
+
+def _flattened(dataset: Dataset) -> Dataset:
+    """The data set with a table of its own where it is a selection, as `datasets` makes to put a column beside it."""
+    beside = Dataset.from_dict({"": [None] * len(dataset)})
+    return concatenate_datasets([dataset, beside], axis=1).remove_columns("")
 
 
 def _check_path(path: str, check: bool) -> list[str]:

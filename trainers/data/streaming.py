@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from .sources import NUM_SHARDS, Broken, Records, read_records
 logger = logging.getLogger(__name__)
 
 MAX_WORKERS = 256
+TYPED_BY = 5  # records that say of what kind a stream's columns are, where it does not say so
 PEEK = 1000  # records whose columns are looked at before a stream begins
 ROWS_AT_ONCE = 1  # a bad row stops the stream when its turn comes, not before
 
@@ -73,6 +74,27 @@ class StreamCounts:
         return {kind: number for kind, number in zip(self.KINDS, sums, strict=True) if number}
 
 
+class Passes(torch.utils.data.IterableDataset):
+    """
+    A stream that begins anew whenever it ends, each time in another order: for a trainer one long epoch, in which a
+    continued run finds its place by counting batches.
+    """
+
+    def __init__(self, rows: IterableDataset):
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        # one of its own: loader processes share the number of the pass
+        rows = self.rows.with_format(None)
+        for number in count():
+            rows.set_epoch(number)
+            row = None
+            for row in rows:
+                yield row
+            if row is None:
+                return
+
+
 def stream_rows(
     opened: Dataset | IterableDataset | Records,
     title: str,
@@ -106,6 +128,11 @@ def stream_rows(
         rows = _from_stream(rows, title, folder, check_images, skip, counts)
     rows.stream_counts = counts
     return rows
+
+
+def with_features(rows: IterableDataset) -> IterableDataset:
+    """The stream with the kinds of its columns, taken from its first rows where it does not say them."""
+    return rows if rows.features is not None else rows.cast(Dataset.from_list(list(rows.take(TYPED_BY))).features)
 
 
 def _features(columns: set[str]) -> Features:
@@ -200,7 +227,7 @@ def _generate(
 def _from_stream(
     rows: IterableDataset, title: str, folder: Path | str | None, check: bool, skip: bool, counts: StreamCounts
 ) -> IterableDataset:
-    rows = rows if rows.features is not None else rows._resolve_features()
+    rows = with_features(rows)
     columns = set(rows.column_names or [])
     check_columns(columns, title)
     features = _features(columns)

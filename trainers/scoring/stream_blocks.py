@@ -28,6 +28,7 @@ from ..data.conversations import ROW_ERRORS, UNREADABLE, BadRow, reason_of
 from ..data.load import RowReport
 from ..data.records import IMAGE_COLUMNS, MESSAGES, convert_record, encode_images, name_of
 from ..data.sources import Broken, Records, open_source, read_records
+from ..data.streaming import with_features
 from .config import ScoreConfig
 from .processes import keeping_progress
 from .source import Span, file_identity, spans_of
@@ -75,8 +76,7 @@ class RecordStream:
         if isinstance(opened, Dataset):
             self.total = len(opened)
             opened = opened.to_iterable_dataset(num_shards=min(len(opened), MOST_PARTS) or 1)
-        if opened.features is None:
-            opened = opened._resolve_features()
+        opened = with_features(opened)
         self._rows: IterableDataset = opened.decode(False)
         self.num_parts = max(1, min(MOST_PARTS, opened.num_shards))
         splits = opened.info.splits or {}

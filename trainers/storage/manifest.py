@@ -16,8 +16,6 @@ from aligngpt_shared.files import sync_file, sync_folder
 MANIFEST_NAME = "manifest.json"
 # files up to this size have their digest taken always; larger ones where asked (80 GB take minutes)
 SMALL = 64 * 2**20
-# what a checkpoint of a run that goes on cannot be without
-NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt")
 
 
 def write_manifest(folder: Path, digests: bool = False) -> None:
@@ -35,6 +33,7 @@ def write_manifest(folder: Path, digests: bool = False) -> None:
     target.write_text(json.dumps({"version": 1, "files": files}, indent=1), encoding="utf-8")
     sync_file(target)
     sync_folder(folder)
+    sync_folder(folder.parent)
 
 
 def damage(folder: str | os.PathLike) -> str | None:
@@ -42,7 +41,7 @@ def damage(folder: str | os.PathLike) -> str | None:
     folder = Path(folder)
     path = folder / MANIFEST_NAME
     if not path.is_file():
-        return _damage_without(folder)
+        return f"{MANIFEST_NAME} is missing: the save was cut off"
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["files"]
         items = list(files.items())
@@ -58,20 +57,6 @@ def damage(folder: str | os.PathLike) -> str | None:
             return f"{name} has another header than was written"
         if "sha256" in facts and _digest(file) != facts["sha256"]:
             return f"{name} is not what was written (its digest differs)"
-    return None
-
-
-def _damage_without(folder: Path) -> str | None:
-    """A checkpoint of before there were manifests: its parts are there, and the tensors' headers can be read."""
-    if not any(folder.glob("*.safetensors")):
-        return "the weights are missing"
-    for name in NEEDED:
-        # sharded optimizers (FSDP, DeepSpeed) lie in folders of their own
-        if not (folder / name).is_file() and not any(path.is_dir() for path in folder.iterdir()):
-            return f"{name} is missing"
-    for path in folder.glob("*.safetensors"):
-        if _header(path) is None:
-            return f"{path.name} is cut off or no safetensors file"
     return None
 
 
