@@ -20,7 +20,7 @@ COPY hub hub
 COPY recipes recipes
 COPY playground playground
 
-ARG EXTRAS=train,demo,playground
+ARG EXTRAS=train,serve,demo,playground
 RUN python3 -m venv /opt/venv && \
     /opt/venv/bin/pip install --no-cache-dir -c constraints.txt torch && \
     /opt/venv/bin/pip install --no-cache-dir -c constraints.txt ".[${EXTRAS}]" && \

@@ -1,4 +1,4 @@
-"""Verdicts of the judge in plain values, for `aligngpt judge` and beside the answers of `aligngpt serve`."""
+"""Verdicts of the judge in plain values, for `aligngpt judge`."""
 
 from typing import Any
 

@@ -38,12 +38,14 @@ class ImageLimits:
         max_pixels (`int`): width x height.
         max_side (`int`): pixels of the longer edge; a padded image takes 12 bytes for each of its square.
         max_aspect_ratio (`float`): longer edge over shorter edge.
+        formats (`tuple`): of the file, by Pillow's names.
     """
 
     max_bytes: int = 64 * 2**20
     max_pixels: int = 50_000_000
     max_side: int = 10_000
     max_aspect_ratio: float = 100.0
+    formats: tuple[str, ...] = FORMATS
 
     def check_size(self, width: int, height: int) -> None:
         """A ValueError that names what is exceeded."""
@@ -143,7 +145,7 @@ def _open_file(file: Any, size: int, limits: ImageLimits) -> Image.Image:
     limits.check_bytes(size)
     Image.init()
     # what this Pillow was built without
-    formats = [name for name in FORMATS if name in Image.OPEN]
+    formats = [name for name in limits.formats if name in Image.OPEN]
     with warnings.catch_warnings():
         # Pillow's own guard against bombs; ours is tighter and says more
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -152,7 +154,9 @@ def _open_file(file: Any, size: int, limits: ImageLimits) -> Image.Image:
         except Image.DecompressionBombError:
             raise ValueError(f"it has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels") from None
         except Image.UnidentifiedImageError:
-            raise ValueError(f"it is damaged or of a format that is not accepted ({', '.join(FORMATS)})") from None
+            raise ValueError(
+                f"it is damaged or of a format that is not accepted ({', '.join(limits.formats)})"
+            ) from None
 
 
 def _decoded(text: str, limits: ImageLimits) -> bytes:

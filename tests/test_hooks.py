@@ -27,18 +27,6 @@ OVERRIDDEN = {
     "lmms_eval.api.model:lmms.generate_until": "self, requests",
     "lmms_eval.api.model:lmms.generate_until_multi_round": "self, requests",
     "lmms_eval.api.model:lmms.loglikelihood": "self, requests",
-    "transformers.cli.serving.chat_completion:ChatCompletionHandler._build_generation_config": "self, body, model_generation_config, use_cb",
-    "transformers.cli.serving.chat_completion:ChatCompletionHandler.handle_request": "self, body, request_id",
-    "transformers.cli.serving.model_manager:ModelManager._load_model": "self, model_id_and_revision, tqdm_class, progress_callback, gguf_file",
-    "transformers.cli.serving.model_manager:ModelManager._load_processor": "self, model_id_and_revision, gguf_file",
-    "transformers.cli.serving.model_manager:ModelManager.get_model_modality": "model, processor",
-    "transformers.cli.serving.model_manager:ModelManager.load_model_and_processor": "self, model_id_and_revision, progress_callback, tqdm_class, gguf_file",
-    "transformers.cli.serving.response:ResponseHandler._build_generation_config": "self, body, model_generation_config, use_cb",
-    "transformers.cli.serving.response:ResponseHandler.handle_request": "self, body, request_id",
-    "transformers.cli.serving.utils:BaseHandler.get_processor_inputs_from_messages": "messages, modality",
-    "transformers.cli.serving.utils:GenerateManager.generate_non_streaming": "self, model, processor, inputs, gen_config, request_id",
-    "transformers.cli.serving.utils:GenerateManager.generate_streaming": "self, model, processor, inputs, gen_config, request_id, response_parser",
-    "transformers.cli.serving.utils:GenerationState.get_manager": "self, model_id, use_cb",
     "transformers.configuration_utils:PreTrainedConfig.from_dict": "cls, config_dict, kwargs",
     "transformers.configuration_utils:PreTrainedConfig.get_config_dict": "cls, pretrained_model_name_or_path, kwargs",
     "transformers.configuration_utils:PreTrainedConfig.to_diff_dict": "self",
@@ -93,7 +81,6 @@ ON_INSTANCES = {
     "_actions": "argparse",
     "_option_string_actions": "argparse",
     "_attn_implementation": "transformers",
-    "_generate_managers": "serving",
     "_cdata": "torch",
     "_tied_weights_keys": "model",
 }
@@ -186,7 +173,9 @@ def private_names_read() -> set[str]:
                 continue
             tree = ast.parse(path.read_text(encoding="utf-8"))
             nodes = list(ast.walk(tree))
-            own = {node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+            own = {
+                node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+            }
             own |= {n.attr for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
             for node in nodes:
                 if isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -211,13 +200,11 @@ def test_instances_have_it(name):
     import datasets
     import torch
     from transformers import LlamaConfig, PreTrainedModel
-    from transformers.cli.serving.utils import GenerationState
 
     makers = {
         "argparse": argparse.ArgumentParser,
         "datasets": lambda: datasets.Dataset.from_dict({"a": [1]}),
         "transformers": LlamaConfig,
-        "serving": GenerationState,
         "torch": lambda: torch.zeros(1).untyped_storage(),
         "model": lambda: PreTrainedModel,
     }

@@ -1,1 +1,1 @@
-"""`aligngpt serve`: transformers' OpenAI-compatible server, guarded."""
+"""`aligngpt serve`: a small OpenAI-compatible server on `model.generate`, or vLLM's."""

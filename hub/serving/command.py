@@ -1,27 +1,25 @@
-"""
-`aligngpt serve`: transformers' own OpenAI-compatible server, told how to load and ask an AlignGPT.
-
-Over `transformers serve` this adds: the model's classes (no code from the Hub is run), `align_level` in requests, one
-pinned model, an allow-list of routes and of what a request may hold (`requests.py`), and no reading of files or
-addresses that a request names.
-"""
+"""`aligngpt serve`: an OpenAI-compatible server of our own for one model, or vLLM's."""
 
 import argparse
 import importlib.util
 import os
 import socket
+from pathlib import Path
 
 from ..local import find_local_model, port
 
 
 DEFAULT_PORT = 8000
-# Of transformers' server, these are served; all others answer 404.
-ROUTES = ("/v1/chat/completions", "/v1/responses", "/v1/models", "/health")
+# a connection on which no request begins is closed after this time, or up to twice of it
+IDLE_SECONDS = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser):
-    parser.add_argument("--model", required=True, help="an AlignGPT: folder or Hub id; requests name it so")
+    parser.add_argument("--model", required=True, help="an AlignGPT: folder or Hub id")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument(
+        "--served-model-name", metavar="NAME", help="what requests call it (default: the folder's name, or the Hub id)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=port, default=DEFAULT_PORT, help=f"port (default: {DEFAULT_PORT}; 0: any)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda:0, ...")
@@ -39,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser):
 def run(args: argparse.Namespace):
     """`aligngpt serve`; serves until it is stopped."""
     find_local_model(args.model, args.revision)
+    # a path would tell every client about this machine
+    if args.served_model_name is None:
+        args.served_model_name = Path(args.model).resolve().name if Path(args.model).exists() else args.model
     if args.backend == "vllm":
         from .vllm import run_vllm
 
@@ -48,9 +49,7 @@ def run(args: argparse.Namespace):
     if args.vllm_options:
         raise ValueError("--vllm-options has no effect without --backend vllm.")
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
-        raise ImportError("Serving needs fastapi and uvicorn: pip install 'aligngpt[demo]'.")
-    import uvicorn
-
+        raise ImportError("Serving needs fastapi and uvicorn: pip install 'aligngpt[serve]'.")
     # held from here on: a port in use shows before the model is loaded
     try:
         listener = socket.create_server((args.host, args.port))
@@ -58,77 +57,32 @@ def run(args: argparse.Namespace):
         reason = os.strerror(error.errno)
         raise ValueError(f"{args.host}:{args.port} cannot be used ({reason}): choose another --port.") from error
     with listener:
-        app = build_app(args.model, args.revision, args.device, args.dtype, args.fetch_urls)
-        print(f"http://{args.host}:{listener.getsockname()[1]}/v1 serves {args.model}", flush=True)
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])
+        _serve(args, listener)
 
 
-def build_app(
-    model: str, revision: str | None = None, device: str = "auto", dtype: str = "auto", fetch_urls: bool = False
-):
-    """
-    The server's FastAPI application with the model loaded.
-
-    Args:
-        model: folder or Hub id.
-        revision: of a Hub id.
-        device, dtype: as `transformers serve` takes them.
-        fetch_urls: whether images may be web addresses; data URLs always may, files never.
-    """
-    # they import the server's parts, which a machine without the extra does not have
-    from fastapi import HTTPException
-    from fastapi.exceptions import RequestValidationError
-    from transformers.cli.serving.server import build_server
+def _serve(args: argparse.Namespace, listener: socket.socket) -> None:
+    import uvicorn
     from transformers.utils import logging
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    from .parts import AlignGPTModelManager, ChatHandler, LevelGenerationState, ResponsesHandler
-    from .requests import MAX_BODY_BYTES
+    from .app import build_app
+
+    class Impatient(H11Protocol):
+        """Closes connections on which no request begins, which uvicorn keeps."""
+
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            self.loop.call_later(IDLE_SECONDS, self.close_if_idle, None)
+
+        def close_if_idle(self, before):
+            if self.cycle is before and (before is None or before.response_complete):
+                self.transport.close()
+            elif not self.transport.is_closing():
+                self.loop.call_later(IDLE_SECONDS, self.close_if_idle, self.cycle)
 
     logging.set_verbosity_error()
-    manager = AlignGPTModelManager(model, revision, device=device, dtype=dtype)
-    state = LevelGenerationState()
-    app = build_server(
-        manager,
-        ChatHandler(manager, state, fetch_urls=fetch_urls),
-        completion_handler=None,
-        response_handler=ResponsesHandler(manager, state, fetch_urls=fetch_urls),
-        transcription_handler=None,
-        systemone_handler=None,
-        generation_state=state,
-    )
-    # what was not made safe here is not there
-    app.router.routes = [route for route in app.router.routes if route.path in ROUTES]
-
-    @app.middleware("http")
-    async def refuse_large_bodies(request, call_next):
-        length = request.headers.get("content-length", "0")
-        if request.method == "POST" and (not length.isdigit() or int(length) > MAX_BODY_BYTES):
-            return _error(f"The request is larger than {MAX_BODY_BYTES // 2**20} MB.", 413)
-        if request.method == "POST" and "content-length" not in request.headers:
-            return _error("The request does not say its length (Content-Length).", 411)
-        return await call_next(request)
-
-    # as OpenAI's clients read errors: with the message in them
-    @app.exception_handler(HTTPException)
-    async def refuse(_request, error: HTTPException):
-        return _error(error.detail, error.status_code)
-
-    @app.exception_handler(ValueError)
-    async def say_what_was_wrong(_request, error: ValueError):
-        return _error(str(error), 400)
-
-    @app.exception_handler(RequestValidationError)
-    async def say_what_is_no_json(_request, error: RequestValidationError):
-        return _error(f"The request is no JSON object: {error.errors()[0]['msg']}.", 400)
-
-    @app.exception_handler(Exception)
-    async def say_that_it_broke(_request, error: Exception):
-        return _error(f"The server failed at this request ({type(error).__name__}); it goes on.", 500)
-
-    return app
-
-
-def _error(message: str, status: int):
-    from fastapi.responses import JSONResponse
-
-    return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status_code=status)
+    name = args.served_model_name
+    app = build_app(args.model, args.revision, name, args.device, args.dtype, args.fetch_urls)
+    print(f"http://{args.host}:{listener.getsockname()[1]}/v1 serves {name}", flush=True)
+    config = uvicorn.Config(app, http=Impatient, ws="none", log_level="warning", timeout_graceful_shutdown=5)
+    uvicorn.Server(config).run(sockets=[listener])

@@ -1,233 +1,168 @@
 """
-What a request to `aligngpt serve` may hold: an allow-list with bounds, checked before the model is asked.
-
-Requests are read by pydantic; what passes is handed to transformers' handlers in the one form that they read right.
+What a request to `aligngpt serve` may hold: bounds that are looked at before anything is parsed, then an allow-list of
+fields, read by pydantic.
 """
 
 import json
 from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 
 from modeling_aligngpt.images_aligngpt import ImageLimits
 
 
 MAX_BODY_BYTES = 32 * 2**20
-MAX_IMAGES = 8
-# of all images of a request together
-MAX_PIXELS = 50_000_000
-IMAGE_LIMITS = ImageLimits(max_bytes=10 * 2**20, max_pixels=MAX_PIXELS)
-MAX_TURNS = 64
-# drawn for one request, of which the best is given
-MAX_ANSWERS = 16
+MAX_TURNS, MAX_PARTS, MAX_IMAGES = 64, 256, 8
+# of all texts of a request together
 MAX_CHARACTERS = 100_000
-# Fields of OpenAI's interfaces that mean nothing here, and the values at which they ask for nothing.
-IDLE = {
-    "audio": (None,),
-    "background": (None, False),
-    "frequency_penalty": (None, 0),
-    "include": (None, []),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
-    "metadata": None,
+# of all images of a request together, each padded to a square
+MAX_PIXELS = 50_000_000
+IMAGE_LIMITS = ImageLimits(
+    max_bytes=10 * 2**20, max_pixels=MAX_PIXELS, max_side=7000, formats=("JPEG", "PNG", "WEBP", "GIF")
+)
+# Each value, part and turn is written with some of these. All of them may stand in the texts; the rest is structure.
+MARKS, MAX_MARKS = (b'"', b",", b"[", b"{"), MAX_CHARACTERS + 10_000
+# Fields of OpenAI's interface that change no answer; those that would have to, and the values that ask for nothing.
+IGNORED = {"metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user"}
+IDLE: dict[str, tuple] = {
+    **dict.fromkeys(("n", "best_of"), (None, 1)),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "top_logprobs", "logprobs"), (None, False)),
+    **dict.fromkeys(("audio", "functions", "logit_bias", "tools"), (None, [], {})),
     "modalities": (None, ["text"]),
-    "n": (None, 1),
-    "parallel_tool_calls": None,
-    "presence_penalty": (None, 0),
-    "previous_response_id": (None,),
-    "prompt_cache_key": None,
-    "reasoning": (None,),
     "reasoning_effort": (None, "none"),
     "response_format": (None, {"type": "text"}),
-    "safety_identifier": None,
-    "service_tier": None,
-    "store": (None, False),
-    "stream_options": None,
-    "text": (None, {"format": {"type": "text"}}),
     "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
-    "top_logprobs": (None, 0),
-    "truncation": (None, "disabled"),
-    "user": None,
 }
 
-StopString = Annotated[str, StringConstraints(min_length=1, max_length=100)]
-Text = Annotated[str, StringConstraints(max_length=MAX_CHARACTERS)]
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class TextPart(_Part):
+    type: Literal["text"]
+    text: str
 
 
-class TextPart(_Strict):
-    type: Literal["text", "input_text", "output_text"]
-    text: Text
-    annotations: Any = None
-    logprobs: Any = None
-
-
-class ImageAddress(_Strict):
+class ImageAddress(_Part):
     url: str
-    detail: str | None = None
 
 
-class ImagePart(_Strict):
+class ImagePart(_Part):
     type: Literal["image_url"]
     image_url: ImageAddress
 
 
-class InputImagePart(_Strict):
-    type: Literal["input_image"]
-    image_url: str
-    detail: str | None = None
-
-
-Part = Annotated[TextPart | ImagePart | InputImagePart, Field(discriminator="type")]
-
-
-class Message(_Strict):
+class Message(_Part):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part]
-    type: Literal["message"] | None = None
-    # what a client hands back of an earlier answer
-    id: str | None = None
-    status: str | None = None
-    name: str | None = None
-    refusal: None = None
-    annotations: Any = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: None = None
+    content: str | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
 
 
-class _Request(_Strict):
+class StreamOptions(_Part):
+    include_usage: bool | None = None
+
+
+def _in_a_list(value: Any) -> Any:
+    return [] if value is None else [value] if isinstance(value, str) else value
+
+
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=100)]
+
+
+class ChatRequest(_Part):
+    """`/v1/chat/completions`, and `align_level`."""
+
     model: str
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_TURNS)]
     align_level: Any = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    stream: bool | None = None
-
-
-class ChatRequest(_Request):
-    """`/v1/chat/completions`."""
-
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_TURNS)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: (
-        Annotated[str, StringConstraints(min_length=1)] | list[Annotated[str, StringConstraints(min_length=1)]] | None
-    ) = None
-    # ours: see `judging.py`
-    judge: bool | None = None
-    best_of: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> "ChatRequest":
-        if isinstance(self.stop, list) and len(self.stop) > 4:
-            raise ValueError("stop: at most four strings")
-        self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
-        check_turns(self.messages)
-        several = self.best_of is not None and self.best_of > 1
-        if self.stream and (self.judge or several):
-            raise ValueError(f"{'best_of' if several else 'judge'}: a whole answer is judged; leave out stream")
-        if several and not self.temperature:
-            raise ValueError("best_of: answers are drawn, and differ, only with a temperature above 0")
-        return self
+    stop: Annotated[list[Stop], Field(max_length=4), BeforeValidator(_in_a_list)] = []
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
 
 
-class ResponsesRequest(_Request):
-    """`/v1/responses`."""
-
-    input: Text | Annotated[list[Message | Part], Field(min_length=1, max_length=MAX_TURNS)]
-    instructions: Text | None = None
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> "ResponsesRequest":
-        # transformers' server streams where nothing is said, OpenAI's does not
-        self.stream = bool(self.stream)
-        items = self.input if isinstance(self.input, list) else []
-        messages = [item for item in items if isinstance(item, Message)]
-        if messages and len(messages) != len(items):
-            raise ValueError("input: either messages or the parts of one message, not both")
-        if messages:
-            check_turns(messages)
-        return self
-
-
-def check_turns(messages: list[Message]) -> None:
-    """Raises a ValueError for turns that the model cannot answer."""
-    turns = [message for message in messages if message.role in ("user", "assistant")]
-    if any(message.role not in ("user", "assistant") for message in messages[1:]):
-        raise ValueError("messages: a system message may only be the first")
-    for number, message in enumerate(turns):
-        expected = "user" if number % 2 == 0 else "assistant"
-        if message.role != expected:
-            raise ValueError(f"messages: user and assistant take turns; turn {number} is {message.role}'s")
-        text = message.content if isinstance(message.content, str) else ""
-        parts = message.content if isinstance(message.content, list) else []
-        if not text.strip() and not any(not isinstance(part, TextPart) or part.text.strip() for part in parts):
-            raise ValueError(f"messages: turn {number} ({message.role}) is empty")
-        if message.role == "assistant" and any(not isinstance(part, TextPart) for part in parts):
-            raise ValueError(f"messages: turn {number}: an assistant's turn holds text alone")
-    if not turns or turns[-1].role != "user":
-        raise ValueError("messages: the last message must be the user's")
-
-
-def checked(body: dict[str, Any], kind: type[_Request]) -> dict[str, Any]:
+def parse_request(body: bytes | bytearray) -> ChatRequest:
     """
-    A request's body, reduced to the allowed fields.
+    The request in a body.
 
     Raises:
-        HTTPException: 422 for a field or a part that is not known here, 400 for a value that is not right; each with
-            the name of the field and the reason.
+        HTTPException: it is too large, no JSON object (400), asks for what is not served (422), or a value is not right
+            (400); each with the name of the field and the reason.
     """
-    asked = {}
-    for name, value in body.items():
-        if name in IDLE:
-            if IDLE[name] is not None and value not in IDLE[name]:
-                raise HTTPException(422, f"{name}={_short(value)} is not supported: leave it out.")
-        elif name not in kind.model_fields:
-            raise HTTPException(422, f"Unexpected fields in the request: {name!r} is none that this server knows.")
-        else:
-            asked[name] = value
-    _check_parts(asked.get("messages", asked.get("input")))
+    if sum(map(body.count, MARKS)) > MAX_MARKS:
+        raise HTTPException(413, "The request holds too many turns, parts or fields, or too long a text.")
     try:
-        request = kind.model_validate(asked)
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, f"The request is no JSON object: {error}.") from None
+    if not isinstance(fields, dict):
+        raise HTTPException(400, f"The request is no JSON object but {_short(fields)}.")
+    for name, value in fields.items():
+        if name in IDLE and value not in IDLE[name]:
+            raise HTTPException(422, f"{name}={_short(value)} is not supported: leave it out.")
+        if name not in IDLE and name not in IGNORED and name not in ChatRequest.model_fields:
+            raise HTTPException(422, f"Unexpected fields in the request: this server does not know {name!r:.60}.")
+    try:
+        return ChatRequest.model_validate(fields)
     except ValidationError as error:
         raise HTTPException(400, _reason(error)) from None
-    return request.model_dump(exclude_none=True)
 
 
-def _check_parts(messages: Any) -> None:
-    """Names parts of a kind that is not known, which must not be passed over as if they had not been there."""
-    known = ("text", "input_text", "output_text", "image_url", "input_image")
-    items = messages if isinstance(messages, list) else []
-    for item in items:
-        parts = item.get("content") if isinstance(item, dict) and "role" in item else [item]
-        for part in parts if isinstance(parts, list) else []:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if isinstance(kind, str) and kind not in (*known, "message"):
-                raise HTTPException(
-                    422, f"A part of a message is of type {kind!r}: this server takes text and image_url (input_image)."
-                )
+def read_turns(messages: list[Message]) -> tuple[list[dict[str, Any]], list[str]]:
+    """
+    Turns as the chat template takes them, and the addresses of their images in order. Messages of one role in a row, as
+    OpenAI's clients send them, become one turn.
+
+    Raises:
+        HTTPException: turns that the model cannot answer, or too much of anything.
+    """
+    turns: list[dict[str, Any]] = []
+    images: list[str] = []
+    for number, message in enumerate(messages):
+        role, where = "system" if message.role == "developer" else message.role, f"messages.{number} ({message.role})"
+        content = message.content
+        parts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
+        urls = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+        shown = [{"type": "image"} if isinstance(part, ImagePart) else part.model_dump() for part in parts]
+        if urls and role != "user":
+            raise HTTPException(400, f"{where} holds an image: move it into a user's message.")
+        if role == "system" and any(turn["role"] != "system" for turn in turns):
+            raise HTTPException(400, f"{where}: a system message may only come first.")
+        if role != "system" and not urls and not any(part["text"].strip() for part in shown):
+            raise HTTPException(400, f"{where} is empty.")
+        images += urls
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] += [{"type": "text", "text": "\n"}, *shown]
+        else:
+            turns.append({"role": role, "content": shown})
+    if [turn["role"] for turn in turns if turn["role"] != "system"][:1] != ["user"]:
+        raise HTTPException(400, "messages: the first one, but for the system's, must be the user's.")
+    parts = [part for turn in turns for part in turn["content"]]
+    characters = sum(len(part.get("text", "")) for part in parts)
+    for found, most, what in (
+        (characters, MAX_CHARACTERS, "characters of text"),
+        (len(parts), MAX_PARTS, "parts"),
+        (len(images), MAX_IMAGES, "images"),
+    ):
+        if found > most:
+            raise HTTPException(400, f"The request holds {found:,} {what}, at most {most:,} are accepted.")
+    return turns, images
 
 
 def _reason(error: ValidationError) -> str:
     # of the forms that a value could have, the one that it comes closest to
     first = max(error.errors(include_url=False, include_input=False), key=lambda one: len(one["loc"]))
-    where = ".".join(str(part) for part in first["loc"] if not _is_form(str(part)))
-    text = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {text}." if where else f"{text}."
-
-
-def _is_form(part: str) -> bool:
-    """Whether a part of pydantic's place is the name of a type, not of a field."""
-    return part in ("str", "constrained-str", "Message") or part.startswith(("list[", "tagged-union["))
+    places = [
+        str(part) for part in first["loc"] if part != "str" and not str(part).startswith(("list[", "tagged-union["))
+    ]
+    return f"{'.'.join(places)}: {first['msg']}."
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=True)
     return text if len(text) <= 60 else f"{text[:60]}..."

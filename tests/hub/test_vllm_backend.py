@@ -30,12 +30,14 @@ def test_vllm_finds_the_class():
 
 
 def test_addresses_are_fetched_only_when_asked_for():
-    command = vllm.vllm_command("user/model", "v1", "127.0.0.1", 8000, "auto", False, "--max-model-len 512")
+    command = vllm.vllm_command("user/model", "v1", "it", "127.0.0.1", 8000, "auto", False, "--max-model-len 512")
     assert command[:3] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     assert command[command.index("--allowed-media-domains") + 1].endswith(".invalid")
     assert command[-2:] == ["--max-model-len", "512"] and command[command.index("--revision") + 1] == "v1"
+    assert command[command.index("--limit-mm-per-prompt") + 1] == '{"image": 8}'
+    assert command[command.index("--served-model-name") + 1] == "it"
     assert "--allowed-local-media-path" not in command
-    fetching = vllm.vllm_command("model", None, "127.0.0.1", 8000, "auto", True)
+    fetching = vllm.vllm_command("model", None, "it", "127.0.0.1", 8000, "auto", True)
     assert "--allowed-media-domains" not in fetching and "--revision" not in fetching
 
 
@@ -78,7 +80,8 @@ class Healthy(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
 server = http.server.HTTPServer(("127.0.0.1", port), Healthy)
-pathlib.Path(os.environ["STARTED"]).write_text(f"{os.getpid()}\\n{sys.argv}")
+told = os.environ["VLLM_NO_USAGE_STATS"]
+pathlib.Path(os.environ["STARTED"]).write_text(f"{os.getpid()}\\n{sys.argv} {told=}")
 server.serve_forever()
 """
 EVALUATION = """
@@ -121,15 +124,19 @@ def test_who_stops_the_command_stops_the_server(in_place_of_vllm):
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     command = [sys.executable, "-m", "aligngpt_trainers", "serve", "--backend", "vllm", "--model", str(model)]
-    process = subprocess.Popen([*command, "--port", port], env=environment, stdout=subprocess.PIPE, text=True)
+    options = ["--port", port, "--vllm-options", "--api-key SECRET --x=SECRET"]
+    process = subprocess.Popen([*command, *options], env=environment, stdout=subprocess.PIPE, text=True)
     try:
         wait_for(lambda: process.poll() is not None or (started.is_file() and started.read_text()))
         number, words = started.read_text().split("\n")
         assert int(number) == process.pid and "'--trust-request-mm-kwargs'" in words
+        assert "'--served-model-name', 'model'" in words and "'--api-key', 'SECRET'" in words
+        assert words.endswith("told='1'")
     finally:
         process.terminate()
     assert process.wait(30) != 0
-    assert "vLLM 0.32.0: " in process.stdout.read()
+    printed = process.stdout.read()
+    assert "vLLM 0.32.0: " in printed and printed.endswith("--api-key --x\n") and "SECRET" not in printed
 
 
 def test_who_stops_the_evaluation_stops_the_server(in_place_of_vllm):

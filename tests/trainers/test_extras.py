@@ -58,7 +58,8 @@ def test_every_extra_that_is_named_exists():
 
 @pytest.mark.parametrize(
     ("command", "missing", "extra"),
-    [("pretrain", "datasets", "train"), ("score", "trl", "train"), ("serve", "gradio", "demo"),
+    [("pretrain", "datasets", "train"), ("score", "trl", "train"), ("serve", "uvicorn", "serve"),
+     ("demo", "gradio", "demo"),
      ("levels", "peft", "train"), ("evaluate", "evaluate", "eval"), ("publish", "detect-secrets", "train")],
 )  # fmt: skip
 def test_a_missing_package_names_its_extra(command, missing, extra, versions, capsys):
@@ -174,7 +175,7 @@ IMPORTS = """
 import sys
 # the libraries have their own ways on Windows; here they may use what there is
 import accelerate, bitsandbytes, datasets, fastapi, gradio, lmms_eval.api.model, peft, psutil, torch, transformers, trl
-import transformers.cli.serving.server
+import uvicorn
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[name] = None
 import importlib, pkgutil

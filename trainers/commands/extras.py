@@ -16,7 +16,7 @@ EXTRAS = {
     **dict.fromkeys(("export", "publish", "republish", "publish-data", "judge", "levels"), "train"),
     "evaluate": "eval",
     "demo": "demo",
-    "serve": "demo",
+    "serve": "serve",
 }
 # What may stand behind `report_to` -> module; each is an extra of the same name.
 LOGGERS = ("tensorboard", "trackio", "wandb")
