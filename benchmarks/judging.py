@@ -144,15 +144,42 @@ class Clip:
 
 
 class Judge:
+    """Mean level of a caption: p(level | image, text) is proportional to p(text | image, level), one pass for each."""
+
     def __init__(self, model: str):
         from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
         self.model = AlignGPTForConditionalGeneration.from_pretrained(model).eval()
         self.processor = AlignGPTProcessor.from_pretrained(model)
 
+    @torch.no_grad()
     def __call__(self, images: list, items: list[Item]) -> list[float]:
-        inputs = self.processor.judge_inputs(images, [item.text for item in items])
-        return self.model.judge(**inputs).mean_level.tolist()
+        from modeling_aligngpt import CHAT_TEMPLATES
+
+        chats = [
+            [
+                {"role": "user", "content": [{"type": "image", "image": image}]},
+                {"role": "assistant", "content": [{"type": "text", "text": item.text}]},
+            ]
+            for image, item in zip(images, items, strict=True)
+        ]
+        inputs = self.processor.apply_chat_template(
+            chats,
+            chat_template=CHAT_TEMPLATES["plain"],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+            return_assistant_tokens_mask=True,
+        )
+        answers = torch.as_tensor(inputs.pop("assistant_masks")).bool()[:, 1:]
+        ids, levels = inputs["input_ids"][:, 1:, None], range(self.model.config.num_align_levels)
+        found = []
+        for level in levels:
+            logits = self.model(**inputs, align_level=level).logits[:, :-1].float()
+            found.append((logits.log_softmax(-1).gather(2, ids)[..., 0] * answers).sum(1))
+        probabilities = torch.stack(found, 1).softmax(1)
+        return (probabilities @ torch.arange(float(len(levels)))).tolist()
 
 
 class Likelihood:

@@ -145,14 +145,6 @@ class AlignGPTConfig(PretrainedConfig):
         return self.align_mode in ("gate", "local", "random")
 
     @property
-    def judges_answers(self) -> bool:
-        """
-        Whether texts are judged as answers to their question: after stage 2 on rows' own levels. In any other mode
-        stage 2 teaches nothing about levels, and texts are judged as captions, as stage 1 learned it.
-        """
-        return self.training_stage == "instruct" and self.align_mode == "level"
-
-    @property
     def head_scale(self) -> float:
         """
         The factor on the language model's logits, before a soft cap. Each family names it differently; the order is

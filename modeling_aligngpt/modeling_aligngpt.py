@@ -30,7 +30,6 @@ from .checks_aligngpt import (
 from .compat_v4 import inner_tower, run_vision_tower
 from .configuration_aligngpt import AlignGPTConfig
 from .generation_aligngpt import AlignGPTGenerationMixin
-from .judging_aligngpt import AlignGPTJudgeMixin
 from .multiscale_aligngpt import multiscale_features
 from .outputs_aligngpt import AlignGPTCausalLMOutputWithPast, AlignGPTModelOutputWithPast
 
@@ -358,7 +357,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         )
 
 
-class AlignGPTForConditionalGeneration(AlignGPTJudgeMixin, AlignGPTGenerationMixin, AlignGPTPreTrainedModel):  # type: ignore[misc]
+class AlignGPTForConditionalGeneration(AlignGPTGenerationMixin, AlignGPTPreTrainedModel):  # type: ignore[misc]
     """AlignGPT with a language modelling head: the class that is trained, published and used."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}

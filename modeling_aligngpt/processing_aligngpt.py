@@ -16,14 +16,13 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TextInput
 
-from .chat_templates import CHAT_TEMPLATES, with_suffix, writes_suffix
+from .chat_templates import with_suffix, writes_suffix
 from .checks_aligngpt import refuse_misspelt
 from .compat_v4 import IS_TRANSFORMERS_4, ProcessorBase
 from .configuration_aligngpt import GATE_CONTEXTS
 from .control_tokens import control_tokens, sanitized
 from .gate_prompt_aligngpt import answer_opening, first_turn, mask_up_to, without_answers
 from .images_aligngpt import DROPPED, LIMITS, TRANSPARENCIES, WHITE, ImageLimits, read_image, shortened, to_8_bit
-from .judging_aligngpt import judge_inputs, split_sentences
 from .processing_parts import (
     a_level_per_row,
     apply_edits,
@@ -199,30 +198,6 @@ class AlignGPTProcessor(ProcessorBase):
         if not wanted:
             output.pop("assistant_masks")  # type: ignore[attr-defined]
         return output
-
-    def judge_inputs(
-        self, images: list, texts: list[str], question: str | None = None, return_parts: bool = False
-    ) -> BatchFeature:
-        """
-        What [`AlignGPTForConditionalGeneration.judge`] takes.
-
-        Args:
-            images, texts: an image and a text for each row.
-            question: what the texts answer (a model after stage 2); `None`: they are captions in stage 1's format.
-            return_parts: tell sentences apart.
-
-        Returns:
-            `input_ids`, `attention_mask`, `labels` (and `parts`) `(batch, sequence)`, `pixel_values`.
-
-        Raises:
-            ValueError: numbers of texts and images differ, or a text is empty.
-        """
-        return judge_inputs(self, images, texts, question, return_parts, CHAT_TEMPLATES["plain"])
-
-    @staticmethod
-    def split_sentences(text: str) -> list[str]:
-        """The sentences that `return_parts` tells apart, each with the space in front of it."""
-        return split_sentences(text)
 
     def _is_to_be_learned(self, conversation, chat_template: str | None, kwargs: dict) -> bool:
         """Whether conversations end with their answers, and the gate has to be kept from reading those."""

@@ -43,7 +43,6 @@ CLASSES = {
         "modeling_aligngpt.AlignGPTForConditionalGeneration",
         "modeling_aligngpt.AlignGPTModel",
         "modeling_aligngpt.AlignGPTProcessor",
-        "modeling_aligngpt.judging_aligngpt.AlignGPTJudgement",
         "modeling_aligngpt.assembly.assemble",
     ),
     "Trainers": (

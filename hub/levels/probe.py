@@ -121,13 +121,22 @@ class LevelProbe:
 
     def losses(self, question: str, shown: Sequence, answer: str) -> tuple[list[float], int]:
         """Loss of an answer (sum over its tokens) at each level and, last, as the model mixes them; its tokens."""
-        inputs = self.processor.judge_inputs([shown[0]], [answer], question).to(self.device)
+        content = [{"type": "image", "image": shown[0]}, {"type": "text", "text": question}]
+        chat = [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+        inputs = self.processor.apply_chat_template(
+            [chat], tokenize=True, return_dict=True, return_tensors="pt", return_assistant_tokens_mask=True
+        ).to(self.device)
+        answers = torch.as_tensor(inputs.pop("assistant_masks"), device=self.device).bool()
+        inputs["labels"] = inputs["input_ids"].masked_fill(~answers, -100)
         inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        verdict = self.model.judge(**inputs)
+        tokens = int(answers[:, 1:].sum())
         with torch.inference_mode():
-            own = self.model(**inputs, prompt_mask=inputs["labels"] == -100).loss
-        tokens = int(verdict.num_tokens[0])
-        return [*(-verdict.log_likelihoods[0]).tolist(), float(own) * tokens], tokens
+            found = [self.model(**inputs, align_level=level).loss for level in range(self.num_align_levels)]
+            found.append(self.model(**inputs).loss)
+        return [float(loss) * tokens for loss in found], tokens
 
     def _texts(self, questions: Sequence[tuple[str, Sequence]]) -> list[str]:
         chats = [

@@ -20,10 +20,6 @@ LIMIT = 0.3
 _BELOW, _ZERO, _ABOVE = (84, 39, 136), (247, 247, 247), (230, 97, 1)
 
 NO_QUESTION = '<p class="hint">Ask a question: here stands what each alignment level contributes to its answer.</p>'
-NO_VERDICT = (
-    '<p class="hint">Experimental: ask for a description to see the mean level of each of its sentences. '
-    "Answers of a word or two get none.</p>"
-)
 NO_MAP = '<p class="hint">Ask a question: here stands how similar each part of the image is to it.</p>'
 
 
@@ -76,35 +72,6 @@ def _note(alignment: Alignment, gates: bool) -> str:
         best = max(range(top), key=alignment.gate.__getitem__)
         text = f"Thin bars: what the gate would have mixed, most of level {best} ({alignment.gate[best]:.2f})."
     return f'<p class="hint">{text}</p>'
-
-
-def verdict_html(lanes: list[tuple[str, list[tuple[str, float]]]], num_levels: int) -> str:
-    """
-    One table for each judged answer: its sentences with their mean levels, as bars from 0 to the top level.
-
-    Args:
-        lanes: what decided the levels ("Gate", "Level 3"), and the sentences of `answers.judge_answer`.
-        num_levels: N.
-    """
-    top = num_levels - 1
-    tables = []
-    for title, sentences in lanes:
-        rows = "".join(
-            f'<tr><th scope="row">{escape(text)}</th><td class="track" aria-hidden="true">'
-            f'<span class="rail"><span class="bar" style="width:{min(max(level / top, 0), 1):.1%}"></span></span></td>'
-            f'<td class="share">{level:.1f}</td></tr>'
-            for text, level in sentences
-        )
-        if rows:
-            tables.append(
-                f'<div class="lane"><table class="bars verdict"><caption>{escape(title)}</caption>'
-                '<thead class="sr"><tr><th scope="col">Sentence</th><th scope="col">Bar</th>'
-                f'<th scope="col">Mean level of {top}</th></tr></thead><tbody>{rows}</tbody></table></div>'
-            )
-    if not tables:
-        return NO_VERDICT
-    note = f"Experimental: the mean level of each sentence, 0 to {top}. Do not take it for a measure of truth."
-    return f'<div class="lanes">{"".join(tables)}</div><p class="hint">{note}</p>'
 
 
 def map_html(image: Image.Image, similarity: list[list[float]], box: Box) -> str:

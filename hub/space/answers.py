@@ -30,9 +30,6 @@ MAX_NEW_TOKENS = 256
 MAX_SECONDS = 60
 MAX_QUESTION_CHARACTERS = 2000
 
-# a word or two cannot be judged as a caption
-MIN_JUDGED_WORDS = 3
-
 SETTINGS = Path(__file__).parent / "settings.json"
 
 
@@ -165,28 +162,6 @@ def stream_answer(
     if work.error is not None:
         raise work.error
     yield Piece(text.strip(), work.ending)
-
-
-@on_gpu
-def judge_answer(image: Image.Image, question: str, answer: str) -> list[tuple[str, float]]:
-    """
-    Experimental: the mean level of each sentence of an answer, by its likelihoods at all alignment levels.
-
-    Returns:
-        Sentences with their mean levels, 0 to N - 1; none where the answer is too short to be judged, or the model was
-        saved by a version that cannot judge.
-    """
-    model = loaded()
-    if len(answer.split()) < MIN_JUDGED_WORDS or not hasattr(model.processor, "split_sentences"):
-        return []
-    asked = question if model.config.judges_answers else None
-    inputs = model.processor.judge_inputs([image], [answer], asked, return_parts=True).to(model.model.device)
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.model.dtype)
-    levels = model.model.judge(**inputs).part_mean_level[0].tolist()
-    return [
-        (sentence.strip(), level)
-        for sentence, level in zip(model.processor.split_sentences(answer), levels, strict=False)
-    ]
 
 
 class _StopWhen(StoppingCriteria):

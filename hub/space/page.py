@@ -13,7 +13,7 @@ from typing import Any
 
 import answers
 import gradio as gr
-from alignment import NO_MAP, NO_QUESTION, NO_VERDICT, bars_html, map_html, verdict_html
+from alignment import NO_MAP, NO_QUESTION, bars_html, map_html
 from answers import MAX_NEW_TOKENS, MAX_SECONDS, Alignment, QuestionError
 from images import MAX_FILE_BYTES, ImageError, read_image, seen_box
 
@@ -133,18 +133,16 @@ def _chat_column() -> dict[str, Any]:
 def _alignment_column() -> dict[str, Any]:
     gr.HTML("<h2>Levels in this answer</h2>", padding=False)
     bars = gr.HTML(NO_QUESTION, elem_id="bars", padding=False)
-    gr.HTML("<h2>Mean level of each sentence (experimental)</h2>", padding=False)
-    verdict = gr.HTML(NO_VERDICT, elem_id="verdict", padding=False)
     gr.HTML("<h2>Image and question, patch by patch</h2>", padding=False)
     heat = gr.HTML(NO_MAP, elem_id="heat", padding=False)
-    return {"bars": bars, "verdict": verdict, "heat": heat}
+    return {"bars": bars, "heat": heat}
 
 
 def _connect(on: SimpleNamespace):
     """Connects events with their handlers; only `/ask` is open to programs."""
     given = [on.image, on.question, on.chat, on.other, on.level, on.second, on.compare]
     given += [on.temperature, on.top_p, on.length]
-    beside = [on.chat, on.other, on.bars, on.verdict, on.heat, on.status]
+    beside = [on.chat, on.other, on.bars, on.heat, on.status]
     # one answer at a time, whoever asks
     model_only = {"concurrency_limit": 1, "concurrency_id": "model", "show_progress": "hidden"}
     private = {"api_visibility": "private", "show_progress": "hidden"}
@@ -153,8 +151,6 @@ def _connect(on: SimpleNamespace):
         gr.on([on.ask.click, on.question.submit], chat_on, given, [on.question, *beside], **private | model_only),
         on.retry.click(retry, given, [on.question, *beside], **private | model_only),
     ]
-    judged = [on.image, on.chat, on.other, on.level, on.second, on.compare]
-    running += [asked.success(judge_shown, judged, on.verdict, **private | model_only) for asked in running]
     on.stop.click(lambda: _status("Stopped."), None, on.status, cancels=running, **at_once)
     on.clear.click(start_over, None, beside, cancels=running, **at_once)
     on.image.change(check_image, on.image, [on.image, on.notice, *beside], cancels=running, **at_once)
@@ -237,7 +233,7 @@ def _example(example: dict[str, Any]):
 
 
 def start_over():
-    return [], [], NO_QUESTION, NO_VERDICT, NO_MAP, _status("")
+    return [], [], NO_QUESTION, NO_MAP, _status("")
 
 
 def check_image(path: str | None):
@@ -321,17 +317,6 @@ def chat_on(
         raise gr.Error(_what(error), title="No answer") from error
 
 
-def judge_shown(image, chat: Messages, other: Messages, level, second, compare) -> str:
-    """How well the answers fit: an event of its own, so that the next question need not wait for it to be asked."""
-    verdicts = []
-    for lane_level, lane in [(level, chat)] + ([(second, other)] if compare else []):
-        turns = _turns(lane)[-2:]
-        if [turn["role"] for turn in turns] == ["user", "assistant"]:
-            question, answer = (turn["content"] for turn in turns)
-            verdicts.append((_title(lane_level), answers.judge_answer(read_image(image), question, answer)))
-    return verdict_html(verdicts, answers.loaded().config.num_align_levels)
-
-
 def ask_once(image, question: str, level: int | None) -> Iterator[tuple[str, dict | None]]:
     """One question about an image, for programs: the answer so far; with the last piece also the alignment."""
     try:
@@ -344,22 +329,19 @@ def ask_once(image, question: str, level: int | None) -> Iterator[tuple[str, dic
                 yield item.text, None
             else:
                 assert alignment is not None
-                judged = answers.judge_answer(image, question, item.text)
-                verdict = [{"sentence": sentence, "mean_level": level} for sentence, level in judged]
-                yield item.text, {**vars(alignment), "ending": item.ending, "judged": verdict}
+                yield item.text, {**vars(alignment), "ending": item.ending}
     except (ImageError, QuestionError) as error:
         raise gr.Error(str(error), title="No answer", print_exception=False) from error
 
 
 def _shown(question: str, chats: list[Messages], status: str, image=None, alignments=None) -> tuple:
-    """One state of the page; the alignment is drawn when it is new, and the verdict on the answer before goes."""
-    bars = verdict = heat = gr.skip()
+    """One state of the page; the alignment is drawn when it is new."""
+    bars = heat = gr.skip()
     if alignments:
-        verdict = NO_VERDICT
         bars = bars_html(alignments)
         similarity = alignments[0][1].similarity
         heat = map_html(image, similarity, seen_box(image.size, answers.loaded().processor.image_processor))
-    return question, chats[0], chats[1] if len(chats) > 1 else gr.skip(), bars, verdict, heat, status
+    return question, chats[0], chats[1] if len(chats) > 1 else gr.skip(), bars, heat, status
 
 
 def _level(value: int | None) -> int | None:

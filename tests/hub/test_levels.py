@@ -378,10 +378,17 @@ def test_what_levels_change_is_counted(world, report):
 
             own.append(answer())
             at.append([answer(align_level=level) for level in range(8)])
-            judged = processor.judge_inputs([draw_image(i)], ["Yes"], question)
-            rows = [model(**judged, align_level=level).loss.item() for level in range(8)]
-            rows.append(model(**judged, prompt_mask=judged["labels"] == -100).loss.item())
-            number = int((judged["labels"] != -100).sum())
+            # the prompt's ids stand in front of the answer's
+            told = processor(
+                text=[f"{text}Yes<|im_end|>"], images=[draw_image(i)], return_tensors="pt", add_special_tokens=False
+            )
+            prompt = inputs["input_ids"].shape[1]
+            labels = told["input_ids"].clone()
+            labels[:, :prompt] = -100
+            rows = [model(**told, labels=labels, align_level=level).loss.item() for level in range(8)]
+            told["prompt_mask"] = labels == -100
+            rows.append(model(**told, labels=labels).loss.item())
+            number = labels.shape[1] - prompt
             losses.append(np.array(rows) * number)
             tokens += number
     assert found["number"] == found["answers"] == 10

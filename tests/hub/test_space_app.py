@@ -268,9 +268,6 @@ def test_upload_ask_and_see_the_alignment(app, desktop, files):
     # 300 x 150 padded to a square: two of the four rows of patches are the image's
     assert len(page.all("#heat rect")) == 8
     assert page.all("#heat svg")[0].get_attribute("aria-label").startswith("Heat map of 4 by 4 patches")
-    (verdict,) = page.until(lambda: page.all("table.verdict"))
-    assert verdict.find_element(By.CSS_SELECTOR, "th[scope=row]").text == answer
-    assert 0 <= float(verdict.find_element(By.CSS_SELECTOR, ".share").text) <= 7
 
     page.choose("level", 4)
     page.element("retry").click()
@@ -392,7 +389,7 @@ def test_a_phones_width_by_keyboard_and_screen_reader(app):
         page.all("#question textarea")[0].send_keys(Keys.ENTER)
         page.answered(1)
         assert driver.execute_script("return document.documentElement.scrollWidth") <= 390
-        for name in ("image", "level", "chat", "question", "ask", "bars", "verdict", "heat"):
+        for name in ("image", "level", "chat", "question", "ask", "bars", "heat"):
             box = page.element(name).rect
             assert box["x"] >= 0 and box["x"] + box["width"] <= 390 and box["height"] > 20, (name, box)
         nodes = driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]

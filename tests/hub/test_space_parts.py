@@ -168,26 +168,7 @@ def test_bars_show_what_was_used_and_what_the_gate_would_have_done(space):
     assert "ghost" not in bare and "gate" not in bare and re.findall(r'class="share">([\d.]+)<', bare)[2] == "1.00"
 
 
-def test_sentences_stand_on_a_scale_of_the_levels(space):
-    html = space["alignment"].verdict_html([("<a>", [("a cat <b>.", 3.5), ("at sea.", 7.0)]), ("short", [])], 8)
-    assert "&lt;a&gt;" in html and "a cat &lt;b&gt;." in html and "short" not in html
-    assert re.findall(r'class="share">([\d.]+)<', html) == ["3.5", "7.0"]
-    assert re.findall(r'class="bar" style="width:([\d.]+)%', html) == ["50.0", "100.0"]
-    assert "0 to 7" in html and "Experimental" in html
-    assert space["alignment"].verdict_html([("short", [])], 8) == space["alignment"].NO_VERDICT
-
-
 # ---- answers ----
-
-
-def test_answers_are_judged_as_the_model_judges_captions(answers, whale):
-    loaded = answers.loaded()
-    text = "a whale at sea. three robots in the snow."
-    judged = answers.judge_answer(whale, "what is it?", text)
-    assert [sentence for sentence, _ in judged] == ["a whale at sea.", "three robots in the snow."]
-    found = loaded.model.judge(**loaded.processor.judge_inputs([whale], [text], None, return_parts=True))
-    assert [level for _, level in judged] == pytest.approx(found.part_mean_level[0].tolist(), abs=1e-3)
-    assert answers.judge_answer(whale, "what is it?", "a whale") == []
 
 
 def test_the_alignment_is_the_models_own(answers, whale):

@@ -47,12 +47,12 @@ COMMANDS = {
     "demo": ("aligngpt_hub.demo.command", "start the Gradio demo here"),
     "serve": ("aligngpt_hub.serving.command", "serve a model by an OpenAI-compatible interface"),
     "evaluate": ("aligngpt_hub.evaluation.command", "run the paper's benchmarks by lmms-eval"),
-    "judge": ("aligngpt_hub.levels.judge", "experimental: mean levels of texts beside their images"),
     "levels": ("aligngpt_hub.levels.command", "report what the alignment levels do in a model"),
 }
 
 # Commands that are gone -> what took their place
 GONE = dict.fromkeys(("dpo", "grpo"), "TRL's own trainer tunes the model; docs/preferences.md has the script.")
+GONE["judge"] = "Likelihoods judge better than levels; benchmarks/judging.py has both."
 
 # What `--model NAME` means beside folders and Hub ids: the trained models that come with the playground, and who makes
 # their folders

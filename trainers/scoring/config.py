@@ -56,13 +56,6 @@ class ScoreConfig:
         default="raise",
         metadata={"help": "raise: refuse unusable rows and images; skip: leave them out, count and list them."},
     )
-    add_score: bool = field(
-        default=False,
-        metadata={
-            "help": "Add the new score to the one that each row has already (clip_score, by another scorer): the mean "
-            "of both, each standardised."
-        },
-    )
     scorer_revision: str | None = field(default=None, metadata={"help": "Revision of a scorer on the Hub."})
     num_align_levels: int | None = field(
         default=None, metadata={"help": "Number of alignment levels N; by default 8, or what `edges` say."}
@@ -144,8 +137,6 @@ class ScoreConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}.")
-        if self.add_score and self.streaming:
-            raise ValueError("add_score standardises the scores of all rows: leave out streaming.")
         if self.samples_per_level is not None and self.sampling != "balanced":
             raise ValueError("samples_per_level has no effect without `sampling: balanced`.")
         if self.min_score is not None and not math.isfinite(self.min_score):

@@ -262,10 +262,7 @@ def write_output(
 
 def _meaning(record: dict[str, Any]) -> str:
     """What a score of this run is."""
-    if "added" in record:
-        return "mean of two scorers' scores, each standardised"
-    judged = str(record["architecture"]).startswith("AlignGPT")
-    return "mean level of the caption under the model" if judged else "cosine similarity of image and caption"
+    return "cosine similarity of image and caption"
 
 
 def _in_place(path: Path):

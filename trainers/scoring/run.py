@@ -26,7 +26,6 @@ from modeling_aligngpt.configuration_aligngpt import VERSION
 
 from ..data.conversations import REASON_KINDS
 from ..data.load import read_rows
-from .combine import earlier_scores, facts_of, refuse_without_score, standardized_mean
 from .config import ScoreConfig, read_edges, warn_of_other_scorer
 from .output import (
     STATUSES,
@@ -41,7 +40,7 @@ from .output import (
     write_output,
 )
 from .processes import Processes, keeping_progress
-from .scorer import make_scorer
+from .scorer import PairScorer
 from .shards import finished_blocks, score_blocks
 from .source import WholeSource, refuse_other_rows
 from .stream_blocks import RecordStream, StreamSource
@@ -74,13 +73,12 @@ def score_dataset(config: ScoreConfig) -> dict[str, Any]:
             stack.enter_context(_quiet())
         with processes.together():
             edges, earlier = read_edges(config)
-            standardized = facts_of(earlier, config.add_score)
             if processes.is_main:
                 stack.enter_context(lock(_beside(config, "lock")))
                 _refuse_existing(config, partial)
         with processes.together():
             source = _open_source(config, partial)
-            scorer = make_scorer(
+            scorer = PairScorer(
                 config.scorer,
                 revision=config.scorer_revision,
                 dtype=config.dtype,
@@ -108,7 +106,7 @@ def score_dataset(config: ScoreConfig) -> dict[str, Any]:
             score_blocks(source, scorer, config, processes, partial, set(done))
         del scorer
         with processes.together():
-            record = _finish(source, identity, (edges, standardized), config, partial) if processes.is_main else None
+            record = _finish(source, identity, edges, config, partial) if processes.is_main else None
         return processes.from_main(record)
 
 
@@ -153,8 +151,6 @@ def _open_source(config: ScoreConfig, partial: Path) -> WholeSource | StreamSour
         image_folder=config.image_folder,
         on_bad_row=config.on_bad_row,
     )
-    if config.add_score:
-        refuse_without_score(rows, report)
     if config.on_bad_row == "raise":
         refuse_other_rows(rows, report, config.conversations)
     return WholeSource(rows, report, config.shard_size)
@@ -198,26 +194,21 @@ def _open_partial(partial: Path, settings: dict[str, Any], config: ScoreConfig) 
 def _finish(
     source: WholeSource | StreamSource,
     identity: dict[str, Any],
-    cuts: tuple[list[float] | None, dict[str, Any] | None],
+    edges: list[float] | None,
     config: ScoreConfig,
     partial: Path,
 ) -> dict[str, Any]:
-    """From the shard files to the output; the main process alone. `cuts`: an earlier run's edges and `added`."""
-    edges, added = cuts
+    """From the shard files to the output; the main process alone. `edges`: an earlier run's."""
     blocks = source.blocks(partial)
     source.check_complete(partial)
     scores = gather_scores(partial, blocks, config.conversations)
     if not len(scores.values):
         raise ValueError(f"{config.dataset}: no rows.")
     refuse_unscored(source, scores, partial, blocks, config.on_bad_row)
-    if config.add_score:
-        good = scores.statuses == 0
-        scores.values[good], added = standardized_mean(earlier_scores(source.rows)[good], scores.values[good], added)
     cut = assign_levels(scores, config, edges)
     record = {
         **cut,
         **identity,
-        **({"added": added} if config.add_score else {}),
         "batch_size": config.batch_size,
         "dataset": Path(config.dataset).name if Path(config.dataset).exists() else config.dataset,
         "dataset_revision": config.dataset_revision,

@@ -5,20 +5,18 @@ learns an embedding for each level.
 """
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, PreTrainedConfig
-
-from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
-from modeling_aligngpt.judging_aligngpt import split_sentences
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from .config import DTYPES
 from .levels import METHODS, cut_levels
 
 
-__all__ = ["METHODS", "JudgeScorer", "PairPreprocessor", "PairScorer", "cut_levels", "make_scorer"]
+__all__ = ["METHODS", "PairPreprocessor", "PairScorer", "cut_levels"]
 
 
 class PairPreprocessor:
@@ -75,7 +73,7 @@ class PairPreprocessor:
     def split(self, text: str) -> list[str]:
         """The text whole where it fits, else runs of its sentences that do."""
         pieces: list[str] = []
-        for sentence in split_sentences(text):
+        for sentence in _sentences(text):
             joined = f"{pieces[-1]}{sentence}" if pieces else sentence
             if pieces and len(self.tokenizer(joined, verbose=False)["input_ids"]) > self.max_length:
                 pieces.append(sentence.lstrip())
@@ -185,59 +183,9 @@ class PairScorer:
         }
 
 
-class JudgePreprocessor:
-    """As [`PairPreprocessor`], for an AlignGPT that judges captions (experimental)."""
-
-    def __init__(self, processor: AlignGPTProcessor):
-        self.processor = processor
-
-    def __call__(self, images: list, texts: list[str]) -> tuple[dict[str, Any], dict[str, Any], list[bool]]:
-        """(image inputs, text inputs, whether each text was cut: never) of `batch` RGB images and texts."""
-        inputs = dict(self.processor.judge_inputs(images, texts))
-        return {"pixel_values": inputs.pop("pixel_values")}, inputs, [False] * len(texts)
-
-    def describe(self) -> dict[str, Any]:
-        """What is done to images and texts, for the record."""
-        image_processor = self.processor.image_processor
-        return {
-            "image_processor": type(image_processor).__name__,
-            "size": dict(image_processor.size),
-            "do_pad": bool(image_processor.do_pad),
-            "max_text_tokens": None,
-            "pad_text_to": None,
-        }
-
-
-class JudgeScorer(PairScorer):
-    """
-    The mean level that an AlignGPT gives a caption: its scores are 0 to N - 1, of texts of any length. Arguments and
-    errors as of [`PairScorer`].
-    """
-
-    def _load(self, revision: str | None) -> None:
-        try:
-            self.model = AlignGPTForConditionalGeneration.from_pretrained(
-                self.name, revision=revision, dtype=self.dtype
-            )
-            processor = AlignGPTProcessor.from_pretrained(self.name, revision=revision)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"scorer {self.name!r} cannot be loaded: {error}") from error
-        self.model.to(self.device).eval()
-        self.preprocess = JudgePreprocessor(processor)
-
-    @torch.inference_mode()
-    def score(self, image_inputs: dict[str, Any], text_inputs: dict[str, Any]) -> torch.Tensor:
-        """[batch] float32 mean levels of prepared images and texts."""
-        return self.model.judge(**self._to_device(image_inputs), **self._to_device(text_inputs)).mean_level.float()
-
-
-def make_scorer(scorer: str, **settings: Any) -> PairScorer:
-    """A [`JudgeScorer`] for an AlignGPT, else a [`PairScorer`]; arguments as of theirs."""
-    try:
-        kind = PreTrainedConfig.get_config_dict(scorer, revision=settings.get("revision"))[0].get("model_type")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"scorer {scorer!r} cannot be loaded: {error}") from error
-    return (JudgeScorer if kind == AlignGPTConfig.model_type else PairScorer)(scorer, **settings)
+def _sentences(text: str) -> list[str]:
+    """The sentences of a text, each with the space in front of it; joined they are the text."""
+    return [piece for piece in re.split(r"(?<=[.!?;\n])(?=\s)", text) if piece] or [text]
 
 
 def _features(output: Any) -> torch.Tensor:
