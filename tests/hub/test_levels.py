@@ -379,9 +379,9 @@ def test_what_levels_change_is_counted(world, report):
             own.append(answer())
             at.append([answer(align_level=level) for level in range(8)])
             # the prompt's ids stand in front of the answer's
-            told = processor(
-                text=[f"{text}Yes<|im_end|>"], images=[draw_image(i)], return_tensors="pt", add_special_tokens=False
-            )
+            said = {"role": "assistant", "content": [{"type": "text", "text": "Yes"}]}
+            whole = processor.apply_chat_template([*chat, said], tokenize=False).rstrip("\n")
+            told = processor(text=[whole], images=[draw_image(i)], return_tensors="pt", add_special_tokens=False)
             prompt = inputs["input_ids"].shape[1]
             labels = told["input_ids"].clone()
             labels[:, :prompt] = -100
