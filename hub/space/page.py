@@ -262,7 +262,7 @@ def retry(image, question, chat: Messages, other: Messages, level, second, compa
     """The last question once more, at the levels chosen now."""
     question = next((turn["content"] for turn in reversed(_turns(chat)) if turn["role"] == "user"), None)
     if question is None:
-        yield (*(gr.skip() for _ in range(6)), _status("There is no question to repeat yet.", "error"))
+        yield (*(gr.skip() for _ in range(5)), _status("There is no question to repeat yet.", "error"))
         return
     chat, other = _before(chat, question), _before(other, question)
     for shown in chat_on(image, question, chat, other, level, second, compare, *sampling):
@@ -310,10 +310,10 @@ def chat_on(
         seconds = time.monotonic() - started
         yield _shown("", chats, _status(f"Answered in {seconds:.1f} seconds.{''.join(dict.fromkeys(endings))}"))
     except (ImageError, QuestionError) as error:
-        yield (question, *before, *(gr.skip() for _ in range(3)), _status(str(error), "error"))
+        yield (question, *before, *(gr.skip() for _ in range(2)), _status(str(error), "error"))
     # for instance no memory left: what happened, and everything as it was before
     except Exception as error:
-        yield (question, *before, *(gr.skip() for _ in range(3)), _status(f"No answer: {_what(error)}", "error"))
+        yield (question, *before, *(gr.skip() for _ in range(2)), _status(f"No answer: {_what(error)}", "error"))
         raise gr.Error(_what(error), title="No answer") from error
 
 
