@@ -110,17 +110,17 @@ class TestReports:
         assert report["first_loss"] == pytest.approx(float(loss), rel=1e-5)
         run.trainer.train()
         assert report["steps"]["steps"] == run.trainer.state.max_steps == 2
-        memory = report["memory"]["strategies"]["none"]["without"]
         weights = [*run.trainer.model.parameters(), *run.trainer.model.buffers()]
-        assert memory["weights"] == sum(tensor.numel() * tensor.element_size() for tensor in weights)
-        assert report["memory"]["this_run"] == ["none", "without"]
+        assert report["memory"]["weights"] == sum(tensor.numel() * tensor.element_size() for tensor in weights)
+        assert report["memory"]["rows"] == 4 and report["memory"]["length"] == report["tokens"]["longest"]
 
     @pytest.mark.parametrize("stage", ["pretrain", "instruct"])
     def test_without_weights(self, recipe, stage):
-        """The same report, but for the loss and the time, from the configs alone."""
+        """The same report, but for the loss, the time and the activations, from the configs alone."""
         light, full = (check(recipe(stage), light=light) for light in (True, False))
         assert "first_loss" not in light and light["problems"] == []
         full.pop("first_loss"), full.pop("step_seconds")
+        assert full["memory"].pop("activations") > 0 and light["memory"].pop("activations") is None
         assert light == full
 
     def test_lora(self, recipe):
@@ -141,7 +141,6 @@ class TestReports:
 
     def test_several_devices(self, recipe):
         report = check(recipe("instruct", num_train_epochs=3), num_devices=2)
-        assert set(report["memory"]["strategies"]) == {"ddp", "zero2", "zero3", "fsdp2"}
         # 16 rows, 4 on each of 2 devices, every second batch an update
         assert report["steps"] == {"rows_per_update": 16, "num_devices": 2, "steps": 3, "epochs": 3}
 
@@ -153,7 +152,7 @@ class TestProblems:
         assert "would stop training." in shown
         return shown
 
-    def test_overlong_rows_are_all_counted_and_the_first_named(self, recipe, tmp_path, capsys):
+    def test_overlong_rows_are_all_counted(self, recipe, tmp_path, capsys):
         rows = conversation_rows(16)
         for i in (3, 8, 9):
             rows[i]["messages"][-1]["content"][0]["text"] = "a very long answer " * 30
@@ -161,7 +160,7 @@ class TestProblems:
         limit = max(check(recipe("instruct"))["tokens"]["longest"] + 5, 100)
         path = recipe("instruct", dataset=str(tmp_path / "long"), max_length=limit)
         shown = self.status(capsys, "--config", path)
-        assert f"3 of 16 rows are longer than max_length={limit}" in shown and "Row 3 has" in shown
+        assert f"3 of 16 rows are longer than max_length={limit}" in shown
         report = check(recipe("instruct", dataset=str(tmp_path / "long"), max_length=limit, on_overlong="drop"))
         assert report["problems"] == [] and report["rows"] == {"kept": 13, "cut": 0, "left_out": 3}
         assert any("3 of 16 rows left out" in warning for warning in report["warnings"])
@@ -230,8 +229,6 @@ class TestSettings:
         assert recognise_stage([f"--config={recipe('instruct')}"]) == "instruct"
         assert recognise_stage(["--model", str(stage1_folder), "--align-mode", "mean"]) == "instruct"
         assert recognise_stage(["--vision_tower=x"]) == "pretrain"
-        with pytest.raises(ValueError, match="language_model belongs to stage 1 and align_mode to stage 2"):
-            recognise_stage(["--language_model", "a", "--align_mode", "gate"])
         with pytest.raises(ValueError, match="what is to be trained"):
             recognise_stage(["--dataset", "a"])
         with pytest.raises(ValueError, match="its config cannot be read"):

@@ -8,8 +8,6 @@ first batches and prints what it found; the exit status is 1 when something woul
 """
 
 import argparse
-import copy
-import dataclasses
 import logging as python_logging
 import os
 from collections.abc import Sequence
@@ -22,17 +20,15 @@ from aligngpt_shared.files import write_json
 from modeling_aligngpt import AlignGPTConfig
 
 from ..first_batch import batch_facts, check_batch, mark_supervised
-from ..instruct_config import AlignGPTInstructConfig
-from ..memory import Batch, count_parameters, memory_table
-from ..pretrain_config import AlignGPTPretrainConfig
-from ..rows import LENGTH_COLUMN, prepare_rows
-from .arguments import LoraArguments, ModelArguments, PretrainModelArguments
+from ..memory import count_parameters, memory_of
+from ..rows import LENGTH_COLUMN
 from .check_measures import (
     batch_names,
     first_batches,
     first_loss,
     image_facts,
     level_counts,
+    longest_batch,
     step_facts,
     step_seconds,
     token_facts,
@@ -57,15 +53,17 @@ def _parser() -> argparse.ArgumentParser:
         "settings of `aligngpt pretrain` or `aligngpt instruct` (see their --help) besides these.",
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="Settings in YAML; the command line overrides them.")
-    parser.add_argument("--stage", choices=("pretrain", "instruct"), help="Default: recognised from the settings.")
+    parser.add_argument("--stage", choices=("pretrain", "instruct"), help="Default: recognised from the model.")
     parser.add_argument(
         "--images", default="200", metavar="N|all", help="Rows whose images are decoded (default: 200)."
     )
     parser.add_argument("--batches", type=int, default=3, help="First batches to look at (default: 3).")
-    parser.add_argument("--devices", type=int, default=1, help="Devices to estimate memory and steps for (default: 1).")
+    parser.add_argument("--devices", type=int, default=1, help="Devices to count steps for (default: 1).")
     parser.add_argument("--json", metavar="FILE", help="Write what was found there, too.")
     parser.add_argument(
-        "--no_model", action="store_true", help="Read no weights: everything but the loss, for huge models."
+        "--no_model",
+        action="store_true",
+        help="Read no weights: everything but the loss and the activations, for huge models.",
     )
     return parser
 
@@ -87,9 +85,8 @@ def check_command(argv: Sequence[str]) -> int:
     for name, least in (("batches", 1), ("devices", 1)):
         if getattr(own, name) < least:
             raise ValueError(f"--{name} {getattr(own, name)}: at least {least}.")
-    stage = own.stage or recognise_stage(words)
     report = check_stage(
-        stage,
+        own.stage or recognise_stage(words),
         words,
         num_images=None if number is None else int(number),
         num_batches=own.batches,
@@ -108,40 +105,19 @@ def _refuse(message: str):
 
 def recognise_stage(words: Sequence[str]) -> str:
     """
-    The stage that settings are meant for: by a setting that only one of them has, else by the model's own.
+    The stage that settings are meant for: the first where a model is assembled, else the one after the model's own.
 
     Raises:
         ValueError: where that does not decide it.
     """
-    settings: dict[str, Any] = {}
-    for index, word in enumerate(words):
-        if not word.startswith("--"):
-            continue
-        name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
-        following = words[index + 1] if index + 1 < len(words) else None
-        if name == "config":
-            settings = {**read_yaml(value if equals else following or ""), **settings}
-        else:
-            settings[name] = value if equals else following
-
-    def names(*kinds: type) -> set[str]:
-        return {item.name for kind in kinds for item in dataclasses.fields(kind)}
-
-    common = names(ModelArguments) - names(LoraArguments)
-    only = {
-        "pretrain": names(PretrainModelArguments) - names(ModelArguments),
-        "instruct": names(AlignGPTInstructConfig, LoraArguments) - names(AlignGPTPretrainConfig) - common,
-    }
-    meant = {stage: sorted(own & settings.keys()) for stage, own in only.items()}
-    if meant["pretrain"] and meant["instruct"]:
-        raise ValueError(
-            f"{', '.join(meant['pretrain'])} belongs to stage 1 and {', '.join(meant['instruct'])} to stage 2: leave "
-            "one of them out, or say which stage is meant with --stage."
-        )
-    for stage in meant:
-        if meant[stage]:
-            return stage
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("config", "model", "model_name_or_path", "model_revision", "vision_tower", "language_model"):
+        parser.add_argument(f"--{name}")
+    given, _ = parser.parse_known_args(with_known_flags(words, parser))
+    settings: dict[str, Any] = {} if given.config is None else read_yaml(given.config)
+    settings |= {name: value for name, value in vars(given).items() if value is not None}
+    if settings.get("language_model") or settings.get("vision_tower"):
+        return "pretrain"
     model = settings.get("model") or settings.get("model_name_or_path")
     if model is None:
         raise ValueError("Neither model nor language_model and vision_tower are given: what is to be trained?")
@@ -171,8 +147,8 @@ def check_stage(
         words: what would stand behind the stage's command.
         num_images: rows whose images are decoded; all, when `None`.
         num_batches: first batches to look at.
-        num_devices: devices that memory and steps are estimated for.
-        light: read no weights; without the loss.
+        num_devices: devices that steps are counted for.
+        light: read no weights; without the loss and the activations.
 
     Returns:
         Facts by name (`tokens`, `batches`, `images`, `levels`, `parameters`, `steps`, `memory`, `example`,
@@ -208,11 +184,11 @@ def check_stage(
         finally:
             if fresh_folder and os.path.isdir(config.output_dir) and not os.listdir(config.output_dir):
                 os.rmdir(config.output_dir)
-        if light and model_args.load_in_4bit:
-            report["warnings"].append("Without weights nothing is in four bits: the memory is that of whole weights.")
-        _measure_rows(run, report, num_images, counted)
+        _measure_rows(run.trainer, report, num_images, counted)
         _measure_batches(run.trainer, report, num_batches, light)
-        _measure_model(run.trainer, report, num_devices)
+        report["parameters"] = count_parameters(run.trainer.model)
+        rows = run.trainer.train_dataset
+        report["steps"] = step_facts(config, len(rows) if isinstance(rows, Dataset) else None, num_devices)
     return report
 
 
@@ -249,8 +225,7 @@ class _Warnings(python_logging.Handler):
             python_logging.getLogger(name).removeHandler(self)
 
 
-def _measure_rows(run: "StageRun", report: dict[str, Any], num_images: int | None, counted: bool) -> None:
-    trainer = run.trainer
+def _measure_rows(trainer: "StageTrainer", report: dict[str, Any], num_images: int | None, counted: bool) -> None:
     rows, args = trainer.train_dataset, trainer.args
     if isinstance(rows, IterableDataset):
         report["warnings"].append("The rows are streamed: only those of the first batches were looked at.")
@@ -266,9 +241,9 @@ def _measure_rows(run: "StageRun", report: dict[str, Any], num_images: int | Non
     too_long = report["rows"]["left_out"] - counts.get("train_rows_unusable", 0)
     if counted and too_long:
         report["problems"].append(
-            f"{too_long} of {too_long + counts['train_rows']} rows are longer than "
-            f"max_length={args.max_length} (the longest has {counts['train_longest_row']} tokens), and on_overlong is "
-            f'"error". {_first_overlong(run)}'
+            f"{too_long} of {too_long + counts['train_rows']} rows are longer than max_length={args.max_length} (the "
+            f'longest has {counts["train_longest_row"]} tokens), and on_overlong is "error": raise max_length, or set '
+            'on_overlong to "drop" or "truncate".'
         )
     if trainer.stage == "pretrain" and "align_level" in rows.column_names:
         report["levels"] = level_counts(rows, trainer.model.config.num_align_levels)
@@ -284,75 +259,27 @@ def _measure_rows(run: "StageRun", report: dict[str, Any], num_images: int | Non
         )
 
 
-def _first_overlong(run: "StageRun") -> str:
-    """The message of training about the first row that is too long."""
-    from .train import rows_of
-
-    data_args, trainer = run.data_args, run.trainer
-    rows = rows_of(data_args, data_args.dataset, data_args.dataset_split)
-    args = copy.copy(trainer.args)
-    args.on_overlong = "error"
-    try:
-        prepare_rows(rows, trainer.data_collator, args, "train")
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 def _measure_batches(trainer: "StageTrainer", report: dict[str, Any], number: int, light: bool) -> None:
     collator = trainer.data_collator
-    image_token_id = collator.processor.image_token_id
+    first = None
     try:
-        for index, batch in enumerate(first_batches(trainer, number)):
-            report.setdefault("batches", []).append(batch_facts(batch, image_token_id))
+        for batch in first_batches(trainer, number):
+            report.setdefault("batches", []).append(batch_facts(batch, collator.processor.image_token_id))
             names = batch_names(trainer, batch)
             check_batch(batch, names, collator)
-            if index:
-                continue
-            text = mark_supervised(batch["input_ids"][0], batch["labels"][0], batch["attention_mask"][0], collator)
-            report["example"] = {"name": names[0], "text": text}
-            if not light:
-                report["first_loss"] = loss = first_loss(trainer, batch)
-                if not torch.isfinite(torch.tensor(loss)):
-                    report["problems"].append(f"The loss of the first batch is {loss}.")
-                report["step_seconds"] = step_seconds(trainer, batch)
+            if first is None:
+                first = batch
+                text = mark_supervised(batch["input_ids"][0], batch["labels"][0], batch["attention_mask"][0], collator)
+                report["example"] = {"name": names[0], "text": text}
+        if first is None:
+            raise ValueError("There is no whole batch to train on: take a smaller batch, or more rows.")
+        if not light:
+            report["first_loss"] = loss = first_loss(trainer, first)
+            if not torch.isfinite(torch.tensor(loss)):
+                raise ValueError(f"The loss of the first batch is {loss}.")
+            report["step_seconds"] = step_seconds(trainer, first)
+        longest = longest_batch(trainer, first)
+        rows, length = longest["input_ids"].shape
+        report["memory"] = {"rows": rows, "length": length, **memory_of(trainer, None if light else longest)}
     except (ValueError, ArithmeticError) as error:
         report["problems"].append(str(error))
-    if not report.get("batches"):
-        report["problems"].append("There is no whole batch to train on: take a smaller batch, or more rows.")
-
-
-def _measure_model(trainer: "StageTrainer", report: dict[str, Any], num_devices: int) -> None:
-    args, rows = trainer.args, trainer.train_dataset
-    report["parameters"] = count_parameters(trainer.model)
-    num_rows = len(rows) if isinstance(rows, Dataset) else None
-    report["steps"] = step_facts(args, num_rows, num_devices)
-    batches = report.get("batches")
-    if not batches:
-        return
-    longest = max(batch["length"] for batch in batches)
-    if "tokens" in report:
-        longest = max(longest, report["tokens"]["longest"])
-    longest = min(longest, args.max_length or longest)
-    size = args.per_device_train_batch_size
-    supervised = sum(batch["supervised"] for batch in batches) / sum(batch["positions"] for batch in batches)
-    batch = Batch(
-        rows=size,
-        length=longest,
-        images=max(round(size * batch["images"] / batch["rows"]) for batch in batches),
-        supervised=round(size * longest * supervised),
-    )
-    autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-    optimizer = getattr(args.optim, "value", str(args.optim))
-    table = memory_table(trainer.model, batch, num_devices, autocast=autocast, optimizer=optimizer)
-    report["memory"] = {
-        "batch": dataclasses.asdict(batch),
-        "num_devices": num_devices,
-        "optimizer": optimizer,
-        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "float32",
-        "this_run": ["none" if num_devices == 1 else "", "with" if args.gradient_checkpointing else "without"],
-        "strategies": {
-            strategy: {word: {**dataclasses.asdict(e), "total": e.total} for word, e in pair.items()}
-            for strategy, pair in table.items()
-        },
-    }

@@ -96,6 +96,15 @@ def first_batches(trainer: "StageTrainer", number: int) -> Iterator[dict[str, to
             counts.reset()
 
 
+def longest_batch(trainer: "StageTrainer", batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch of the longest rows; where lengths are not known, the one given."""
+    rows = trainer.train_dataset
+    if not isinstance(rows, Dataset) or LENGTH_COLUMN not in rows.column_names:
+        return batch
+    order = np.argsort(rows.with_format("numpy")[LENGTH_COLUMN][:], kind="stable")
+    return trainer.data_collator([rows[int(i)] for i in order[-trainer.args.per_device_train_batch_size :]])
+
+
 def first_loss(trainer: "StageTrainer", batch: dict[str, torch.Tensor]) -> float:
     """Loss of a batch before any step; nothing is trained."""
     model = trainer.model

@@ -61,24 +61,13 @@ def _parameters(parts: dict[str, dict[str, int]]) -> list[str]:
 
 
 def _memory(memory: dict[str, Any]) -> list[str]:
-    batch = memory["batch"]
-    lines = [
-        f"memory     estimate for {batch['rows']} rows x {batch['length']} tokens on each of {memory['num_devices']} "
-        f"device(s), {memory['optimizer']}, {memory['precision']}"
+    parts = {name: value for name, value in memory.items() if name not in ("rows", "length") and value is not None}
+    without = "" if "activations" in parts else ", without activations"
+    return [
+        f"memory     {describe_bytes(sum(parts.values()))} on one device, for {memory['rows']} rows x "
+        f"{memory['length']} tokens{without}",
+        f"           {', '.join(f'{name} {describe_bytes(value)}' for name, value in parts.items())}",
     ]
-    unknown = False
-    for strategy, pair in memory["strategies"].items():
-        for word, estimate in pair.items():
-            used = " (this run)" if [strategy, word] == memory["this_run"] else ""
-            parts = {name: value for name, value in estimate.items() if name != "total"}
-            unknown |= parts["activations"] is None
-            shown = ", ".join(f"{name} {describe_bytes(value)}" for name, value in parts.items() if value)
-            name = "one device" if strategy == "none" else strategy
-            lines.append(f"  {name}, {word} gradient checkpointing{used}: {describe_bytes(estimate['total'])}")
-            lines.append(f"    {shown}")
-    if unknown:
-        lines.append("  activations could not be counted for this architecture and are not in the sums")
-    return lines
 
 
 def _steps(steps: dict[str, Any]) -> list[str]:
