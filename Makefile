@@ -25,9 +25,11 @@ lint: $(VENV)/.installed-dev
 wheel: $(VENV)/.installed-dev
 	$(BIN)/python tests/compat/wheel.py
 
-# One saved model on every release of transformers that the core promises; benchmarks/compat.md
+# One saved model on every release of transformers that the core promises (benchmarks/compat.md), and both stages on the
+# last four minors of transformers and of TRL (benchmarks/compat-training.md)
 compat: $(VENV)/.installed-dev
 	$(BIN)/python tests/compat/run.py --page benchmarks/compat.md
+	$(BIN)/python tests/compat/training.py --page benchmarks/compat-training.md
 
 # The lowest releases that pyproject.toml allows
 lowest: $(VENV)/.installed-dev

@@ -103,58 +103,6 @@ def make_parts(original: Path, tower: Path, tokenizer: Path, layers: int, mixed:
     make_tower(tower)
 
 
-def make_language_model(folder: Path, converted: Path) -> None:
-    """A Llama of zeros with the converted model's sizes and tokenizer, in safetensors."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from aligngpt_shared.weights import StoredWeights, save_model
-    from modeling_aligngpt import AlignGPTConfig
-
-    config = AlignGPTConfig.from_pretrained(converted).text_config
-    config.vocab_size = VOCAB
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
-    weights = StoredWeights()
-    for name, value in model.state_dict().items():
-        weights.put(name, torch.zeros((), dtype=torch.float16).expand(value.shape))
-    save_model(model, weights, folder)
-    AutoTokenizer.from_pretrained(converted / "original", config=config).save_pretrained(folder)
-
-
-def make_adapter(folder: Path, base: Path) -> None:
-    """A LoRA adapter of all linear layers of the language model, rank 16, as `aligngpt instruct` saves it."""
-    from peft import get_peft_model, get_peft_model_state_dict
-
-    from aligngpt_trainers.lora import LoraArguments, lora_config
-    from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
-
-    config = AlignGPTConfig.from_pretrained(base)
-    with torch.device("meta"):
-        model = AlignGPTForConditionalGeneration(config)
-    adapted = get_peft_model(model, lora_config(LoraArguments(use_peft=True), model), low_cpu_mem_usage=True)
-    adapted.peft_config["default"].base_model_name_or_path = str(base)
-    folder.mkdir()
-    adapted.peft_config["default"].save_pretrained(folder)
-    state = get_peft_model_state_dict(adapted)
-    save_file({name: torch.zeros(value.shape) for name, value in state.items()}, folder / "adapter_model.safetensors")
-    config.save_pretrained(folder)
-    AlignGPTProcessor.from_pretrained(base).save_pretrained(folder)
-
-
-def make_sharded(folder: Path, model: Path) -> None:
-    """A checkpoint as a run under FSDP with SHARDED_STATE_DICT saves it, in one process: `model`'s shapes, zeros."""
-    from torch.distributed.checkpoint import FileSystemWriter, save
-
-    from aligngpt_shared.weights import read_weights
-    from aligngpt_trainers.storage.manifest import write_manifest
-    from aligngpt_trainers.storage.shards import WEIGHTS
-
-    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors*", "original"))
-    state = {name: torch.zeros(value.shape, dtype=value.dtype) for name, value in read_weights(model).items()}
-    save({"model": state}, storage_writer=FileSystemWriter(folder / WEIGHTS), no_dist=True)
-    write_manifest(folder)
-
-
 def apart(target, *args: object) -> None:
     """Runs a function in a process of its own: a child's peak begins at what its parent holds."""
     maker = multiprocessing.get_context("spawn").Process(target=target, args=args)
@@ -204,20 +152,7 @@ def main() -> None:
     rows.append(run("export", "--model", ours, "--output", args.output / "llava"))
     rows[-1]["largest shard GB"] = largest(args.output / "llava")
     shutil.rmtree(args.output / "llava")
-    apart(make_adapter, args.output / "adapter", ours)
-    rows.append(run("merge", "--adapter", args.output / "adapter", "--output", args.output / "merged"))
-    rows[-1]["largest shard GB"] = largest(args.output / "merged")
-    shutil.rmtree(args.output / "merged")
-    apart(make_sharded, args.output / "sharded", ours)
-    rows.append(run("merge", "--checkpoint", args.output / "sharded", "--output", args.output / "whole"))
-    rows[-1] |= {"command": "merge --checkpoint", "largest shard GB": largest(args.output / "whole")}
-    shutil.rmtree(args.output / "sharded")
-    shutil.rmtree(args.output / "whole")
-    llm = args.output / "llm"
-    apart(make_language_model, llm, ours)
     shutil.rmtree(ours)
-    rows.append(run("init", "--llm", llm, "--vision_tower", tower, "--output", args.output / "fresh"))
-    rows[-1]["largest shard GB"] = largest(args.output / "fresh")
     if not args.keep:
         shutil.rmtree(args.output)
     print("| command | largest shard, GB | peak memory, GB | beyond the shard | seconds |")

@@ -11,7 +11,7 @@ from aligngpt_trainers.commands import check as check_command
 from aligngpt_trainers.commands.cli import COMMANDS, _Parser
 from aligngpt_trainers.commands.flags import LAUNCHABLE, with_known_flags
 from aligngpt_trainers.commands.init import InitArguments
-from aligngpt_trainers.commands.launch import find_config, split_words, take_config
+from aligngpt_trainers.commands.launch import find_config, split_words
 from aligngpt_trainers.commands.merge import MergeArguments
 from aligngpt_trainers.commands.settings import check_settings
 from aligngpt_trainers.commands.train import STAGES
@@ -129,11 +129,11 @@ def parse_command(words: list[str]) -> None:
     command = words.pop(0)
     if command not in COMMANDS:
         raise ValueError(f"unknown command {command!r}")
-    if (name := take_config(words)) is not None:
+    if any(word.partition("=")[0].replace("-", "_") == "__accelerate_config" for word in words):
         if command not in LAUNCHABLE:
             raise ValueError(f"aligngpt {command} works in one process")
-        find_config(name)
-        _, words = split_words(words)
+        told, words = split_words(words)
+        find_config(told["accelerate_config"])
     if command == "check":
         parser = check_command._parser()
         parser.error = _refuse

@@ -187,7 +187,7 @@ class FiniteGuard(TrainerCallback):
         guilty = []
         for index, name in enumerate(names):
             with self.trainer.compute_loss_context_manager():
-                loss = model(**take_row(inputs, index, model.config), fused_lm_head=True).loss
+                loss = model(**take_row(inputs, index, model.config)).loss
             if not bool(torch.isfinite(loss)):
                 guilty.append(name)
         return guilty

@@ -160,6 +160,8 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
             eval_dataset = {name: prepare(rows, name) for name, rows in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = prepare(eval_dataset, "eval")
+        # what is supervised is the collator's; TRL up to 1.14 refuses the setting beside images
+        args.assistant_only_loss = False
         super().__init__(
             model=model,
             args=args,
@@ -169,6 +171,7 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        args.assistant_only_loss = True
         self._freeze()
         base = self.model.get_base_model() if is_peft_model(self.model) else self.model
         check_savable(base, processing_class)

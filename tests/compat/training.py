@@ -15,10 +15,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
+from packaging.requirements import Requirement
 from packaging.version import Version
 
 
@@ -37,6 +39,8 @@ stopped at a checkpoint and continued, published in a dry run, and asked. Each r
 the tested environment. The losses of both stages are those of the newest pair unless the last column says otherwise.
 
 {table}
+
+TRL 1.15 asks for Triton, also where there is no GPU: its `SFTTrainer` fails on a CPU, so the package leaves it out.
 
 Python {python}, CPU; commit {commit}, {date}.
 """
@@ -90,13 +94,16 @@ Path({report!r}).write_text(json.dumps(report))
 
 
 def newest_minors(package: str) -> list[str]:
-    """The newest patch of each of the last minors, oldest first, from the package index."""
+    """The newest patch of each of the last minors within pyproject.toml's bounds, oldest first, from the index."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = map(Requirement, project["optional-dependencies"]["train"])
+    bounds = next(requirement.specifier for requirement in wanted if requirement.name == package)
     command = [sys.executable, "-m", "pip", "index", "versions", package, "--json"]
     result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=True)
     newest: dict[tuple[int, int], Version] = {}
     for version in map(Version, json.loads(result.stdout)["versions"]):
         minor = version.major, version.minor
-        if not version.is_prerelease and version > newest.get(minor, Version("0")):
+        if version in bounds and version > newest.get(minor, Version("0")):
             newest[minor] = version
     return [str(newest[minor]) for minor in sorted(newest)][-MINORS:]
 

@@ -61,11 +61,11 @@ def test_missing_hardware_is_said_before_anything_starts(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="asks for 8 processes and there are 2 GPUs: add --num_processes"):
-        check_config(FOLDER / "ddp.yaml", [])
-    assert check_config(FOLDER / "ddp.yaml", ["--num_processes", "2"])["distributed_type"] == "MULTI_GPU"
+        check_config(FOLDER / "ddp.yaml", {})
+    check_config(FOLDER / "ddp.yaml", {"num_processes": 2})
     monkeypatch.setattr("accelerate.utils.is_deepspeed_available", lambda: False)
     with pytest.raises(ImportError, match=r"zero2\.yaml asks for DeepSpeed"):
-        check_config(FOLDER / "zero2.yaml", ["--num_processes", "2"])
+        check_config(FOLDER / "zero2.yaml", {"num_processes": 2})
 
 
 def test_names_are_ours_and_never_trls(monkeypatch, tmp_path):

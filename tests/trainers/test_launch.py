@@ -8,7 +8,7 @@ import yaml
 from stage_parts import pair_rows, to_dataset
 
 from aligngpt_trainers.commands.cli import main
-from aligngpt_trainers.commands.launch import check_config, launch_words, split_words, take_config
+from aligngpt_trainers.commands.launch import check_config, launch_words, split_words
 from modeling_aligngpt import AlignGPTForConditionalGeneration
 
 
@@ -74,9 +74,9 @@ def test_what_can_be_refused_is_refused_before_a_process_starts(two_processes, t
     (tmp_path / "recipe.yaml").write_text("accelerate_config: ddp\n")
     assert "belongs on the command line" in failure("instruct", "--config", str(tmp_path / "recipe.yaml"))
     assert "neither a file nor one of" in failure("pretrain", "--accelerate-config=ddpp")
-    assert "--accelerate_config needs a value" in failure("pretrain", "--accelerate_config")
-    assert "--num_processes is 'two'" in failure("pretrain", *launch, "--num_processes", "two")
-    assert "--num_processes needs a value" in failure("pretrain", *launch, "--num_processes")
+    assert "--accelerate_config: expected one argument" in failure("pretrain", "--accelerate_config")
+    assert "--num_processes: invalid int value: 'two'" in failure("pretrain", *launch, "--num_processes", "two")
+    assert "--num_processes: expected one argument" in failure("pretrain", *launch, "--num_processes")
     assert "`aligngpt chat` works in one process" in failure("chat", *launch)
 
 
@@ -85,15 +85,13 @@ def test_multi_cpu_is_refused(tmp_path):
     path = tmp_path / "cpu.yaml"
     path.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nuse_cpu: true\n")
     with pytest.raises(ValueError, match="write MULTI_GPU with use_cpu: true"):
-        check_config(path, [])
+        check_config(path, {})
     with pytest.raises(ValueError, match="write MULTI_GPU"):
         launch_words("pretrain", ["--accelerate_config", str(path)])
 
 
 def test_words_go_where_they_belong():
     words = ["--config", "a.yaml", "--accelerate_config", "ddp", "--num-processes=4", "--seed", "1", "--gpu_ids", "0,1"]
-    assert take_config(words) == "ddp"
-    assert take_config(words) is None
     options, rest = split_words(words)
-    assert options == ["--num_processes", "4", "--gpu_ids", "0,1"]
+    assert options == {"accelerate_config": "ddp", "num_processes": 4, "gpu_ids": "0,1"}
     assert rest == ["--config", "a.yaml", "--seed", "1"]

@@ -7,17 +7,15 @@ import shutil
 import pytest
 import torch
 from peft import AutoPeftModel, PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from stage_parts import conversation_rows, draw_image, to_dataset
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, TrainerCallback
 
 from aligngpt_trainers.commands.arguments import LoraArguments
 from aligngpt_trainers.commands.cli import main
-from aligngpt_trainers.commands.merge import MergeArguments, merge_loaded
 from aligngpt_trainers.commands.train import build_stage
-from aligngpt_trainers.lora import base_of, check_lora, load_adapter, lora_targets, quantization_config
-from aligngpt_trainers.storage.merged import write_merged
+from aligngpt_trainers.lora import check_lora, load_adapter, lora_targets, quantization_config
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
 
@@ -148,46 +146,6 @@ def test_merged_is_the_same_model(adapter, tmp_path, capsys, dtype):
     # a merged model is trained on and asked like any other
     shown = ["chat", "--model", str(tmp_path / "merged"), "--question", "name a colour", "--max-new-tokens", "2"]
     assert main(shown) == 0
-
-
-@pytest.mark.parametrize("settings", [[], ["--use_rslora=true"], ["--use_dora=true"]], ids=["lora", "rslora", "dora"])
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
-def test_merged_on_disk_as_in_memory(words, tmp_path, settings, dtype, capsys):
-    """Bit for bit, with the weights of one layer at a time."""
-    adapter = tmp_path / "adapter"
-    assert main(["instruct", *words, *settings, f"--output_dir={adapter}", "--lora_target_modules", "q_proj"]) == 0
-    merge = MergeArguments(adapter=str(adapter), output="", dtype=dtype)
-    merge_loaded(merge, tmp_path / "loaded")
-    assert main(["merge", "--adapter", str(adapter), "--output", str(tmp_path / "disk"), "--dtype", dtype]) == 0
-    loaded, disk = (load_file(tmp_path / name / "model.safetensors") for name in ("loaded", "disk"))
-    assert loaded.keys() == disk.keys()
-    assert [name for name in loaded if loaded[name].dtype != disk[name].dtype] == []
-    assert [name for name in loaded if not torch.equal(loaded[name], disk[name])] == []
-    for name in ("config.json", "generation_config.json"):
-        assert (tmp_path / "disk" / name).read_text() == (tmp_path / "loaded" / name).read_text()
-
-
-def test_the_base_is_never_whole_in_memory(adapter, tmp_path, monkeypatch):
-    def load(*args, **kwargs):
-        raise AssertionError("the base was loaded")
-
-    monkeypatch.setattr(AlignGPTForConditionalGeneration, "from_pretrained", load)
-    base = base_of(adapter)
-    (tmp_path / "out").mkdir()
-    size = write_merged(adapter, base, tmp_path / "out", max_shard_size="30KB")
-    shards = list((tmp_path / "out").glob("model-*.safetensors"))
-    assert len(shards) > 2 and size == sum(value.numel() for path in shards for value in load_file(path).values())
-
-
-def test_a_base_of_another_form_is_not_merged_on_disk(adapter, tmp_path):
-    base = shutil.copytree(base_of(adapter), tmp_path / "base")
-    weights = load_file(base / "model.safetensors")
-    weights.pop("model.align_embeddings.weight")
-    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "out").mkdir()
-    assert write_merged(adapter, base, tmp_path / "out") is None and not list((tmp_path / "out").iterdir())
-    words = ["merge", "--adapter", str(adapter), "--base", str(base), "--output", str(tmp_path / "merged")]
-    assert main(words) == 2
 
 
 def test_a_failed_merge_leaves_nothing(adapter, tmp_path, capsys):

@@ -1,16 +1,14 @@
-"""A sharded checkpoint made whole without holding it; test_sharded.py does so with what two processes have saved."""
+"""A sharded checkpoint made whole; test_sharded.py does so with what two processes have saved."""
 
 import warnings
-import weakref
 
 import pytest
 import torch
 from demo_model import save_demo_model
 from torch.distributed.checkpoint import FileSystemWriter, save
 
-from aligngpt_trainers.storage import shards
+from aligngpt_trainers.commands.merge import WEIGHTS, consolidate
 from aligngpt_trainers.storage.manifest import write_manifest
-from aligngpt_trainers.storage.shards import WEIGHTS, consolidate
 from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration
 
 
@@ -28,12 +26,10 @@ def checkpoint(tmp_path):
     return folder, model
 
 
-@pytest.mark.parametrize("size", ["5GB", "20KB"])
-def test_every_weight_is_there_in_its_values(checkpoint, tmp_path, size):
+def test_every_weight_is_there_in_its_values(checkpoint, tmp_path):
     folder, model = checkpoint
-    number = consolidate(folder, tmp_path / "whole", max_shard_size=size)
+    number = consolidate(folder, tmp_path / "whole")
     assert number == sum(parameter.numel() for parameter in model.parameters())
-    assert len(list((tmp_path / "whole").glob("model*.safetensors"))) == 1 or size == "20KB"
     whole = AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "whole").state_dict()
     expected = model.state_dict()
     assert whole.keys() == expected.keys() and all(torch.equal(whole[name], expected[name]) for name in whole)
@@ -50,26 +46,6 @@ def test_weights_take_the_dtype_of_the_config(checkpoint, tmp_path):
     whole = AlignGPTForConditionalGeneration.from_pretrained(tmp_path / "whole", dtype="auto").state_dict()
     for name, value in model.state_dict().items():
         assert whole[name].dtype == torch.bfloat16 and torch.equal(whole[name], value.bfloat16())
-
-
-def test_one_weight_at_a_time_is_read(checkpoint, tmp_path, monkeypatch):
-    """At no time are more values alive than those of a written file."""
-    folder, model = checkpoint
-    read = shards._read
-    alive, most = [], 0
-
-    def note(*args):
-        nonlocal most
-        value = read(*args)
-        alive.append(weakref.ref(value))
-        most = max(most, sum(each().nbytes for each in alive if each() is not None))
-        return value
-
-    monkeypatch.setattr(shards, "_read", note)
-    consolidate(folder, tmp_path / "whole", max_shard_size="20KB")
-    files = [path.stat().st_size for path in (tmp_path / "whole").glob("model*.safetensors")]
-    largest = max(value.nbytes for value in model.state_dict().values())
-    assert len(files) > 5 and most <= max(files) + largest < sum(files) / 2
 
 
 def test_a_damaged_part_leaves_nothing(checkpoint, tmp_path):

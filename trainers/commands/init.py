@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from aligngpt_shared.files import new_folder
+from aligngpt_shared.weights import read_weights
 from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
+from modeling_aligngpt.assembly import assemble
 
-from ..storage.assembled import write_assembled
-from ..storage.folders import at_revision
+from ..storage.folders import at_revision, local_copy
 from .arguments import DTYPES
 from .settings import nearest, parse_settings
 
@@ -99,18 +101,26 @@ def init_command(argv: Sequence[str]) -> None:
     )
     if args.dtype not in DTYPES:
         raise ValueError(f"dtype={args.dtype!r} is not one of {', '.join(DTYPES)}.")
+    llm = at_revision(args.llm, args.llm_revision, "llm")
+    tower = at_revision(args.vision_tower, args.vision_tower_revision, "vision_tower")
     with new_folder(args.output) as beside:
-        model, processor = write_assembled(
-            at_revision(args.llm, args.llm_revision, "llm"),
-            at_revision(args.vision_tower, args.vision_tower_revision, "vision_tower"),
-            beside,
-            chat_template=args.chat_template,
-            image_size=args.image_size,
-            num_align_levels=args.num_align_levels,
-            dtype=getattr(torch, args.dtype),
-            seed=args.seed,
-            **checked_overrides(args.config_overrides),
-        )
+        try:
+            model, processor = assemble(
+                llm,
+                tower,
+                chat_template=args.chat_template,
+                image_size=args.image_size,
+                num_align_levels=args.num_align_levels,
+                dtype=getattr(torch, args.dtype),
+                seed=args.seed,
+                **checked_overrides(args.config_overrides),
+            )
+        except SafetensorError:
+            for part in (llm, tower):
+                read_weights(local_copy(part))  # says which file
+            raise
+        model.save_pretrained(beside, max_shard_size="5GB")
+        processor.save_pretrained(beside)
     print(describe_model(model, processor))
     print(f"saved to {args.output}\nNext: aligngpt pretrain --model {args.output} --dataset SCORED --output_dir OUT")
 

@@ -7,33 +7,36 @@ does what `accelerate launch --config_file zero2.yaml --num_processes 4 -m align
 vicuna-7b/pretrain` would, after the settings have been checked once.
 """
 
+import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .flags import LAUNCHABLE
+from .flags import LAUNCHABLE, with_known_flags
 from .recipes import accelerate_names, find_accelerate
 from .settings import read_yaml
 
 
-FLAGS = ("--accelerate_config", "--accelerate-config")
 # What may stand behind `--accelerate_config`; accelerate's launcher says what each of them does.
 COUNTS = ("num_processes", "num_machines", "machine_rank", "main_process_port")
 LAUNCH_OPTIONS = (*COUNTS, "main_process_ip", "gpu_ids", "rdzv_backend", "same_network")
 
 
-def take_config(words: list[str]) -> str | None:
-    """Takes `--accelerate_config VALUE` (or `=VALUE`) out of the words; `None` where it is not."""
-    for index, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        if flag in FLAGS:
-            if not equals and index + 1 == len(words):
-                raise ValueError(f"{flag} needs a value: a file, or a name such as ddp, fsdp2, zero2 or zero3.")
-            words.pop(index)
-            return value if equals else words.pop(index)
-    return None
+def split_words(words: Sequence[str]) -> tuple[dict[str, str | int], list[str]]:
+    """What accelerate's launcher is told, `accelerate_config` among it, and the command's own words."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = _refuse
+    parser.add_argument("--accelerate_config", required=True)
+    for name in LAUNCH_OPTIONS:
+        parser.add_argument(f"--{name}", type=int if name in COUNTS else str)
+    given, rest = parser.parse_known_args(with_known_flags(words, parser))
+    return {name: value for name, value in vars(given).items() if value is not None}, rest
+
+
+def _refuse(message: str):
+    raise ValueError(f"{message}.")
 
 
 def find_config(name: str) -> Path:
@@ -50,31 +53,9 @@ def find_config(name: str) -> Path:
     raise ValueError(f"accelerate_config {name!r} is neither a file nor one of {', '.join(accelerate_names())}.")
 
 
-def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(what accelerate's launcher is told, such as `--num_processes 2`; the command's own words)."""
-    launch, rest = [], []
-    remaining = iter(words)
-    for word in remaining:
-        flag, equals, value = word.partition("=")
-        name = flag.removeprefix("--").replace("-", "_")
-        if not (flag.startswith("--") and name in LAUNCH_OPTIONS):
-            rest.append(word)
-            continue
-        value = value if equals else next(remaining, None)
-        if value is None:
-            raise ValueError(f"{flag} needs a value.")
-        if name in COUNTS and not value.isdigit():
-            raise ValueError(f"{flag} is {value!r}; a whole number is expected.")
-        launch += [f"--{name}", value]
-    return launch, rest
-
-
-def check_config(path: Path, launch_words: Sequence[str]) -> dict[str, Any]:
+def check_config(path: Path, told: dict[str, Any]) -> None:
     """
     Refuses files that accelerate would fail on later, or silently run in another way.
-
-    Returns:
-        The file's settings.
 
     Raises:
         ValueError: more processes than GPUs; `MULTI_CPU`, which starts a single process.
@@ -92,15 +73,14 @@ def check_config(path: Path, launch_words: Sequence[str]) -> dict[str, Any]:
         )
     import torch
 
-    told = dict(zip(launch_words[::2], launch_words[1::2], strict=True))
-    count = int(told.get("--num_processes") or settings.get("num_processes") or 1)
-    gpus = torch.cuda.device_count() * int(told.get("--num_machines") or settings.get("num_machines") or 1)
+    told = {**settings, **told}
+    count = int(told.get("num_processes") or 1)
+    gpus = torch.cuda.device_count() * int(told.get("num_machines") or 1)
     if not settings.get("use_cpu") and count > max(gpus, 1):
         raise ValueError(
             f"{path} asks for {count} processes and there {'is' if gpus == 1 else 'are'} {gpus} GPU{'s'[: gpus != 1]}: "
             "add --num_processes, and multiply gradient_accumulation_steps so that the total batch stays what it was."
         )
-    return settings
 
 
 def launch_words(command: str, words: Sequence[str]) -> int:
@@ -113,19 +93,17 @@ def launch_words(command: str, words: Sequence[str]) -> int:
     Raises:
         ValueError: a command that works in one process, an unknown setting, an unusable file.
     """
-    words = list(words)
-    name = take_config(words)
     if command not in LAUNCHABLE:
         raise ValueError(f"`aligngpt {command}` works in one process: leave --accelerate_config out.")
-    options, words = split_words(words)
-    config = find_config(name)
-    check_config(config, options)
+    told, words = split_words(words)
+    config = find_config(told.pop("accelerate_config"))
+    check_config(config, told)
     if command in ("pretrain", "instruct"):
         from .train import check_words
 
         # once here, or every process would say the same
         check_words(command, words)
-    return launch(command, words, config, options)
+    return launch(command, words, config, [f"--{name}={value}" for name, value in told.items()])
 
 
 def launch(command: str, words: Sequence[str], config: Path, launch_words: Sequence[str] = ()) -> int:

@@ -6,20 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+from accelerate.utils import merge_fsdp_weights
+from transformers import GenerationConfig
 
 from aligngpt_shared.files import new_folder
 from aligngpt_shared.records import SUMMARY
-from modeling_aligngpt import AlignGPTProcessor
+from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
 
 from ..lora import base_of, load_adapter
-from ..storage.folders import at_revision
-from ..storage.merged import write_merged
-from ..storage.shards import consolidate
+from ..storage.manifest import damage
+from ..storage.saved_model import check_saved
 from .settings import parse_settings
 
 
 MERGE_DTYPES = ("auto", "float32", "bfloat16")
+# folder of a checkpoint that holds the processes' parts of the weights, as accelerate names it
+WEIGHTS = "pytorch_model_fsdp_0"
 
 
 @dataclass
@@ -68,19 +70,48 @@ def merge_command(argv: Sequence[str]) -> None:
         raise ValueError(f"dtype={args.dtype!r} is not one of {', '.join(MERGE_DTYPES)}.")
     with new_folder(args.output) as beside:
         base = base_of(args.adapter, args.base, args.base_revision)
-        dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-        source = at_revision(base, args.base_revision, "base")
-        size = write_merged(Path(args.adapter), source, beside, dtype=dtype)
-        if size is None:
-            size = merge_loaded(args, beside)
+        size = merge_adapter(args, beside)
         AlignGPTProcessor.from_pretrained(args.adapter).save_pretrained(beside)
         copy_summary(Path(args.adapter), beside, base)
     print(f"merged {args.adapter} into {base}: {size:,} parameters; saved to {args.output}")
     print(f"Next: aligngpt chat --model {args.output} --image IMAGE")
 
 
-def merge_loaded(args: MergeArguments, folder: Path) -> int:
-    """Merges with the whole model in memory, and saves it; the number of its parameters."""
+def consolidate(checkpoint: str | os.PathLike, output: str | os.PathLike) -> int:
+    """
+    Writes the model of a sharded checkpoint as a folder like any other, by accelerate; needs no GPU.
+
+    Args:
+        checkpoint: what a run under FSDP with SHARDED_STATE_DICT has saved.
+        output: folder to write; must not exist.
+
+    Returns:
+        Number of parameters.
+
+    Raises:
+        ValueError: it is no such checkpoint, or damaged; names the file.
+    """
+    checkpoint = Path(checkpoint)
+    if not (checkpoint / WEIGHTS / ".metadata").is_file():
+        raise ValueError(f"{checkpoint} is no sharded checkpoint: it has no {WEIGHTS}/.metadata.")
+    if wrong := damage(checkpoint):
+        raise ValueError(f"{checkpoint} is damaged: {wrong}. Take an earlier checkpoint.")
+    config = AlignGPTConfig.from_pretrained(checkpoint)
+    with new_folder(output) as beside:
+        merge_fsdp_weights(str(checkpoint / WEIGHTS), str(beside))
+        config.save_pretrained(beside)
+        model = AlignGPTForConditionalGeneration.from_pretrained(beside, dtype=config.dtype or "auto")
+        if (checkpoint / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(checkpoint)
+        (beside / "model.safetensors").unlink()
+        model.save_pretrained(beside)
+        AlignGPTProcessor.from_pretrained(checkpoint).save_pretrained(beside)
+        check_saved(beside)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def merge_adapter(args: MergeArguments, folder: Path) -> int:
+    """Merges by peft and saves the whole model; the number of its parameters."""
     adapted, _ = load_adapter(args.adapter, base=args.base, base_revision=args.base_revision, dtype=args.dtype)
     merged = adapted.merge_and_unload(safe_merge=True)
     # modules that trained in float32 beside a base in bfloat16
