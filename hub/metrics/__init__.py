@@ -1,35 +1,20 @@
 """
-Scores of the paper's twelve benchmarks. Each folder is a module for `evaluate.load(FOLDER)` and for publishing: pure
-functions in `scoring.py`, and around them a thin `evaluate.Metric`. Nothing here imports anything of ours, and the
-functions need nothing but Python.
+Scores of the paper's twelve benchmarks: pure functions that need nothing but Python. `vqa_accuracy` is a module for
+`evaluate.load(FOLDER)`, too.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .gqa_accuracy.scoring import gqa_accuracy
-from .llava_bench.scoring import llava_bench_scores, parse_pair
-from .mm_vet.scoring import mm_vet_scores, parse_grade
-from .mmbench.scoring import mmbench_scores, read_choice
-from .mme.scoring import mme_scores
-from .pope.scoring import pope_scores
-from .scienceqa_accuracy.scoring import scienceqa_accuracy
-from .seed_bench.scoring import seed_bench_scores
+from .gqa import gqa_accuracy
+from .llava_bench import llava_bench_scores, parse_pair
+from .mm_vet import mm_vet_scores, parse_grade
+from .mmbench import mmbench_scores, read_choice
+from .mme import mme_scores
+from .pope import pope_scores
+from .scienceqa import scienceqa_accuracy
+from .seed_bench import seed_bench_scores
 from .vqa_accuracy.scoring import vqa_accuracy
-
-
-METRICS = (
-    "gqa_accuracy",
-    "llava_bench",
-    "mm_vet",
-    "mmbench",
-    "mme",
-    "pope",
-    "scienceqa_accuracy",
-    "seed_bench",
-    "vqa_accuracy",
-)
-"""Names of the folders."""
 
 
 def on_records(metric: Callable[..., dict[str, Any]], **options: Any) -> Callable[[Sequence[dict]], dict[str, float]]:
@@ -52,7 +37,6 @@ def on_records(metric: Callable[..., dict[str, Any]], **options: Any) -> Callabl
 
 
 __all__ = [
-    "METRICS",
     "gqa_accuracy",
     "llava_bench_scores",
     "mm_vet_scores",

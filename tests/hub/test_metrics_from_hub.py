@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pytest
 from local_hub.client import IMPATIENT, run_python, run_script
 from local_hub.server import HubServer
 
@@ -17,25 +16,11 @@ print(json.dumps(evaluate.load(sys.argv[1]).compute(**json.loads(sys.argv[2]))))
 """
 
 
-@pytest.mark.parametrize(
-    ("name", "inputs", "scores"),
-    [
-        (
-            "gqa_accuracy",
-            '{"predictions": ["Dog.", "cat"], "references": ["dog", "horse"]}',
-            {"accuracy": 0.5},
-        ),
-        (
-            "scienceqa_accuracy",
-            '{"predictions": ["B", "A.", "C"], "references": ["B", "A", "A"]}',
-            {"accuracy": pytest.approx(2 / 3)},
-        ),
-    ],
-)
-def test_uploaded_and_loaded_by_name(tmp_path, name, inputs, scores):
+def test_uploaded_and_loaded_by_name(tmp_path):
+    name, inputs = "vqa_accuracy", '{"predictions": ["Dog.", "cat"], "references": [["dog"], ["horse"]]}'
     with HubServer(tmp_path / "hub") as hub:
         words = ["upload", "--repo-type", "space", f"user/{name}", FOLDER / name, "--exclude", "*.pyc"]
         sent = run_python(hub, UPLOAD, words, token=hub.token)
         assert sent.returncode == 0, sent.stderr[-3000:]
         assert {"README.md", f"{name}.py", "scoring.py"} <= hub.files("spaces", f"user/{name}").keys()
-        assert run_script(hub, LOAD, [f"user/{name}", inputs]) == scores
+        assert run_script(hub, LOAD, [f"user/{name}", inputs]) == {"accuracy": 0.0}

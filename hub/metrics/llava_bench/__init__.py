@@ -1,1 +1,0 @@
-"""LLaVA-Bench (in the wild)."""
