@@ -1,4 +1,4 @@
-"""`aligngpt evaluate`: the paper's benchmarks, by lmms-eval, with LLaVA-1.5's prompts."""
+"""`aligngpt evaluate`: one's own questions, or the paper's benchmarks by lmms-eval with LLaVA-1.5's prompts."""
 
 import argparse
 import importlib.util
@@ -46,9 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser):
         "--data",
         action="append",
         default=[],
-        metavar="TASK=FOLDER",
-        help="local folder in place of a task's data set; may be repeated",
+        metavar="FILE",
+        help="your own questions, as for training; TASK=FOLDER: a benchmark's data from there, may be repeated",
     )
+    parser.set_defaults(load_rows=None)
     parser.add_argument("--judge-url", metavar="URL", help="OpenAI-compatible server of the judge, up to /v1")
     parser.add_argument("--judge-model", metavar="NAME", help="name of the judge there, such as gpt-4-0613")
     parser.add_argument(
@@ -71,9 +72,16 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--model is missing: give an AlignGPT, folder or Hub id.")
     _check_server(args)
     benchmarks = select(args.tasks)
+    own = [each for each in args.data if "=" not in each]
     for name in ("limit", "batch_size"):
         if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be at least 1.")
+    if own:
+        if len(args.data) > 1 or args.server or args.backend != "transformers":
+            raise ValueError(f"--data {own[0]}: your own questions are asked alone, and by the model here.")
+        from .own_rows import evaluate_rows
+
+        return evaluate_rows(args, own[0])
     data = _read_data(args.data, {benchmark.task for benchmark in benchmarks})
     judge = _judge(args)
     if importlib.util.find_spec("lmms_eval") is None:

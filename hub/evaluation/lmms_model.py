@@ -17,7 +17,8 @@ from lmms_eval.api.instance import Instance
 
 from modeling_aligngpt import ALIGN_MODES, AlignGPTForConditionalGeneration, AlignGPTProcessor
 
-from .answers import AnsweringLmms, answer_row, generation_settings, hash_weights
+from .answers import AnsweringLmms, answer_row, generation_settings
+from .store import hash_weights
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -1,5 +1,6 @@
 """`evaluation_results.json`: what was measured, how, and the paper's figures beside it."""
 
+import math
 import os
 import subprocess
 from collections.abc import Sequence
@@ -51,8 +52,22 @@ class Results:
             self.content |= {name: before[name] for name in ("results", "details", "runs") if name in before}
 
     def is_done(self, benchmark: Benchmark, settings: dict[str, Any]) -> bool:
-        """Whether the figures are there, made with these settings."""
-        return self.content["runs"].get(benchmark.task, {}).get("settings") == settings
+        """
+        Whether the figures are there; a judge and more samples come on top.
+
+        Raises:
+            ValueError: they are there of more samples, or by another judge.
+        """
+        before = self.content["runs"].get(benchmark.task, {}).get("settings")
+        if before is None or before == settings:
+            return before is not None
+        fewer = (settings["limit"] or math.inf) < (before["limit"] or math.inf)
+        if not fewer and before["judge"] in (None, settings["judge"]):
+            return False
+        shown = ", ".join(f"{name} {before[name]!r}" for name in settings if before[name] != settings[name])
+        raise ValueError(
+            f"{self.path} holds {benchmark.task} with {shown}: give another --output, or --overwrite to start anew."
+        )
 
     def add(
         self,

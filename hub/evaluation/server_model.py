@@ -29,7 +29,8 @@ from openai import OpenAI, OpenAIError
 
 from modeling_aligngpt.images_aligngpt import read_image
 
-from .answers import AnsweringLmms, answer_row, generation_settings, hash_weights
+from .answers import AnsweringLmms, answer_row, generation_settings
+from .store import hash_weights
 
 
 SECONDS_TO_START, SECONDS_TO_ANSWER = 900, 600

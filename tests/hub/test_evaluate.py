@@ -9,7 +9,7 @@ from threading import get_ident
 
 import pytest
 from demo_model import serving
-from evaluation_world.rows import answer_alone, make_one_word_model, make_rows, write_data
+from evaluation_world.rows import answer_alone, draw_image, make_one_word_model, make_rows, write_data
 
 from aligngpt_hub.evaluation.tasks import BENCHMARKS, BY_NAME, PAPER, make_task
 from aligngpt_trainers.commands import cli
@@ -395,10 +395,48 @@ def test_another_way_of_answering_is_not_mixed_in(model_folder, data, tmp_path, 
     steered = read(tmp_path / "evaluation" / "answers-pope.jsonl")
     assert steered[0]["identity"]["align_level"] == 0
     assert steered[1]["align_weights"] == [1, 0, 0, 0, 0, 0, 0, 0]
-    # more samples: those that are there are kept
+    # fewer samples would replace the figures, more come on top: those that are there are kept
+    fewer = words(model_folder, data, tmp_path, "--limit", "1", "--align-level", "0", tasks="pope")
+    assert cli.main(fewer) == 2
+    assert "holds pope with limit 2" in capsys.readouterr().err
     more = words(model_folder, data, tmp_path, "--limit", "3", "--align-level", "0", tasks="pope")
     assert cli.main(more) == 0
     assert read(tmp_path / "evaluation" / "answers-pope.jsonl")[: len(steered)] == steered
+
+
+def test_ones_own_questions(model_folder, model, processor, tmp_path, capsys, monkeypatch):
+    """The first question of each row, against its answer; a stopped run goes on; by level."""
+    from aligngpt_hub.evaluation.store import AnswerStore
+
+    rows, said = [], []
+    for number in range(4):
+        image = draw_image(number)
+        image.save(tmp_path / f"{number}.png")
+        said.append(answer_alone(model, processor, f"what is {number}?", [image]))
+        talk = [f"<image>\nwhat is {number}?", f" {said[-1].upper()}. " if number < 3 else "nothing", "and?", "yes"]
+        talk = [{"from": ("human", "gpt")[at % 2], "value": text} for at, text in enumerate(talk)]
+        rows.append({"image": f"{number}.png", "conversations": talk, "align_level": number // 2})
+    (tmp_path / "my.json").write_text(json.dumps(rows))
+    given = ["evaluate", "--model", str(model_folder), "--data", str(tmp_path / "my.json"), "--batch-size", "2"]
+    given += ["--output", str(tmp_path / "out"), "--device", "cpu"]
+    real = AnswerStore.add
+    with monkeypatch.context() as patch:
+        patch.setattr(AnswerStore, "add", lambda self, row: real(self, row) if len(self.rows) < 3 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cli.main(given)
+    kept = (tmp_path / "out" / "answers.jsonl").read_bytes()
+    assert cli.main(given) == 0
+    assert (tmp_path / "out" / "answers.jsonl").read_bytes().startswith(kept)
+    answers = read(tmp_path / "out" / "answers.jsonl")[1:]
+    assert [row["answer"] for row in answers] == said
+    assert answers[0]["prompt"].endswith("<image>\nwhat is 0? ASSISTANT:")
+    scores = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert (scores["rows"], scores["exact_match"], scores["vqa_accuracy"]) == (4, 75, 75)
+    assert {level: part["exact_match"] for level, part in scores["by_level"].items()} == {"0": 100, "1": 50}
+    assert "75.0" in capsys.readouterr().out
+    assert cli.main([*given, "--align-level", "3"]) == 2
+    assert "another align_level" in capsys.readouterr().err
+    assert cli.main([*given, "--align-level", "3", "--overwrite"]) == 0
 
 
 def test_mode_and_level_reach_the_model(model_folder, data, tmp_path):
@@ -433,7 +471,8 @@ def test_a_test_split_becomes_a_file_for_the_server(model_folder, rows, data, tm
     [
         (["--tasks", "popes"], "there is no benchmark 'popes' here; there are paper"),
         (["--limit", "0"], "--limit is 0; it must be at least 1"),
-        (["--data", "pope"], "--data pope: write TASK=FOLDER"),
+        (["--data", "pope"], "pope"),
+        (["--data", "pope", "--data", "gqa"], "your own questions are asked alone"),
         (["--data", "pope=/nowhere"], "there is no such folder"),
         (["--judge-url", "http://x"], "--judge-url and --judge-model belong together"),
     ],
