@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -58,7 +59,7 @@ def run_benchmarks(
         lm.accelerator.wait_for_everyone()
         task = make_task(benchmark, (data or {}).get(benchmark.task))
         lm.keep_answers(kept / f"answers-{benchmark.task}.jsonl")
-        found = run_task(lm, task, limit, seed)
+        found = run_task(lm, task, limit, seed, benchmark.score if isinstance(benchmark.score, dict) else {})
         if found is None:  # another process than the first
             continue
         lm.store.merge()
@@ -68,9 +69,12 @@ def run_benchmarks(
             path.write_text(json.dumps([make(sample) for sample in found["samples"]]), encoding="utf-8")
             print(f"{benchmark.task}: {len(found['samples'])} answers for the server in {path}")
         elif benchmark.judge:
+            del found["metrics"]
             to_judge.append((benchmark, found))
         else:
-            results.add(benchmark, benchmark.score(found["samples"]), **found)
+            metrics = found.pop("metrics")
+            figures = benchmark.score(found["samples"]) if callable(benchmark.score) else metrics
+            results.add(benchmark, figures, **found)
     # at the end, because other processes would wait meanwhile
     for benchmark, found in to_judge:
         if judge:
@@ -89,32 +93,35 @@ def run_benchmarks(
     return results
 
 
-def run_task(lm: Any, task: Any, limit: int | None, seed: int) -> dict[str, Any] | None:
+def run_task(
+    lm: Any, task: Any, limit: int | None, seed: int, metrics: dict[str, tuple[str, float]]
+) -> dict[str, Any] | None:
     """
-    Answers of one task by lmms-eval.
+    Answers of one task by lmms-eval, and those of its `metrics` that are asked for: our name and unit of each.
 
     Returns:
-        `samples` (each `doc` without images, `answer`, `doc_id`) in the data set's order, and `dataset`, `split` and
-        `task_version`; None in all processes but the first.
+        `samples` (each `doc` without images, `answer`, `doc_id`) in the data set's order, `metrics`, and `dataset`,
+        `split` and `task_version`; None in all processes but the first.
     """
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
-    found = simple_evaluate(
-        model=lm,
-        tasks=[task],
-        # the task is made already: no need to read the two thousand others
-        task_manager=TaskManager(include_defaults=False),
-        limit=limit,
-        predict_only=True,
-        bootstrap_iters=0,
-        process_docs_parallel=1,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        # so that images are not opened once more to log samples
-        cli_args=argparse.Namespace(process_with_media=False),
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        found = simple_evaluate(
+            model=lm,
+            tasks=[task],
+            # the task is made already: no need to read the two thousand others
+            task_manager=TaskManager(include_defaults=False),
+            limit=limit,
+            predict_only=not metrics,
+            bootstrap_iters=0,
+            process_docs_parallel=1,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            # images are not opened once more to log samples; TextVQA writes a file for a server, which is not wanted
+            cli_args=argparse.Namespace(process_with_media=False, output_path=folder),
+        )
     if found is None:
         return None
     name = task.EVAL_HARNESS_NAME
@@ -127,8 +134,10 @@ def run_task(lm: Any, task: Any, limit: int | None, seed: int) -> dict[str, Any]
     own = own[0] if isinstance(own, list) and own else own or {}
     numbers = f"lmms-eval {version('lmms_eval')}" + (f", task {own['version']}" if "version" in own else "")
     dataset = str(task.config.dataset_path)
+    values = found["results"][name]
     return {
         "samples": samples,
+        "metrics": [(own_name, values[f"{theirs},none"] * unit) for theirs, (own_name, unit) in metrics.items()],
         "dataset": Path(dataset).name if Path(dataset).is_dir() else dataset,
         "split": str(task.config.test_split),
         "task_version": numbers,

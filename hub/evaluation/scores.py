@@ -1,4 +1,7 @@
-"""Answers of a benchmark -> its figures. A sample has `doc` (the row without images) and `answer`."""
+"""
+Answers of a benchmark -> its figures, where lmms-eval does not score as the paper does, or asks a judge of its own. A
+sample has `doc` (the row without images) and `answer`.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -37,29 +40,6 @@ def choices_of(doc: dict[str, Any]) -> dict[str, str]:
     return choices
 
 
-def vqav2(samples: Samples, judgements: Sequence[str] | None = None) -> Figures:
-    people = [[answer["answer"] for answer in answers] for answers in _column(samples, "answers")]
-    return [("accuracy", 100 * metrics.vqa_accuracy(_answers(samples), people, "vqav2")["accuracy"])]
-
-
-def textvqa(samples: Samples, judgements: Sequence[str] | None = None) -> Figures:
-    scored = metrics.vqa_accuracy(_answers(samples), _column(samples, "answers"), "textvqa")
-    return [("accuracy", 100 * scored["accuracy"])]
-
-
-def vizwiz(samples: Samples, judgements: Sequence[str] | None = None) -> Figures:
-    scored = metrics.vqa_accuracy(_answers(samples), _column(samples, "answers"), "vizwiz")
-    return [("accuracy", 100 * scored["accuracy"])]
-
-
-def gqa(samples: Samples, judgements: Sequence[str] | None = None) -> Figures:
-    return [("accuracy", 100 * metrics.gqa_accuracy(_answers(samples), _column(samples, "answer"))["accuracy"])]
-
-
-def scienceqa(samples: Samples, judgements: Sequence[str] | None = None) -> Figures:
-    return [("accuracy", 100 * metrics.scienceqa_accuracy(_answers(samples), _column(samples, "answer"))["accuracy"])]
-
-
 def pope(samples: Samples, judgements: Sequence[str] | None = None) -> Figures:
     splits = _column(samples, "category") if all(sample["doc"].get("category") for sample in samples) else None
     scored = metrics.pope_scores(_answers(samples), _column(samples, "answer"), splits)
@@ -69,15 +49,6 @@ def pope(samples: Samples, judgements: Sequence[str] | None = None) -> Figures:
     for split, rates in scored.get("by_split", {}).items():
         figures += [(f"{split}/{name}", 100 * rates[name]) for name in names]
     return figures
-
-
-def mme(samples: Samples, judgements: Sequence[str] | None = None) -> Figures:
-    scored = metrics.mme_scores(
-        _answers(samples),
-        *(_column(samples, name) for name in ("answer", "question_id", "category")),
-    )
-    figures = [("perception", scored["perception"]), ("cognition", scored["cognition"])]
-    return figures + [(f"task/{name}", task["score"]) for name, task in scored["by_task"].items()]
 
 
 def mmbench(samples: Samples, judgements: Sequence[str] | None = None) -> Figures:
@@ -92,22 +63,6 @@ def mmbench(samples: Samples, judgements: Sequence[str] | None = None) -> Figure
     figures = [(name, 100 * scored[name]) for name in ("accuracy", "vanilla_accuracy")]
     figures.append(("answers without a letter", scored["unread"]))
     return figures + [(f"category/{name}", 100 * value) for name, value in scored["by_category"].items()]
-
-
-def seed_bench(samples: Samples, judgements: Sequence[str] | None = None) -> Figures:
-    scored = metrics.seed_bench_scores(
-        _answers(samples),
-        _column(samples, "answer"),
-        _column(samples, "data_type"),
-        [sample["doc"].get("question_type_id", "") for sample in samples],
-    )
-    figures = [
-        (f"{kind} accuracy", 100 * scored["by_data_type"][kind])
-        for kind in ("image", "video")
-        if kind in scored["by_data_type"]
-    ]
-    figures.append(("accuracy", 100 * scored["accuracy"]))
-    return figures + [(f"type/{name}", 100 * value) for name, value in scored["by_question_type"].items()]
 
 
 def llava_bench(samples: Samples, judgements: Sequence[str]) -> Figures:
@@ -125,14 +80,6 @@ def mm_vet(samples: Samples, judgements: Sequence[str]) -> Figures:
 
 
 # ---- what servers score ----
-
-
-def vqav2_submission(samples: Samples, judgements: Sequence[str] | None = None) -> Figures:
-    return []
-
-
-def vizwiz_submission(samples: Samples, judgements: Sequence[str] | None = None) -> Figures:
-    return []
 
 
 SUBMISSIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {

@@ -31,7 +31,8 @@ class Benchmark:
         task: name in lmms-eval, and of the option `--tasks`.
         config: its file below lmms-eval's `tasks` folder.
         title: name in the paper.
-        score: `(samples, judgements) -> [(metric, value), ...]`, the paper's metric first.
+        score: `(samples, judgements) -> [(metric, value), ...]`, the paper's metric first; or lmms-eval's metrics, each
+            with our name and unit of it; None: a server scores.
         paper_7b, paper_13b: AlignGPT's figures in the paper (arXiv 2405.14129, tables 1 and 2); None where the paper
             has none, or reports another split.
         overrides: settings of the task that differ from lmms-eval's.
@@ -42,7 +43,7 @@ class Benchmark:
     task: str
     config: str
     title: str
-    score: Callable[..., list[tuple[str, float]]]
+    score: Callable[..., list[tuple[str, float]]] | dict[str, tuple[str, float]] | None
     paper_7b: float | None = None
     paper_13b: float | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -67,23 +68,26 @@ def _mmbench(post_prompt: str) -> dict[str, Any]:
     }
 
 
+ACCURACY = {"exact_match": ("accuracy", 100)}
+MME = {"mme_perception_score": ("perception", 1), "mme_cognition_score": ("cognition", 1)}
+SEED = {"seed_image": ("image accuracy", 100), "seed_all": ("accuracy", 100)}
 BENCHMARKS = (
     Benchmark(
         "vqav2_val",
         "vqav2/vqav2_val.yaml",
         "VQAv2",
-        scores.vqav2,
+        ACCURACY,
         79.1,
         80.0,
         {"generation_kwargs": SHORT},
         note=SERVER_NOTE.format("vqav2_test"),
     ),
-    Benchmark("gqa", "gqa/gqa.yaml", "GQA", scores.gqa, 62.9, 63.6, {"generation_kwargs": SHORT}),
+    Benchmark("gqa", "gqa/gqa.yaml", "GQA", ACCURACY, 62.9, 63.6, {"generation_kwargs": SHORT}),
     Benchmark(
         "vizwiz_vqa_val",
         "vizwiz_vqa/vizwiz_vqa_val.yaml",
         "VizWiz",
-        scores.vizwiz,
+        ACCURACY,
         54.2,
         56.4,
         {"generation_kwargs": SHORT},
@@ -93,7 +97,7 @@ BENCHMARKS = (
         "scienceqa_img",
         "scienceqa/scienceqa_img.yaml",
         "SQA",
-        scores.scienceqa,
+        ACCURACY,
         68.5,
         70.3,
         {"generation_kwargs": LONG},
@@ -102,7 +106,7 @@ BENCHMARKS = (
         "textvqa_val",
         "textvqa/textvqa_val.yaml",
         "TextVQA",
-        scores.textvqa,
+        ACCURACY,
         58.4,
         60.2,
         {
@@ -118,7 +122,15 @@ BENCHMARKS = (
         },
     ),
     Benchmark("pope", "pope/pope.yaml", "POPE", scores.pope, 86.0, 86.2, {"generation_kwargs": SHORT}),
-    Benchmark("mme", "mme/mme.yaml", "MME", scores.mme, 1527.4, 1572.0, {"generation_kwargs": SHORT}),
+    Benchmark(
+        "mme",
+        "mme/mme.yaml",
+        "MME",
+        MME,
+        1527.4,
+        1572.0,
+        {"generation_kwargs": SHORT},
+    ),
     Benchmark(
         "mmbench_en_dev",
         "mmbench/mmbench_en_dev.yaml",
@@ -140,7 +152,13 @@ BENCHMARKS = (
         judge="mmbench",
     ),
     Benchmark(
-        "seedbench", "seedbench/seedbench.yaml", "SEED", scores.seed_bench, 66.5, 67.8, {"generation_kwargs": SHORT}
+        "seedbench",
+        "seedbench/seedbench.yaml",
+        "SEED",
+        SEED,
+        66.5,
+        67.8,
+        {"generation_kwargs": SHORT},
     ),
     Benchmark(
         "llava_in_the_wild",
@@ -172,7 +190,7 @@ BENCHMARKS = (
         "vqav2_test",
         "vqav2/vqav2_test.yaml",
         "VQAv2 (test)",
-        scores.vqav2_submission,
+        None,
         overrides={"generation_kwargs": SHORT},
         note="writes what the server scores",
     ),
@@ -180,7 +198,7 @@ BENCHMARKS = (
         "vizwiz_vqa_test",
         "vizwiz_vqa/vizwiz_vqa_test.yaml",
         "VizWiz (test)",
-        scores.vizwiz_submission,
+        None,
         overrides={"generation_kwargs": SHORT},
         note="writes what the server scores",
     ),

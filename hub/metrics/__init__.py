@@ -1,19 +1,15 @@
 """
-Scores of the paper's twelve benchmarks: pure functions that need nothing but Python. `vqa_accuracy` is a module for
-`evaluate.load(FOLDER)`, too.
+Scores that lmms-eval does not give as the paper has them: pure functions that need nothing but Python. `vqa_accuracy`
+is a module for `evaluate.load(FOLDER)`, too.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .gqa import gqa_accuracy
 from .llava_bench import llava_bench_scores, parse_pair
 from .mm_vet import mm_vet_scores, parse_grade
 from .mmbench import mmbench_scores, read_choice
-from .mme import mme_scores
 from .pope import pope_scores
-from .scienceqa import scienceqa_accuracy
-from .seed_bench import seed_bench_scores
 from .vqa_accuracy.scoring import vqa_accuracy
 
 
@@ -22,7 +18,7 @@ def on_records(metric: Callable[..., dict[str, Any]], **options: Any) -> Callabl
     A metric of answers and references for training: `AlignGPTInstructTrainer(generation_metrics=on_records(...))`.
 
     Args:
-        metric: such as `vqa_accuracy`, `gqa_accuracy`, `scienceqa_accuracy` or `pope_scores`.
+        metric: such as `vqa_accuracy` or `pope_scores`.
         options: handed to it.
 
     Returns:
@@ -37,17 +33,13 @@ def on_records(metric: Callable[..., dict[str, Any]], **options: Any) -> Callabl
 
 
 __all__ = [
-    "gqa_accuracy",
     "llava_bench_scores",
     "mm_vet_scores",
     "mmbench_scores",
-    "mme_scores",
     "on_records",
     "parse_grade",
     "parse_pair",
     "pope_scores",
     "read_choice",
-    "scienceqa_accuracy",
-    "seed_bench_scores",
     "vqa_accuracy",
 ]
