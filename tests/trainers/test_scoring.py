@@ -25,6 +25,7 @@ from aligngpt_trainers.scoring import run as scoring
 from aligngpt_trainers.scoring.levels import balance_levels, cut_levels, faults_of_levels, remedy_for_levels
 from aligngpt_trainers.scoring.run import score_dataset
 from aligngpt_trainers.scoring.scorer import PairScorer
+from aligngpt_trainers.scoring.sheet import rank_correlation, word_about_length
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +161,7 @@ class TestWhatIsLeftOut:
         )
         assert other["counts"] == [min(8, count) for count in plain["counts"]]
 
-    @pytest.mark.parametrize("streaming", [False, True])
-    def test_every_kind_is_counted_and_listed(self, pairs, scorers, tmp_path, streaming, capsys):
+    def test_every_kind_is_counted_and_listed(self, pairs, scorers, tmp_path, capsys):
         rows = [json.loads(line) for line in Path(pairs[0]).read_text().splitlines()]
         (tmp_path / "pictures" / "5.png").write_text("<html>")
         rows[9]["image"] = "pictures/nowhere.png"
@@ -169,7 +169,7 @@ class TestWhatIsLeftOut:
         rows[20]["caption"] = None
         rows[30]["caption"] = "an <image> of it"
         (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        options = {"streaming": streaming, "on_bad_row": "skip"}
+        options = {"on_bad_row": "skip"}
         record = score_dataset(config((str(tmp_path / "bad.jsonl"),), scorers, tmp_path / "out", **options))
         counts = record["rows"]
         assert (counts["read"], counts["scored"], counts["written"]) == (50, 45, 45)
@@ -221,7 +221,7 @@ class TestOutput:
         prepared = record["preprocessing"]
         assert prepared["size"] == {"shortest_edge": 16} and prepared["crop_size"] == {"height": 16, "width": 16}
         assert len(prepared["image_mean"]) == len(prepared["image_std"]) == 3 and prepared["resample"] == 3
-        assert record["dtype"] == "float32" and record["dataset"] == "pairs.jsonl" and not record["streaming"]
+        assert record["dtype"] == "float32" and record["dataset"] == "pairs.jsonl"
         assert PairScorer(scorers["clip"], device="cpu", dtype="bfloat16").identity()["dtype"] == "bfloat16"
 
     def test_json_in_the_authors_form_and_back(self, pairs, scorers, tmp_path):
@@ -267,10 +267,97 @@ class TestOutput:
             writer = csv.writer(file)
             writer.writerow(["image", "caption"])
             writer.writerows((f"pictures/{i}.png", text) for i, text in enumerate(pairs[2]))
-        for streaming in (False, True):
-            output = tmp_path / f"out{streaming}"
-            score_dataset(config((str(tmp_path / "pairs.csv"),), scorers, output, streaming=streaming))
-            assert load_from_disk(output).column_names == ["images", "messages", "clip_score", "align_level"]
+        score_dataset(config((str(tmp_path / "pairs.csv"),), scorers, tmp_path / "out"))
+        assert load_from_disk(tmp_path / "out").column_names == ["images", "messages", "clip_score", "align_level"]
+
+
+def test_the_sheet_shows_pairs_of_every_level(pairs, scorers, tmp_path, capsys):
+    record = score_dataset(config(pairs, scorers, tmp_path / "out", num_align_levels=4))
+    with PILImage.open(tmp_path / "out" / "pairs.png") as sheet:
+        sheet.load()
+        assert sheet.format == "PNG" and sheet.width > sheet.height > 600
+    assert len(record["length"]["mean_words"]) == 4 and -1 <= record["length"]["rank_correlation"] <= 1
+    assert "pairs.png before you train" in capsys.readouterr().out
+
+
+def test_what_length_explains_is_said():
+    rng = np.random.default_rng(0)
+    scores = rng.random(200)
+    assert rank_correlation(scores, scores**3) == pytest.approx(1) and rank_correlation(
+        scores, -scores
+    ) == pytest.approx(-1)
+    assert rank_correlation(np.array([1, 1, 2, 2]), np.array([1, 2, 3, 4])) == pytest.approx(0.8944, abs=1e-4)
+    assert rank_correlation(np.ones(5), scores[:5]) == 0
+    assert word_about_length({"rank_correlation": 0.1, "mean_words": [3.0, 9.0]}) is None
+    word = word_about_length({"rank_correlation": -0.4, "mean_words": [9.0, None, 3.0]})
+    assert word.startswith("Shorter texts have higher scores (rank correlation -0.40; 9.0 words")
+
+
+class TestFromColumn:
+    """Levels from a number that the rows have already."""
+
+    @pytest.fixture
+    def rated(self, pairs, tmp_path):
+        rows = [json.loads(line) for line in Path(pairs[0]).read_text().splitlines()]
+        for number, row in enumerate(rows):
+            row["quality"] = {"rating": 1 + number % 5, "votes": [number, number + 1]}
+            row["distance"] = 1 - number / 50
+        path = tmp_path / "rated.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path, rows
+
+    def levels(self, path, output, column, **options):
+        record = score_dataset(scoring.ScoreConfig(str(path), str(output), from_column=column, **options))
+        return record, load_from_disk(output)["align_level"][:]
+
+    def test_ratings_are_levels_as_they_are(self, rated, tmp_path, capsys):
+        record, levels = self.levels(rated[0], tmp_path / "out", "quality.rating", binning="values")
+        assert levels == [number % 5 for number in range(50)]
+        assert (record["num_align_levels"], record["counts"], record["method"]) == (5, [10] * 5, "values")
+        assert record["scorer"] == "column quality.rating" and record["mean_scores"] == [1, 2, 3, 4, 5]
+        assert "--num_align_levels 5" in capsys.readouterr().out
+        assert json.loads((tmp_path / "out" / "alignment.json").read_text()) == record
+        assert not list(tmp_path.glob("out.*"))
+
+    def test_a_list_is_its_mean_and_low_may_be_good(self, rated, tmp_path):
+        _, by_votes = self.levels(rated[0], tmp_path / "votes", "quality.votes")
+        _, by_distance = self.levels(rated[0], tmp_path / "distance", "distance", lower_is_better=True)
+        expected = cut_levels(np.arange(50) + 0.5)[0].tolist()
+        assert by_votes == by_distance == expected
+        record, kept = self.levels(rated[0], tmp_path / "kept", "quality.votes", keep=0.5, num_align_levels=4)
+        assert len(kept) == 25 and record["rows"]["below_kept_share"] == 25 and set(kept) == {0, 1, 2, 3}
+
+    @pytest.mark.parametrize(
+        ("column", "options", "message"),
+        [
+            ("nothing", {}, "nothing"),
+            ("caption", {}, "caption"),
+            ("quality.rating", {}, "5 different values, too few for 8 levels"),
+            ("distance", {"binning": "values"}, "takes whole numbers"),
+            ("quality.rating", {"binning": "values", "num_align_levels": 8}, "5 levels, but num_align_levels is 8"),
+        ],
+    )
+    def test_what_cannot_be_cut_is_said_and_leaves_nothing(self, rated, tmp_path, column, options, message):
+        with pytest.raises(ValueError, match=message):
+            self.levels(rated[0], tmp_path / "out", column, **options)
+        assert not (tmp_path / "out").exists()
+
+    def test_rows_without_a_value_are_left_out_and_counted(self, rated, tmp_path):
+        path, rows = rated
+        del rows[3]["distance"], rows[7]["distance"]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with pytest.raises(ValueError, match="row 3"):
+            self.levels(path, tmp_path / "out", "distance")
+        record, levels = self.levels(path, tmp_path / "out", "distance", on_bad_row="skip")
+        assert len(levels) == 48 and record["rows"]["unusable"] == 2
+        assert [entry["row"] for entry in dropped(tmp_path / "out")] == [3, 7]
+
+    def test_a_scorer_or_a_column_not_both(self):
+        for given in ({}, {"scorer": "clip", "from_column": "a"}):
+            with pytest.raises(ValueError, match="one of the two"):
+                scoring.ScoreConfig("data", "out", **given)
+        with pytest.raises(ValueError, match="lower_is_better has no effect"):
+            scoring.ScoreConfig("data", "out", scorer="clip", lower_is_better=True)
 
 
 class TestNothingIsLost:
@@ -288,12 +375,11 @@ class TestNothingIsLost:
         assert not (tmp_path / "out.lock").exists()
 
     @pytest.mark.proof
-    @pytest.mark.parametrize("streaming", [False, True])
-    def test_killed_at_random_moments(self, pairs, scorers, tmp_path, streaming, monkeypatch):
+    def test_killed_at_random_moments(self, pairs, scorers, tmp_path, monkeypatch):
         """Every batch is logged as it is scored: no more than a shard is scored again for each kill."""
-        settings = config(pairs, scorers, tmp_path / "out", streaming=streaming, num_workers=1)
-        score_dataset(config(pairs, scorers, tmp_path / "whole", streaming=streaming))
-        log, moments, kills = tmp_path / "log", random.Random(streaming), 0
+        settings = config(pairs, scorers, tmp_path / "out", num_workers=1)
+        score_dataset(config(pairs, scorers, tmp_path / "whole"))
+        log, moments, kills = tmp_path / "log", random.Random(0), 0
         for _ in range(2):
             before = log.stat().st_size if log.exists() else 0
             child = start_child(settings, log, seconds=0.15)

@@ -44,10 +44,9 @@ def conversations(pairs, tmp_path):
     return str(path), rows
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_answers_are_scored_and_rows_without_images_are_kept(conversations, scorers, tmp_path, streaming):
+def test_answers_are_scored_and_rows_without_images_are_kept(conversations, scorers, tmp_path):
     path, rows = conversations
-    settings = {"conversations": True, "streaming": streaming}
+    settings = {"conversations": True}
     record = score_dataset(config((path,), scorers, tmp_path / "out", **settings))
     scored = load_from_disk(tmp_path / "out")
     assert scored["id"][:] == [row["id"] for row in rows]
@@ -151,9 +150,8 @@ def write_tar(path, images, members):
                 tar.addfile(entry, io.BytesIO(content))
 
 
-@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("text", ["txt", "json"])
-def test_webdataset_tars_are_read(pairs, scorers, tmp_path, monkeypatch, streaming, text):
+def test_webdataset_tars_are_read(pairs, scorers, tmp_path, monkeypatch, text):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     _, images, texts = pairs
     facts = {"txt": lambda i: texts[i].encode(), "json": lambda i: json.dumps({"caption": texts[i]}).encode()}
@@ -164,7 +162,7 @@ def test_webdataset_tars_are_read(pairs, scorers, tmp_path, monkeypatch, streami
             lambda i, first=chosen[0]: {text: facts[text](first + i)},
         )
     score_dataset(config(pairs, scorers, tmp_path / "plain"))
-    record = score_dataset(config((str(tmp_path / "*.tar"),), scorers, tmp_path / "out", streaming=streaming))
+    record = score_dataset(config((str(tmp_path / "*.tar"),), scorers, tmp_path / "out"))
     assert record["rows"]["written"] == 50
     tars, plain = load_from_disk(tmp_path / "out"), load_from_disk(tmp_path / "plain")
     assert sorted(tars["clip_score"][:]) == pytest.approx(sorted(plain["clip_score"][:]), abs=1e-6)

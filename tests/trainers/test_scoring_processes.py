@@ -38,16 +38,16 @@ def scored_by(log, rank):
     return sum(map(int, Path(f"{log}{rank}").read_text().split()))
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_two_processes_equal_one(pairs, scorers, tmp_path, streaming):
-    score_dataset(config(pairs, scorers, tmp_path / "one", streaming=streaming))
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_processes_equal_one(pairs, scorers, tmp_path, launcher):
+    score_dataset(config(pairs, scorers, tmp_path / "one"))
     port = str(free_port())
-    if streaming:
+    if launcher == "torchrun":
         launcher = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
     else:  # on CPUs, --multi_gpu is how accelerate starts several processes
         launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
         launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port]
-    command = child_command(config(pairs, scorers, tmp_path / "two", streaming=streaming), tmp_path / "log")
+    command = child_command(config(pairs, scorers, tmp_path / "two"), tmp_path / "log")
     (tmp_path / "child.py").write_text(command[2])
     words = [sys.executable, "-m", *launcher, str(tmp_path / "child.py"), *command[3:]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -24,8 +24,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class ScoreConfig:
     """Settings of `aligngpt score`.
 
-    The score of a pair is the cosine similarity of its image and its caption under the scorer, or their mean level
-    where that is an AlignGPT; levels are cut from the scores by `binning` (see `levels.cut_levels`).
+    The score of a pair is the cosine similarity of its image and its caption under the scorer, or what a column of
+    the data holds; levels are cut from the scores by `binning` (see `levels.cut_levels`).
     """
 
     dataset: str = field(
@@ -34,8 +34,21 @@ class ScoreConfig:
             "help": "A LLaVA JSON/JSONL, CSV, TSV or parquet file, a folder, or a Hub id of image-text pairs.",
         }
     )
-    scorer: str = field(metadata={"help": "Folder or Hub id of the CLIP or SigLIP model that scores."})
     output: str = field(metadata={"help": "Folder to write: a data set for `load_from_disk` and alignment.json."})
+    scorer: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of the dual encoder (CLIP, SigLIP, VisionTextDualEncoder) that scores."},
+    )
+    from_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "In place of a scorer: a column of numbers that the rows have already (a rating, another tool's "
+            "similarity); `a.b` reaches into nested ones, of a list the mean is taken."
+        },
+    )
+    lower_is_better: bool = field(
+        default=False, metadata={"help": "With from_column: small numbers are good; clip_score holds them negated."}
+    )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_split: str | None = field(default=None, metadata={"help": "Split; by default train, or the only one."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Revision of a Hub data set."})
@@ -49,9 +62,6 @@ class ScoreConfig:
             "without an image are kept and have no level."
         },
     )
-    streaming: bool = field(
-        default=False, metadata={"help": "Read the data as a stream: nothing is downloaded or loaded beforehand."}
-    )
     on_bad_row: str = field(
         default="raise",
         metadata={"help": "raise: refuse unusable rows and images; skip: leave them out, count and list them."},
@@ -64,7 +74,8 @@ class ScoreConfig:
         default="uniform",
         metadata={
             "help": "uniform: intervals of equal width between the lowest and the highest score; robust: between two "
-            "`quantiles`; quantile: equally many pairs; edges: those of `edges`."
+            "`quantiles`; quantile: equally many pairs; values: whole numbers as they are (1 to 5 are five levels); "
+            "edges: those of `edges`."
         },
     )
     quantiles: list[float] | None = field(
@@ -127,6 +138,10 @@ class ScoreConfig:
         for name, accepted in choices.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} must be one of {', '.join(accepted)}, not {getattr(self, name)!r}.")
+        if (self.scorer is None) == (self.from_column is None):
+            raise ValueError("Give a scorer, or from_column where the rows have a score already: one of the two.")
+        if self.lower_is_better and self.from_column is None:
+            raise ValueError("lower_is_better has no effect without from_column.")
         if (self.edges is not None) != (self.binning == "edges"):
             raise ValueError("`edges` and `binning: edges` belong together: give both or neither.")
         if self.binning == "robust":

@@ -14,7 +14,8 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("uniform", "robust", "quantile", "edges")
+METHODS = ("uniform", "robust", "quantile", "values", "edges")
+MOST_VALUES = 64
 QUANTILES = (0.01, 0.99)
 # a level with a smaller share of the rows, and a top level outside these two, are worth a word
 LEAST_SHARE, TOP_SHARES = 0.005, (0.02, 0.5)
@@ -36,6 +37,7 @@ def cut_levels(
     width between the lowest and the highest score, so that a level means the same distance everywhere; the lone best
     and worst scores decide where the ends lie, and the levels there hold few pairs. `"robust"` has intervals of one
     width as well, but between two quantiles of the scores. `"quantile"` puts equally many pairs into each level.
+    `"values"` takes whole numbers as they are: the lowest is level 0, and a rating from 1 to 5 makes five levels.
     `"edges"` applies the edges of an earlier run, so that a level keeps its meaning across data sets scored by the
     same model.
 
@@ -44,8 +46,8 @@ def cut_levels(
 
     Args:
         scores: [num_pairs], finite.
-        num_align_levels: N; by default 8, or what `edges` say.
-        method: `"uniform"`, `"robust"`, `"quantile"` or `"edges"`.
+        num_align_levels: N; by default 8, or what `edges` or the values say.
+        method: one of `METHODS`.
         edges: [N + 1], rising; for `"edges"` alone.
         quantiles: the lower and the upper one, as shares of the pairs; for `"robust"` alone.
 
@@ -71,6 +73,8 @@ def cut_levels(
     bounds = (
         _check_edges(edges, num_align_levels)
         if edges is not None
+        else _value_edges(values, num_align_levels)
+        if method == "values"
         else _make_edges(values, 8 if num_align_levels is None else num_align_levels, method, quantiles)
     )
     levels = np.empty(len(values), np.min_scalar_type(-len(bounds)))
@@ -141,6 +145,20 @@ def _make_edges(values: np.ndarray, num_align_levels: int, method: str, quantile
             'because too many scores are equal. Use fewer levels, or method="uniform".'
         )
     return bounds
+
+
+def _value_edges(values: np.ndarray, num_align_levels: int | None) -> np.ndarray:
+    low, high = float(values.min()), float(values.max())
+    if any((values[piece] != np.round(values[piece])).any() for piece in _pieces(len(values))):
+        raise ValueError('method="values" takes whole numbers, such as ratings from 1 to 5; cut others by "robust".')
+    number = int(high - low) + 1
+    if not 2 <= number <= MOST_VALUES or num_align_levels not in (None, number):
+        asked = "" if num_align_levels in (None, number) else f", but num_align_levels is {num_align_levels}"
+        raise ValueError(
+            f"The whole numbers from {low:g} to {high:g} make {number} levels{asked}; from 2 to {MOST_VALUES} can be "
+            "taken as they are."
+        )
+    return np.arange(number + 1) + low - 0.5
 
 
 def _quantiles(values: np.ndarray, fractions: np.ndarray) -> np.ndarray:

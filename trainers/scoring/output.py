@@ -35,13 +35,14 @@ from .levels import (
 from .llava_json import write_json
 from .processes import keeping_progress
 from .shards import read_shards
+from .sheet import draw_sheet, word_about_length
 
 
 logger = logging.getLogger(__name__)
 
 # cuts whose end levels hold what lies outside the edges
 OPEN_ENDED = ("robust", "edges")
-DROPPED, HISTOGRAM = "dropped.jsonl", "histogram.png"
+DROPPED, HISTOGRAM, SHEET = "dropped.jsonl", "histogram.png", "pairs.png"
 # what became of a row, as stored for each: the first and, of conversations, the last are in the output
 WITHOUT_IMAGE = "without_image"
 STATUSES = ("written", *REASON_KINDS, "below_min_score", "left_out_by_sampling", "below_kept_share", WITHOUT_IMAGE)
@@ -252,6 +253,7 @@ def write_output(
             scored = _with_levels(rows, scores, config)
             if config.parquet_output:
                 _write_parquet(scored, Path(config.parquet_output))
+            draw_sheet(rows, scores.levels, f"{title}, some of each level", beside / SHEET)
             scored.save_to_disk(str(beside))
             (beside / ALIGNMENT).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             move_folder(beside, output)
@@ -262,7 +264,8 @@ def write_output(
 
 def _meaning(record: dict[str, Any]) -> str:
     """What a score of this run is."""
-    return "cosine similarity of image and caption"
+    scorer = str(record["scorer"])
+    return scorer if scorer.startswith("column ") else "cosine similarity of image and caption"
 
 
 def _in_place(path: Path):
@@ -335,6 +338,9 @@ def print_summary(record: dict[str, Any], output: Path):
     cut = "" if limit is None else f"; {rows['captions_cut']:,} captions cut at {limit} tokens"
     print(f"{rows['scored']:,} of {rows['read']:,} rows scored; {left_out}{cut}.")
     print(f"{rows['written']:,} pairs in {output}; {DROPPED} lists what was left out, {HISTOGRAM} shows the scores.")
+    if word := word_about_length(record["length"]):
+        print(word)
+    print(f"Look at {output / SHEET} before you train: pairs of every level.")
     if record.get("conversations"):
         print(f"Next: aligngpt instruct --model STAGE1 --align_mode level --dataset {output} --output_dir OUT")
         return

@@ -41,9 +41,9 @@ from .output import (
 )
 from .processes import Processes, keeping_progress
 from .scorer import PairScorer
-from .shards import finished_blocks, score_blocks
+from .shards import finished_blocks, score_blocks, write_scores
+from .sheet import lengths_and_scores
 from .source import WholeSource, refuse_other_rows
-from .stream_blocks import RecordStream, StreamSource
 
 
 __all__ = ["ScoreConfig", "score_dataset"]
@@ -77,24 +77,24 @@ def score_dataset(config: ScoreConfig) -> dict[str, Any]:
                 stack.enter_context(lock(_beside(config, "lock")))
                 _refuse_existing(config, partial)
         with processes.together():
-            source = _open_source(config, partial)
-            scorer = PairScorer(
-                config.scorer,
-                revision=config.scorer_revision,
-                dtype=config.dtype,
-                device=processes.device,
-                by_parts=config.conversations,
-            )
+            source, scorer = _open_source(config), None
+            if config.scorer is not None:
+                scorer = PairScorer(
+                    config.scorer,
+                    revision=config.scorer_revision,
+                    dtype=config.dtype,
+                    device=processes.device,
+                    by_parts=config.conversations,
+                )
         with processes.together():
             identity, finished = None, None
             if processes.is_main:
-                identity = scorer.identity()
+                identity = _column_identity(config) if scorer is None else scorer.identity()
                 warn_of_other_scorer(earlier, identity)
                 settings: dict[str, Any] = {
                     **identity,
                     "batch_size": config.batch_size,
                     "shard_size": config.shard_size,
-                    "streaming": config.streaming,
                     **({"conversations": True} if config.conversations else {}),
                     **source.settings(),
                 }
@@ -103,7 +103,10 @@ def score_dataset(config: ScoreConfig) -> dict[str, Any]:
         if finished is not None:
             return finished
         with processes.together():
-            score_blocks(source, scorer, config, processes, partial, set(done))
+            if scorer is not None:
+                score_blocks(source, scorer, config, processes, partial, set(done))
+            elif processes.is_main:
+                _write_column(source, config, edges and len(edges), partial)
         del scorer
         with processes.together():
             record = _finish(source, identity, edges, config, partial) if processes.is_main else None
@@ -140,9 +143,8 @@ def _refuse_existing(config: ScoreConfig, partial: Path):
             raise ValueError(f"{name} {path!r} exists: choose another file or set overwrite.")
 
 
-def _open_source(config: ScoreConfig, partial: Path) -> WholeSource | StreamSource:
-    if config.streaming:
-        return StreamSource(RecordStream(config), partial, config.shard_size)
+def _open_source(config: ScoreConfig) -> WholeSource:
+    given = {"columns": {"clip_score": config.from_column}} if config.from_column else {}
     rows, report = read_rows(
         config.dataset,
         name=config.dataset_config,
@@ -150,6 +152,7 @@ def _open_source(config: ScoreConfig, partial: Path) -> WholeSource | StreamSour
         revision=config.dataset_revision,
         image_folder=config.image_folder,
         on_bad_row=config.on_bad_row,
+        **given,
     )
     if config.on_bad_row == "raise":
         refuse_other_rows(rows, report, config.conversations)
@@ -191,8 +194,38 @@ def _open_partial(partial: Path, settings: dict[str, Any], config: ScoreConfig) 
     return None
 
 
+def _column_identity(config: ScoreConfig) -> dict[str, Any]:
+    """What `PairScorer.identity` says of a scorer, of a column."""
+    return {
+        "scorer": f"column {config.from_column}",
+        "revision": None,
+        "sha256": None,
+        "architecture": None,
+        "dtype": "float32",
+        "lower_is_better": config.lower_is_better,
+        "preprocessing": {"max_text_tokens": None},
+    }
+
+
+def _write_column(source: WholeSource, config: ScoreConfig, num_edges: int | None, partial: Path):
+    """The shard files of numbers that the rows came with, in place of a scorer's."""
+    values = source.rows.select_columns(["clip_score"]).with_format("arrow")[:]["clip_score"].to_numpy()
+    values = -values if config.lower_is_better else values
+    levels = config.num_align_levels or (num_edges - 1 if num_edges else 8)
+    distinct = len(np.unique(values[np.isfinite(values)]))
+    if config.binning in ("uniform", "robust", "quantile") and 1 < distinct < levels:
+        raise ValueError(
+            f"from_column: {config.from_column} holds {distinct} different values, too few for {levels} levels. Take "
+            "its whole numbers as they are (--binning values), or fewer levels (--num_align_levels)."
+        )
+    reasons = source.unpaired(config.conversations)
+    for number, block in enumerate(source.blocks(partial)):
+        part = slice(number * source.shard_size, (number + 1) * source.shard_size)
+        write_scores(values[part], reasons[part], partial / f"{block}.parquet")
+
+
 def _finish(
-    source: WholeSource | StreamSource,
+    source: WholeSource,
     identity: dict[str, Any],
     edges: list[float] | None,
     config: ScoreConfig,
@@ -212,8 +245,8 @@ def _finish(
         "batch_size": config.batch_size,
         "dataset": Path(config.dataset).name if Path(config.dataset).exists() else config.dataset,
         "dataset_revision": config.dataset_revision,
-        **source.facts,
         "rows": _count_rows(source, scores),
+        "length": lengths_and_scores(source.rows, scores.values, scores.levels),
         "versions": {
             "aligngpt": VERSION,
             **{module.__name__: module.__version__ for module in (torch, transformers, datasets, np)},
@@ -227,7 +260,7 @@ def _finish(
     return record
 
 
-def _count_rows(source: WholeSource | StreamSource, scores: Scores) -> dict[str, int]:
+def _count_rows(source: WholeSource, scores: Scores) -> dict[str, int]:
     """How many rows were read, scored and written, how many have each other status, how many captions were cut."""
     statuses = {status: scores.count(status) for status in STATUSES}
     for _, _, reason in source.report.dropped:

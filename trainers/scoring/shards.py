@@ -36,7 +36,7 @@ def score_blocks(
     """Scores this process's share of the blocks that are not done, a shard file for each.
 
     Args:
-        source: `WholeSource` or `StreamSource`.
+        source: of the pairs.
         scorer: the model.
         config: `batch_size`, `num_workers`.
         processes: who shares the work.
@@ -131,6 +131,12 @@ def _to_table(batch: dict[str, Any], found: torch.Tensor | None) -> pa.Table:
         good = batch["scored"]
         scores[good], cut[good] = found.cpu().numpy(), batch["inputs"][2]
     return pa.table([pa.array(scores), pa.array(cut), pa.array(errors, pa.string())], SHARD_SCHEMA)
+
+
+def write_scores(values: np.ndarray, reasons: list[str | None], path: Path):
+    """A shard file of scores that are known already, NaN where a row has none, and of what is wrong with rows."""
+    columns = [pa.array(values.astype(np.float32)), pa.array([False] * len(values)), pa.array(reasons, pa.string())]
+    _write_shard(pa.table(columns, SHARD_SCHEMA), path)
 
 
 def _write_shard(table: pa.Table, path: Path):

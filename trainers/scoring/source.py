@@ -1,4 +1,4 @@
-"""The pairs to score as blocks of rows: a whole data set cut into blocks, or the blocks that a stream was spooled into.
+"""The pairs to score as blocks of rows.
 
 A block is what one shard file of scores stands for. Workers fetch spans of a block as Arrow, decode and prepare them.
 """
@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
-from ..data.conversations import caption_of, reason_of
+from ..data.conversations import Reason, caption_of, reason_of
 from ..data.load import RowReport, load_image
 from .scorer import PairPreprocessor
 
@@ -54,7 +54,6 @@ class WholeSource:
     def __init__(self, rows: Dataset, report: RowReport, shard_size: int):
         self.rows, self.report, self.shard_size = rows, report, shard_size
         self.total = len(rows)
-        self.facts: dict[str, Any] = {"streaming": False}
         self._table = rows.select_columns(["images", "messages"]).with_format("arrow")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,6 +87,15 @@ class WholeSource:
         missing = [name for name in self.blocks(folder) if not (folder / f"{name}.parquet").is_file()]
         if missing:
             raise ValueError(f"{missing[0]} of {folder} is missing: run the same command again.")
+
+    def unpaired(self, conversations: bool) -> list[str | None]:
+        """What is wrong with each row that is no pair (conversations: that has several images)."""
+        reasons: list[str | None] = []
+        for batch in self._table.select_columns(["images"]).iter(batch_size=10_000):
+            for number in pc.list_value_length(batch["images"]).to_pylist():
+                fine = number == 1 or (conversations and number == 0)
+                reasons.append(None if fine else Reason(not_a_pair(number)).kept())
+        return reasons
 
     def number(self, position: int) -> int:
         """The number in the source of a row."""
