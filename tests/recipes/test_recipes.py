@@ -179,7 +179,7 @@ def test_adapters(name, stage1, data, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["vicuna-7b", "vicuna-13b"])
 def test_settings_are_the_papers(name):
     """Section 4.1 and the authors' scripts: what decides the outcome, both stages."""
-    shared = {"num_train_epochs": 1, "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0}
+    shared = {"lr_scheduler_type": "cosine", "warmup_steps": 0.03, "weight_decay": 0.0}
     shared |= {"max_length": 2048, "bf16": True, "gradient_checkpointing": True, "optim": "adamw_torch_fused"}
     stages = {
         "pretrain": (AlignGPTPretrainConfig, PretrainModelArguments, 1e-3, 256, "square", "none"),
@@ -189,6 +189,8 @@ def test_settings_are_the_papers(name):
         words = ["--config", str(RECIPES / name / f"{stage}.yaml"), "--use_cpu", "true"]
         model_args, _, config = parse_settings("x", (model_class, DataArguments, config_class), words)
         assert {key: getattr(config, key) for key in shared} == shared
+        # twice over the better half of the pairs: as many updates
+        assert config.num_train_epochs == {"pretrain": 2, "instruct": 1}[stage]
         assert config.learning_rate == learning_rate
         assert config.per_device_train_batch_size * config.gradient_accumulation_steps * 8 == batch
         assert (config.image_aspect_ratio, config.group_by) == (aspect, group_by)
