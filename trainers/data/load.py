@@ -14,15 +14,13 @@ that file too (see `streaming.py`).
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, Features, Image, IterableDataset, List, concatenate_datasets
@@ -32,11 +30,11 @@ from datasets.table import InMemoryTable, Table, concat_tables
 from tqdm.auto import tqdm
 
 from .arrow_writer import TableWriter
+from .columns import IMAGE_COLUMNS
 from .conversations import ROW_ERRORS, UNREADABLE, BadRow, Reason, reason_of
-from .images import decode_images, load_image, resolve_path
+from .image_columns import IMAGES, image_lists, paths_of
+from .images import decode_images, load_image
 from .records import (
-    IMAGE_COLUMNS,
-    IMAGES,
     MESSAGES,
     OPTIONAL,
     USED_COLUMNS,
@@ -119,6 +117,7 @@ def load_rows(
         return rows
     if isinstance(source, (list, tuple)):
         source = read_rows(source, **options)[0]
+        options.pop("columns", None)
     title, opened, folder = _open(source, streaming=True, **options)
     return stream_rows(
         opened,
@@ -138,6 +137,7 @@ def read_rows(
     name: str | None = None,
     revision: str | None = None,
     image_folder: str | Path | None = None,
+    columns: Mapping[str, str] | str | None = None,
     on_bad_row: str = "raise",
     check_images: bool = True,
     decode: bool = False,
@@ -153,6 +153,8 @@ def read_rows(
         name: the configuration of a Hub data set.
         revision: the revision of a Hub data set.
         image_folder: what relative image paths start from; by default the folder of the file itself.
+        columns: the source's names of columns by ours, as `{"image": "img", "clip_score": "metrics.clip"}`; what a
+            list holds for a score becomes its mean. Also as text: `image=img,text=alt`.
         on_bad_row: `"raise"` refuses a source with unusable rows and names the first few; `"skip"` leaves them out
             and says how many and why.
         check_images: look whether each image file exists.
@@ -165,7 +167,7 @@ def read_rows(
     Raises:
         ValueError: unknown source, columns or split; with `on_bad_row="raise"`, rows that cannot be used.
     """
-    title, opened, folder = _open(source, split, name, revision, image_folder, on_bad_row)
+    title, opened, folder = _open(source, split, name, revision, image_folder, columns, on_bad_row)
     report = RowReport()
     if isinstance(opened, IterableDataset):
         raise ValueError(f"{title}: it is a stream; read it with load_rows(..., streaming=True).")
@@ -195,6 +197,7 @@ def _open(
     name: str | None = None,
     revision: str | None = None,
     image_folder: str | Path | None = None,
+    columns: Mapping[str, str] | str | None = None,
     on_bad_row: str = "raise",
     check_images: bool = True,
     streaming: bool = False,
@@ -205,7 +208,7 @@ def _open(
     if image_folder is not None and not os.path.isdir(image_folder):
         raise ValueError(f"image_folder {str(image_folder)!r} does not exist or is not a folder.")
     title = str(source) if isinstance(source, (str, os.PathLike)) else "the data set"
-    opened, folder = open_source(source, split, name, revision, streaming)
+    opened, folder = open_source(source, split, name, revision, streaming, columns)
     return title, opened, image_folder if image_folder is not None else folder
 
 
@@ -310,7 +313,7 @@ def _from_dataset(dataset: Dataset, title: str, folder: Path | str | None, check
         images = InMemoryTable(pa.table({"images": pa.array([[]] * len(dataset), IMAGES)}))
     else:
         try:
-            images = _image_lists(dataset.data.column(image_column), folder)
+            images = image_lists(dataset.data.column(image_column), folder)
         except (pa.ArrowException, TypeError, ValueError, KeyError) as error:
             kind = dataset.features[image_column]
             raise ValueError(f"{title}: column {image_column!r} ({kind}) does not hold images: {error}") from error
@@ -326,7 +329,7 @@ def _from_dataset(dataset: Dataset, title: str, folder: Path | str | None, check
             for batch in text.iter(batch_size=1000)
             for values in zip(*batch.values(), strict=True)
         )
-        for record, paths in zip(records, _paths(images.column("images")), strict=True):
+        for record, paths in zip(records, paths_of(images.column("images")), strict=True):
             yield record, paths, [problem for path in paths if path is not None for problem in _check_path(path, check)]
 
     with TableWriter(_schema("messages", *OPTIONAL)) as writer:
@@ -343,58 +346,3 @@ def _flattened(dataset: Dataset) -> Dataset:
 
 def _check_path(path: str, check: bool) -> list[str]:
     return check_file(path, check) if path else ["an empty image value: neither a path nor bytes"]
-
-
-def _image_lists(column: pa.ChunkedArray, folder: Path | str | None) -> Table | None:
-    """
-    A column of images or of lists of them, as paths, bytes or `datasets.Image` -> lists of undecoded images.
-
-    Returns:
-        A table `images` that points into the column's own memory (or file), or is copied piece by piece where rows
-        without images leave gaps; `None` when the column was just that already.
-    """
-    joins = folder is not None and column.type == IMAGES
-    joins = joins and any(pc.any(_outside(chunk.flatten())).as_py() for chunk in column.chunks)
-    if column.type == IMAGES and not column.null_count and not joins:
-        return None
-    if not column.null_count:
-        lists = [_image_list(chunk, folder) for chunk in column.chunks]
-        return InMemoryTable(pa.table({"images": pa.chunked_array(lists, IMAGES)}))
-    with TableWriter(_schema("images")) as writer:
-        for chunk in column.chunks:
-            writer.write({"images": _image_list(chunk, folder)})
-        return writer.finish()
-
-
-def _outside(values: pa.StructArray) -> pa.BooleanArray:
-    """Which images are files beside the data set."""
-    return pc.and_(values.field("bytes").is_null(), values.field("path").is_valid())
-
-
-def _image_list(chunk: pa.Array, folder: Path | str | None) -> pa.ListArray:
-    if pa.types.is_list(chunk.type) or pa.types.is_large_list(chunk.type):
-        values, lengths = chunk.flatten(), pc.fill_null(pc.list_value_length(chunk), 0)
-    else:
-        if pa.types.is_string(chunk.type) or pa.types.is_large_string(chunk.type):
-            chunk = pc.if_else(pc.equal(chunk, ""), None, chunk)
-        values, lengths = chunk.drop_null() if chunk.null_count else chunk, pc.cast(chunk.is_valid(), pa.int32())
-    values = Image().cast_storage(values)
-    outside = _outside(values).to_pylist() if folder is not None else []
-    if any(outside):
-        paths = values.field("path").to_pylist()
-        joined = [resolve_path(path, folder) if o else path for path, o in zip(paths, outside, strict=True)]
-        values = pa.StructArray.from_arrays([values.field("bytes"), pa.array(joined, pa.string())], ["bytes", "path"])
-    offsets = np.concatenate([[0], np.cumsum(lengths.to_numpy(zero_copy_only=False))]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), values)
-
-
-def _paths(images: pa.ChunkedArray) -> Iterator[list[str | None]]:
-    """For each row its images' paths: None for embedded ones, "" for empty values. Reads no image bytes."""
-    for chunk in images.chunks:
-        values = chunk.flatten()
-        embedded = pc.and_(values.is_valid(), values.field("bytes").is_valid()).to_pylist()
-        flat = [None if e else p or "" for p, e in zip(values.field("path").to_pylist(), embedded, strict=True)]
-        start = 0
-        for length in pc.list_value_length(chunk).to_pylist():
-            yield flat[start : start + length]
-            start += length

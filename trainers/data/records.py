@@ -2,16 +2,18 @@
 
 import dataclasses
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import PIL.ImageOps
-from datasets import Audio, Dataset, Features, Image, IterableDataset, List, Value, Video
+from datasets import Audio, Dataset, Image, IterableDataset, List, Value, Video
 
 from modeling_aligngpt.images_aligngpt import array_to_image, shortened, with_alpha
 
+from .columns import IMAGE_COLUMNS, OTHER_COLUMNS
 from .conversations import ACCEPTED, EMPTY, FOREIGN, LAYOUTS, BadRow, find_layout, to_messages
 from .images import resolve_path
 from .sources import Broken
@@ -21,12 +23,9 @@ logger = logging.getLogger(__name__)
 
 MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
 OPTIONAL = {"id": Value("string"), "clip_score": Value("float32"), "align_level": Value("int64")}
-IMAGE_COLUMNS = ("images", "image")
-OTHER_COLUMNS = ("id", "align_level", "similarity", "clip_score")
 MOST_LEVELS = 2**31  # what could be a level; the model's own number is for the collator
 UNUSED = {"model", "url", "source", "dataset"}  # columns that public releases carry: left out without a word
 USED_COLUMNS = {name for layout in LAYOUTS for name in layout} | {*OTHER_COLUMNS, *FOREIGN, "objects"}
-IMAGES = Features({"x": List(Image())}).arrow_schema.field("x").type
 
 
 def check_columns(columns: set[str], title: str) -> None:
@@ -82,9 +81,25 @@ def _optional(record: dict[str, Any]) -> dict[str, Any]:
             hint = " (a raw score goes into `clip_score`)" if column == "similarity" else ""
             raise BadRow(f"{column} is {value!r}, not a level 0, 1, 2, ...{hint}")
         found.setdefault("align_level", int(float(value)))
-    if record.get("clip_score") not in (None, ""):
-        found["clip_score"] = float(record["clip_score"])
+    score = _score(record.get("clip_score"))
+    if score is not None:
+        found["clip_score"] = score
     return found
+
+
+def _score(value: Any) -> float | None:
+    """A score, or the mean of a list of them; None where there is no value (in tables also NaN)."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    values = [item for item in values if item not in (None, "") and item == item]
+    try:
+        if any(isinstance(item, bool) for item in values):
+            raise ValueError
+        score = math.fsum(map(float, values)) / len(values) if values else None
+    except (TypeError, ValueError):
+        raise BadRow(f"clip_score is {shortened(repr(value))}, not a number") from None
+    if score is not None and not math.isfinite(score):
+        raise BadRow(f"clip_score is {score}, not a number")
+    return score
 
 
 def check_file(path: str, check: bool) -> list[str]:

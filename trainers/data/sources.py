@@ -7,8 +7,8 @@ import json
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,6 +24,7 @@ from datasets import (
     load_from_disk,
 )
 
+from .columns import mapping_of, names_in, refuse_unknown, renamed, under_our_names
 from .conversations import TOO_DEEP
 
 
@@ -45,13 +46,20 @@ class Records:
 
     Attributes:
         paths: the files, all of one kind.
+        columns: their names of columns, by ours.
     """
 
     paths: tuple[Path, ...]
+    columns: dict[str, str] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for path in self.paths:
-            yield from read_records(path)
+            yield from self.read(path)
+
+    def read(self, path: Path) -> Iterator[dict[str, Any]]:
+        """The records of one of the files, see [`read_records`], under our names."""
+        for record in read_records(path):
+            yield renamed(record, self.columns) if self.columns and not isinstance(record, Broken) else record
 
 
 class Broken(dict):
@@ -81,7 +89,12 @@ def _open_text(path: Path, newline: str | None = None) -> TextIO:
 
 
 def open_source(
-    source: Any, split: str | None, name: str | None, revision: str | None, streaming: bool = False
+    source: Any,
+    split: str | None,
+    name: str | None,
+    revision: str | None,
+    streaming: bool = False,
+    columns: Mapping[str, str] | str | None = None,
 ) -> tuple[Dataset | IterableDataset | Records | list[dict], Path | None]:
     """
     Opens what a user names.
@@ -92,13 +105,28 @@ def open_source(
         name: configuration of a Hub data set.
         revision: revision of a Hub data set.
         streaming: read on the way where that is possible, without a local copy.
+        columns: the source's names of columns, by ours.
 
     Returns:
-        What was opened, and the folder that relative image paths start from.
+        What was opened, under our names, and the folder that relative image paths start from.
 
     Raises:
-        ValueError: naming the source, where it cannot be opened.
+        ValueError: naming the source, where it cannot be opened, or has no column of a name in `columns`.
     """
+    names = mapping_of(columns)
+    opened, folder = _open(source, split, name, revision, streaming)
+    if not names:
+        return opened, folder
+    title = str(source) if isinstance(source, (str, os.PathLike)) else "the data set"
+    if isinstance(opened, Records):
+        refuse_unknown(names, names_in(opened), title)
+        return replace(opened, columns=names), folder
+    return under_our_names(opened, names, title), folder
+
+
+def _open(
+    source: Any, split: str | None, name: str | None, revision: str | None, streaming: bool
+) -> tuple[Dataset | IterableDataset | Records | list[dict], Path | None]:
     if isinstance(source, (Dataset, DatasetDict, IterableDataset, IterableDatasetDict)):
         return _one_split(source, split, "the data set"), None
     if isinstance(source, (list, tuple)):

@@ -12,10 +12,10 @@ import torch
 from datasets import Dataset, Features, Image, IterableDataset, List
 from torch.utils.data import get_worker_info
 
+from .columns import IMAGE_COLUMNS, PEEK, with_features
 from .conversations import ROW_ERRORS, UNREADABLE, BadRow, reason_of
 from .images import load_image
 from .records import (
-    IMAGE_COLUMNS,
     MESSAGES,
     OPTIONAL,
     USED_COLUMNS,
@@ -26,14 +26,12 @@ from .records import (
     left_encoded,
     name_of,
 )
-from .sources import NUM_SHARDS, Broken, Records, read_records
+from .sources import NUM_SHARDS, Broken, Records
 
 
 logger = logging.getLogger(__name__)
 
 MAX_WORKERS = 256
-TYPED_BY = 5  # records that say of what kind a stream's columns are, where it does not say so
-PEEK = 1000  # records whose columns are looked at before a stream begins
 ROWS_AT_ONCE = 1  # a bad row stops the stream when its turn comes, not before
 
 
@@ -130,11 +128,6 @@ def stream_rows(
     return rows
 
 
-def with_features(rows: IterableDataset) -> IterableDataset:
-    """The stream with the kinds of its columns, taken from its first rows where it does not say them."""
-    return rows if rows.features is not None else rows.cast(Dataset.from_list(list(rows.take(TYPED_BY))).features)
-
-
 def _features(columns: set[str]) -> Features:
     """Of the rows that a source with such columns gives."""
     found = {"id"} & columns | {"clip_score"} & columns
@@ -194,7 +187,7 @@ def _from_records(
         check=check,
         skip=skip,
         counts=counts,
-        several=len(records.paths) > 1,
+        records=records,
     )
     # a file and a number name a row where it has no id
     kinds = features if "id" in features else Features({**features, "id": OPTIONAL["id"]})
@@ -209,12 +202,12 @@ def _generate(
     check: bool,
     skip: bool,
     counts: StreamCounts,
-    several: bool,
+    records: Records,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of files that can be used; `several`: whether there are other files, so that names need the file's."""
+    """The rows of files that can be used; of several, names need the file's."""
     for path in paths:
-        for number, record in enumerate(read_records(Path(path))):
-            name = f"{os.path.basename(path)} row {number}" if several else f"row {number}"
+        for number, record in enumerate(records.read(Path(path))):
+            name = f"{os.path.basename(path)} row {number}" if len(records.paths) > 1 else f"row {number}"
             try:
                 row = _row(record, features, folder, check, skip and check)
             except ROW_ERRORS as error:
