@@ -250,7 +250,7 @@ def _refuse_gaps(column: str, table: Table, report: RowReport) -> None:
     absent = table.column(column).is_null().to_pylist()
     messages = table.column("messages")
     gaps = {number for number in report.kept if absent[number] and has_image(messages[number].as_py())}
-    report.dropped += [(number, None, f"no {column}, which other rows have") for number in sorted(gaps)]
+    report.dropped += [(number, None, Reason(f"no {column}, which other rows have")) for number in sorted(gaps)]
     report.kept = [number for number in report.kept if number not in gaps]
     report.dropped.sort(key=lambda entry: entry[0])
 
