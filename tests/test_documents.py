@@ -52,7 +52,7 @@ def test_commands_in_recipes(path):
 def test_wrong_lines_are_found():
     """The check itself: what it is there for fails."""
     for line in (
-        "aligngpt score --dataset x --output y",  # --scorer is required
+        "aligngpt score --dataset x --scorer z",  # --output is required
         "aligngpt pretrain --config vicuna-7b/pretrian",
         "aligngpt pretrain --config vicuna-7b/pretrain --lerning_rate 1",
         "aligngpt chat --model x --photo y",
