@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import is_peft_model
 from transformers import TrainerCallback
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from aligngpt_shared.records import SUMMARY, versioned
@@ -28,6 +28,7 @@ logger = logging.get_logger(__name__)
 
 RECORD_NAME = "run_record.json"
 STATE_NAME = "trainer_state.json"
+AUTO = ("auto", "true", "True", True)
 
 
 class CheckpointError(OSError):
@@ -61,9 +62,17 @@ class CheckpointMixin:
             (folder / RECORD_NAME).write_text(json.dumps(record), encoding="utf-8")
             write_settings(self, folder)
             write_manifest(folder, args.checkpoint_digests)
-            # by step and not by time: a clock that was ahead must not make a new checkpoint the oldest
-            rotate_checkpoints(args.output_dir, self.checkpoints_kept, self.state.best_model_checkpoint)
+            self._remove_older()
         self.accelerator.wait_for_everyone()
+
+    def _remove_older(self) -> None:
+        """Whole checkpoints beyond `save_total_limit`, by their step and not by time; the best stays."""
+        best, limit = self.state.best_model_checkpoint, self.checkpoints_kept
+        older = [path for path in _checkpoints(self.args.output_dir) if (path / MANIFEST_NAME).is_file()][1:]
+        spare = [path for path in older if best is None or path.name != Path(best).name]
+        if limit is not None and limit > 0:
+            for path in spare[max(limit - 1 - (len(older) - len(spare)), 0) :]:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _checkpoint(self) -> Path:
         return Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -118,10 +127,9 @@ class CheckpointMixin:
         )
 
     def remove_unfinished(self):
-        """Removes checkpoints behind the one that is continued whose save was cut off."""
-        step = read_state(self.resumed_from).get("global_step", 0)
+        """Removes what a save that was cut off has left; one that lacks its manifest alone is written over later."""
         for path in _checkpoints(self.args.output_dir) if self.args.should_save else ():
-            if not (path / MANIFEST_NAME).is_file() and int(path.name.rpartition("-")[2]) > step:
+            if not (path / MANIFEST_NAME).is_file() and not (path / STATE_NAME).is_file():
                 logger.warning(f"{path.name} is a save that was cut off: removed.")
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -215,9 +223,10 @@ def find_last_checkpoint(output_dir: str | os.PathLike) -> str | None:
     return None
 
 
-def has_checkpoints(output_dir: str | os.PathLike) -> bool:
-    """Whether a folder holds checkpoints, whole or damaged; a save that was cut off is none."""
-    return any((path / STATE_NAME).is_file() for path in _checkpoints(output_dir))
+def has_checkpoints(output_dir: str | os.PathLike, resuming: bool = False) -> bool:
+    """Whether a folder holds checkpoints, whole or damaged; for a run that is continued a save cut off is none."""
+    names = (MANIFEST_NAME,) if resuming else (MANIFEST_NAME, STATE_NAME)
+    return any((path / name).is_file() for path in _checkpoints(output_dir) for name in names)
 
 
 def _checkpoints(output_dir: str | os.PathLike) -> list[Path]:
@@ -237,9 +246,9 @@ def checkpoint_to_continue(asked: str | bool | None, output_dir: str | os.PathLi
     Raises:
         CheckpointError: the one named is damaged, or all that there are.
     """
-    if asked in ("auto", "true", "True", True):
+    if asked in AUTO:
         last = find_last_checkpoint(output_dir)
-        if last is None and has_checkpoints(output_dir):
+        if last is None and has_checkpoints(output_dir, resuming=True):
             raise CheckpointError(
                 f"{output_dir} holds checkpoints, but no whole one (see above): remove them to start afresh."
             )
@@ -271,7 +280,7 @@ def check_output(args: Any, resumed_from: str | None, remove: bool = True) -> No
         for path in _checkpoints(folder) if remove else ():
             shutil.rmtree(path)
         return
-    if has_checkpoints(folder):
+    if has_checkpoints(folder, resuming=args.resume_from_checkpoint in AUTO):
         raise ValueError(
             f"{folder} holds checkpoints of an earlier run: continue it with resume_from_checkpoint=auto, choose "
             "another output_dir, or replace it with overwrite."

@@ -14,7 +14,12 @@ from stage_parts import pair_rows, settings, to_dataset
 
 from aligngpt_shared.locks import lock, lock_of
 from aligngpt_trainers import AlignGPTPretrainConfig, AlignGPTPretrainTrainer
-from aligngpt_trainers.checkpoints import CheckpointError, find_last_checkpoint
+from aligngpt_trainers.checkpoints import (
+    CheckpointError,
+    checkpoint_to_continue,
+    find_last_checkpoint,
+    has_checkpoints,
+)
 from aligngpt_trainers.continuing import ContinuationError
 from aligngpt_trainers.guards import NonFiniteError
 from aligngpt_trainers.storage.manifest import damage
@@ -187,6 +192,10 @@ def test_a_checkpoint_without_a_manifest_is_not_whole(stopped):
     (folder / "manifest.json").unlink()
     assert damage(folder) == "manifest.json is missing: the save was cut off"
     assert find_last_checkpoint(stopped).endswith("checkpoint-1")
+    # killed within its first save: a run that is continued begins anew, another one is refused
+    shutil.rmtree(stopped / "checkpoint-1")
+    assert checkpoint_to_continue("auto", stopped) is None
+    assert has_checkpoints(stopped) and not has_checkpoints(stopped, resuming=True)
 
 
 # ---- numbers ----
