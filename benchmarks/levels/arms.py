@@ -19,6 +19,7 @@ class Arm:
     Args:
         cut: how levels are cut (see `cut_levels`); None: the model gets no level.
         keep: share of the rows, the best by score, that is trained on, in as many steps as all of them.
+        cut_kept: cut the levels of the kept rows alone, as `aligngpt score --keep` does, not those of all rows.
         shuffled: deal the levels out at random, as many of each.
         as_text: the level is a number in the text in front of the answer, `<align>` is left out.
         table_rate: learning rate of the level table over the projector's.
@@ -28,6 +29,7 @@ class Arm:
 
     cut: str | None = None
     keep: float = 1.0
+    cut_kept: bool = False
     shuffled: bool = False
     as_text: bool = False
     table_rate: float = 1.0
@@ -49,6 +51,8 @@ STAGE_1 = {
     "filter 0.5": Arm(keep=0.5),
     "filter 0.3": Arm(keep=0.3),
     "filter 0.5, levels": Arm("robust", keep=0.5, table_rate=FAST),
+    "filter 0.5, cut anew": Arm("robust", keep=0.5, cut_kept=True, table_rate=FAST),
+    "filter 0.5, shuffled": Arm("robust", keep=0.5, shuffled=True, table_rate=FAST),
     "score as text": Arm("robust", as_text=True),
     "shuffled": Arm("robust", shuffled=True, table_rate=FAST),
     "none, no penalty": Arm(penalty=0.0),
@@ -89,10 +93,11 @@ def rows_of(arm: Arm, features: torch.Tensor, texts: list[str], scores: torch.Te
     if arm.keep < 1:
         kept = np.sort(np.argsort(-values, kind="stable")[: round(arm.keep * len(values))])
     if arm.cut is not None:
-        # a filter's rows are cut where all rows are: a level means the same
-        levels = cut_levels(values, LEVELS, arm.cut)[0].astype(int)
+        # a filter's rows are cut where all rows are, so that a level means the same, unless the arm says otherwise
+        cut = kept if arm.cut_kept else np.arange(len(values))
+        levels[cut] = cut_levels(values[cut], LEVELS, arm.cut)[0].astype(int)
         if arm.shuffled:
-            levels = np.random.default_rng(seed).permutation(levels)
+            levels[kept] = np.random.default_rng(seed).permutation(levels[kept])
     return Rows(features[kept], [texts[row] for row in kept], torch.tensor(levels[kept]))
 
 

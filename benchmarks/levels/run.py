@@ -6,6 +6,7 @@ Each finished run is a line of `OUTPUT/WORLD-PART.jsonl`; what is there is not r
 import argparse
 import json
 import time
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -52,8 +53,12 @@ class Seed:
     def __init__(self, world: World, seed: int, pairs: int = PAIRS):
         self.world, self.seed = world, seed
         self.pairs: Pairs = world.pairs(pairs, seed)
-        self.noisy: Pairs = world.pairs(NOISY, NOISY_SEED + seed)
         self.heldout: Pairs = world.pairs(HELDOUT, HELDOUT_SEED + seed, "heldout")
+
+    @cached_property
+    def noisy(self) -> Pairs:
+        """Descriptions of stage 2."""
+        return self.world.pairs(NOISY, NOISY_SEED + self.seed)
 
     def run(self, part: str, arm: Arm, budget: Budget, language_model: Path | None = None) -> dict:
         """Trains one arm and measures it."""

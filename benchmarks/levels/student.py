@@ -41,11 +41,17 @@ class Student:
     Args:
         language_model: folder; the package's by default.
         seed: of what is initialised.
+        tower_width: of the image features; the package's tower by default.
     """
 
-    def __init__(self, language_model: Path | None = None, seed: int = 0):
+    def __init__(self, language_model: Path | None = None, seed: int = 0, tower_width: int | None = None):
         torch.manual_seed(seed)
         self.model, processor = assemble(language_model or parts_path("llama"), parts_path("clip"))
+        if tower_width is not None:
+            projector = self.model.model.multi_modal_projector
+            own, projector.linear_1 = projector.linear_1, nn.Linear(tower_width, projector.linear_1.out_features)
+            nn.init.normal_(projector.linear_1.weight, std=float(own.weight.detach().std()))
+            nn.init.zeros_(projector.linear_1.bias)
         self.model.train()
         self.tokenizer = processor.tokenizer
         self.words = self.model.get_input_embeddings()

@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,12 @@ from aligngpt_playground.captions import exact_caption
 from aligngpt_playground.scenes import draw_scenes, render
 from benchmarks.levels import tables
 from benchmarks.levels.arms import STAGE_1, STAGE_2, rows_of
+from benchmarks.levels.judging import Captions, auc, judge
+from benchmarks.levels.real import ARMS, Seed
+from benchmarks.levels.real import PARTS as REAL
 from benchmarks.levels.run import PARTS, measure
 from benchmarks.levels.student import ANSWER, CAPTION, QUESTION, Rows, Student
-from benchmarks.levels.worlds import FORMS, TRUTHS, blind_caption, draw_rows
+from benchmarks.levels.worlds import FORMS, TRUTHS, Pairs, blind_caption, draw_rows
 from modeling_aligngpt import AlignGPTProcessor
 
 
@@ -90,6 +94,8 @@ def test_arms_take_what_they_say():
     assert rows.texts == texts[70:] and set(rows.levels.tolist()) == {-1}
     rows = rows_of(STAGE_1["filter 0.5, levels"], features, texts, scores, 0)
     assert rows.texts == texts[50:] and min(rows.levels) == 4
+    rows = rows_of(STAGE_1["filter 0.5, cut anew"], features, texts, scores, 0)
+    assert min(rows.levels) == 0 and max(rows.levels) == 7
     straight, dealt = (rows_of(STAGE_1[name], features, texts, scores, 0).levels for name in ("robust", "shuffled"))
     assert straight.tolist() == sorted(straight.tolist()) and torch.equal(straight.sort().values, dealt.sort().values)
     assert not torch.equal(straight, dealt)
@@ -117,4 +123,45 @@ def test_the_page_is_what_the_runs_say():
     for path in tables.RUNS.glob("*.jsonl"):
         runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         assert len({(run["arm"], run["seed"]) for run in runs}) == len(runs), path.name
-        assert path.stem.split("-")[1] in PARTS
+        assert path.stem.partition("-")[2] in {*PARTS, *REAL}
+
+
+def test_judging_tells_what_it_is_given(student, seen):
+    """AUC by its definition; within a form a judge of forms alone is at chance."""
+    assert auc(torch.tensor([3.0, 1.0, 2.0, 1.0]), torch.tensor([True, True, False, False])) == pytest.approx(0.625)
+    scenes = list(draw_scenes(3, 5))
+    pairs = Pairs(scenes, [exact_caption(scene) for scene in scenes], [], seen[2], torch.rand(3))
+
+    class Teacher:
+        def score(self, features, pooled, texts):
+            return torch.tensor([float(text in pairs.captions) for text in texts])
+
+    captions = Captions(Teacher(), pairs, 0)
+    assert len(captions.texts) == 27 and captions.true.sum() == 9
+    forms = torch.tensor([float(FORMS.index(form)) for form in captions.forms])
+    assert captions.aucs(forms)["within"] == 0.5
+    found = judge(student, STAGE_1["robust"], pairs, captions)
+    assert found["teacher"]["within"] > 0.6 and 0 <= found["mean level"]["within"] <= 1
+
+
+def test_real_pictures_are_scored_by_an_encoder_that_did_not_see_them():
+    """A tiny world two: kinds that features tell apart are scored above wrong ones; every arm trains and answers."""
+    torch.manual_seed(0)
+    names = ["a bird", "a tree", "a tool", "a fruit"]
+    kinds = [names[row % 4] for row in range(400)]
+    marks = torch.eye(4).repeat(1, 96)[[row % 4 for row in range(400)]]
+    pooled = marks + 0.1 * torch.randn(400, 384)
+    pictures = {
+        "captions": [f"{kind} {row}" for row, kind in enumerate(kinds)],
+        "kinds": kinds,
+        "names": names,
+        "features": pooled[:, None].repeat(1, 4, 1).half(),
+        "pooled": pooled,
+        "names_read": torch.randn(4, 384),
+        "sentences": torch.randn(400, 384),
+    }
+    work = Seed(pictures, "kinds", 0)
+    assert work.teacher > 0.8 and len(work.texts) == 100 and len(work.wanted) == 300
+    for arm in ARMS:
+        run = work.run(STAGE_1[arm], replace(REAL["kinds"], steps=10, batch=4))
+        assert len(run["top"]["kind"]) == 300 and set(run["judging"]["likelihood"]) == {"within"}
