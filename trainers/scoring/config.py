@@ -95,7 +95,8 @@ class ScoreConfig:
     keep: float | None = field(
         default=None,
         metadata={
-            "help": "Share of the scored pairs to keep, the best by score (0.5: the better half), before the cut."
+            "help": "Share of the scored pairs to keep, the best by score (0.5: the better half); they have the levels "
+            "that the cut of all pairs gives."
         },
     )
     sampling: str = field(

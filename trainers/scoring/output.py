@@ -133,8 +133,6 @@ def assign_levels(scores: Scores, config: ScoreConfig, edges: list[float] | None
         with np.errstate(invalid="ignore"):
             low = (scores.statuses == 0) & (scores.values < config.min_score)
         scores.statuses[low] = STATUSES.index("below_min_score")
-    if config.keep is not None:
-        _keep_best(scores, config.keep)
     good = scores.statuses == 0
     if not good.any():
         if np.isnan(scores.values).all():
@@ -144,6 +142,11 @@ def assign_levels(scores: Scores, config: ScoreConfig, edges: list[float] | None
     levels, bounds, counts = cut_levels(
         scores.values[good], config.num_align_levels, config.binning, edges, config.quantiles or QUANTILES
     )
+    if config.keep is not None:
+        # after the cut, so that a level means what it means among all rows: benchmarks/levels/README.md
+        kept = _keep_best(scores, good, config.keep)
+        levels, good = levels[kept], scores.statuses == 0
+        counts = np.bincount(levels, minlength=len(counts))
     sampling = None
     if config.sampling == "balanced":
         kept = balance_levels(levels, counts, config.samples_per_level, config.seed)
@@ -178,11 +181,15 @@ def assign_levels(scores: Scores, config: ScoreConfig, edges: list[float] | None
     }
 
 
-def _keep_best(scores: Scores, share: float):
-    """Leaves out all but the best `share` of the scored rows; of equal scores the earlier rows stay."""
-    good = np.flatnonzero(scores.statuses == 0)
-    order = np.argsort(-scores.values[good], kind="stable")
-    scores.statuses[good[order[max(1, round(share * len(good))) :]]] = STATUSES.index("below_kept_share")
+def _keep_best(scores: Scores, good: np.ndarray, share: float) -> np.ndarray:
+    """Leaves out all but the best `share` of the scored rows, of equal scores the later ones; [good rows] bool."""
+    rows = np.flatnonzero(good)
+    order = np.argsort(-scores.values[rows], kind="stable")
+    left = order[max(1, round(share * len(rows))) :]
+    scores.statuses[rows[left]] = STATUSES.index("below_kept_share")
+    kept = np.ones(len(rows), bool)
+    kept[left] = False
+    return kept
 
 
 def dropped_rows(
@@ -353,7 +360,8 @@ def print_summary(record: dict[str, Any], output: Path):
 def warn_of_levels(scores: Scores, record: dict[str, Any]):
     """One line where a level holds too few rows or the top one too many, with the cut that mends it."""
     faults = "; ".join(faults_of_levels(record["counts"]))
-    if not faults:
+    # what `keep` leaves out are the low levels, on purpose
+    if not faults or record["keep"] is not None:
         return
     cut = (scores.levels >= 0) | (scores.statuses == STATUSES.index("left_out_by_sampling"))
     remedy = remedy_for_levels(scores.values[cut], record["counts"])
