@@ -71,138 +71,39 @@ def _mmbench(post_prompt: str) -> dict[str, Any]:
 ACCURACY = {"exact_match": ("accuracy", 100)}
 MME = {"mme_perception_score": ("perception", 1), "mme_cognition_score": ("cognition", 1)}
 SEED = {"seed_image": ("image accuracy", 100), "seed_all": ("accuracy", 100)}
+ASKED_SHORT, ASKED_LONG = {"generation_kwargs": SHORT}, {"generation_kwargs": LONG}
+# LLaVA-1.5 shows the data set's OCR tokens
+TEXTVQA = {"pre_prompt": "", "post_prompt": "\nAnswer the question using a single word or phrase.", "ocr": True}
+# the question alone: lmms-eval asks for reasoning first
+MM_VET = {"pre_prompt": "", "post_prompt": ""}
+# fmt: off
 BENCHMARKS = (
-    Benchmark(
-        "vqav2_val",
-        "vqav2/vqav2_val.yaml",
-        "VQAv2",
-        ACCURACY,
-        79.1,
-        80.0,
-        {"generation_kwargs": SHORT},
-        note=SERVER_NOTE.format("vqav2_test"),
-    ),
-    Benchmark("gqa", "gqa/gqa.yaml", "GQA", ACCURACY, 62.9, 63.6, {"generation_kwargs": SHORT}),
-    Benchmark(
-        "vizwiz_vqa_val",
-        "vizwiz_vqa/vizwiz_vqa_val.yaml",
-        "VizWiz",
-        ACCURACY,
-        54.2,
-        56.4,
-        {"generation_kwargs": SHORT},
-        note=SERVER_NOTE.format("vizwiz_vqa_test"),
-    ),
-    Benchmark(
-        "scienceqa_img",
-        "scienceqa/scienceqa_img.yaml",
-        "SQA",
-        ACCURACY,
-        68.5,
-        70.3,
-        {"generation_kwargs": LONG},
-    ),
-    Benchmark(
-        "textvqa_val",
-        "textvqa/textvqa_val.yaml",
-        "TextVQA",
-        ACCURACY,
-        58.4,
-        60.2,
-        {
-            "generation_kwargs": SHORT,
-            # LLaVA-1.5 shows the data set's OCR tokens
-            "lmms_eval_specific_kwargs": {
-                "default": {
-                    "pre_prompt": "",
-                    "post_prompt": "\nAnswer the question using a single word or phrase.",
-                    "ocr": True,
-                }
-            },
-        },
-    ),
-    Benchmark("pope", "pope/pope.yaml", "POPE", scores.pope, 86.0, 86.2, {"generation_kwargs": SHORT}),
-    Benchmark(
-        "mme",
-        "mme/mme.yaml",
-        "MME",
-        MME,
-        1527.4,
-        1572.0,
-        {"generation_kwargs": SHORT},
-    ),
-    Benchmark(
-        "mmbench_en_dev",
-        "mmbench/mmbench_en_dev.yaml",
-        "MMB",
-        scores.mmbench,
-        67.3,
-        69.5,
-        _mmbench(LETTER_PROMPT),
-        judge="mmbench",
-    ),
-    Benchmark(
-        "mmbench_cn_dev",
-        "mmbench/mmbench_cn_dev.yaml",
-        "MMB-CN",
-        scores.mmbench,
-        59.9,
-        63.7,
-        _mmbench(LETTER_PROMPT_CN),
-        judge="mmbench",
-    ),
-    Benchmark(
-        "seedbench",
-        "seedbench/seedbench.yaml",
-        "SEED",
-        SEED,
-        66.5,
-        67.8,
-        {"generation_kwargs": SHORT},
-    ),
-    Benchmark(
-        "llava_in_the_wild",
-        "llava-in-the-wild/llava-in-the-wild.yaml",
-        "LLaVA-W",
-        scores.llava_bench,
-        68.4,
-        75.2,
-        {"generation_kwargs": LONG},
-        judge="llava_bench",
-        note="depends on the judge: LLaVA-1.5 used gpt-4-0314",
-    ),
-    Benchmark(
-        "mmvet",
-        "mmvet/mmvet.yaml",
-        "MM-Vet",
-        scores.mm_vet,
-        30.8,
-        35.6,
-        {
-            "generation_kwargs": LONG,
-            # the question alone: lmms-eval asks for reasoning first
-            "lmms_eval_specific_kwargs": {"default": {"pre_prompt": "", "post_prompt": ""}},
-        },
-        judge="mm_vet",
-        note="depends on the judge: MM-Vet's own server uses gpt-4-0613",
-    ),
-    Benchmark(
-        "vqav2_test",
-        "vqav2/vqav2_test.yaml",
-        "VQAv2 (test)",
-        None,
-        overrides={"generation_kwargs": SHORT},
-        note="writes what the server scores",
-    ),
-    Benchmark(
-        "vizwiz_vqa_test",
-        "vizwiz_vqa/vizwiz_vqa_test.yaml",
-        "VizWiz (test)",
-        None,
-        overrides={"generation_kwargs": SHORT},
-        note="writes what the server scores",
-    ),
+    Benchmark("vqav2_val", "vqav2/vqav2_val.yaml", "VQAv2", ACCURACY, 79.1, 80.0,
+              ASKED_SHORT, note=SERVER_NOTE.format("vqav2_test")),
+    Benchmark("gqa", "gqa/gqa.yaml", "GQA", ACCURACY, 62.9, 63.6, ASKED_SHORT),
+    Benchmark("vizwiz_vqa_val", "vizwiz_vqa/vizwiz_vqa_val.yaml", "VizWiz", ACCURACY, 54.2, 56.4,
+              ASKED_SHORT, note=SERVER_NOTE.format("vizwiz_vqa_test")),
+    Benchmark("scienceqa_img", "scienceqa/scienceqa_img.yaml", "SQA", ACCURACY, 68.5, 70.3, ASKED_LONG),
+    Benchmark("textvqa_val", "textvqa/textvqa_val.yaml", "TextVQA", ACCURACY, 58.4, 60.2,
+              {**ASKED_SHORT, "lmms_eval_specific_kwargs": {"default": TEXTVQA}}),
+    Benchmark("pope", "pope/pope.yaml", "POPE", scores.pope, 86.0, 86.2, ASKED_SHORT),
+    Benchmark("mme", "mme/mme.yaml", "MME", MME, 1527.4, 1572.0, ASKED_SHORT),
+    Benchmark("mmbench_en_dev", "mmbench/mmbench_en_dev.yaml", "MMB", scores.mmbench, 67.3, 69.5,
+              _mmbench(LETTER_PROMPT), judge="mmbench"),
+    Benchmark("mmbench_cn_dev", "mmbench/mmbench_cn_dev.yaml", "MMB-CN", scores.mmbench, 59.9, 63.7,
+              _mmbench(LETTER_PROMPT_CN), judge="mmbench"),
+    Benchmark("seedbench", "seedbench/seedbench.yaml", "SEED", SEED, 66.5, 67.8, ASKED_SHORT),
+    Benchmark("llava_in_the_wild", "llava-in-the-wild/llava-in-the-wild.yaml", "LLaVA-W", scores.llava_bench,
+              68.4, 75.2, ASKED_LONG, judge="llava_bench", note="depends on the judge: LLaVA-1.5 used gpt-4-0314"),
+    Benchmark("mmvet", "mmvet/mmvet.yaml", "MM-Vet", scores.mm_vet, 30.8, 35.6,
+              {**ASKED_LONG, "lmms_eval_specific_kwargs": {"default": MM_VET}}, judge="mm_vet",
+              note="depends on the judge: MM-Vet's own server uses gpt-4-0613"),
+    Benchmark("vqav2_test", "vqav2/vqav2_test.yaml", "VQAv2 (test)", None,
+              overrides=ASKED_SHORT, note="writes what the server scores"),
+    Benchmark("vizwiz_vqa_test", "vizwiz_vqa/vizwiz_vqa_test.yaml", "VizWiz (test)", None,
+              overrides=ASKED_SHORT, note="writes what the server scores"),
 )
+# fmt: on
 BY_NAME = {benchmark.task: benchmark for benchmark in BENCHMARKS}
 PAPER = tuple(benchmark.task for benchmark in BENCHMARKS if benchmark.paper_7b is not None)
 

@@ -7,8 +7,8 @@ import multiprocessing
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator
-from concurrent.futures import BrokenExecutor, Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,16 +118,21 @@ class ChatCompletions:
         work.cancel()
 
     async def _respond(self, body: bytearray, visit: _Visit) -> Response:
+        loop = asyncio.get_running_loop()
         try:
-            prompt = await _alone(self.read_lock, self.reader, reading.read, body)
+            prompt = await _alone(self.read_lock, lambda: loop.run_in_executor(self.reader, reading.read, body))
         except BrokenExecutor:  # killed, for want of memory as a rule
             self.reader = self._new_reader()
             raise
+        body.clear()
+        self.bytes_held, visit.bytes_held = self.bytes_held - visit.bytes_held, 0
         pieces: asyncio.Queue[str | None] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
         send = (lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece)) if prompt.stream else None
         answering = asyncio.ensure_future(
-            _alone(self.answer_lock, self.thread, self.answerer.answer, prompt, visit.gone, send)
+            _alone(
+                self.answer_lock,
+                lambda: loop.run_in_executor(self.thread, self.answerer.answer, prompt, visit.gone, send),
+            )
         )
         visit.tasks.append(answering)
         if not prompt.stream:
@@ -174,10 +179,14 @@ class ChatCompletions:
         yield "data: [DONE]\n\n"
 
 
-async def _alone(lock: asyncio.Lock, executor: Executor, function, *args):
-    """Runs in the executor what has to be alone there: to its end, whoever has stopped waiting for it."""
+async def _alone(lock: asyncio.Lock, submit: Callable[[], asyncio.Future]):
+    """Runs elsewhere what has to be alone there: to its end, whoever has stopped waiting for it."""
     await lock.acquire()
-    future = asyncio.get_running_loop().run_in_executor(executor, function, *args)
+    try:
+        future = submit()
+    except BaseException:
+        lock.release()
+        raise
 
     def free(done: asyncio.Future) -> None:
         lock.release()

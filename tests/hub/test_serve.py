@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 from demo_model import CONTEXT, save_demo_model, serving
 from PIL import Image
@@ -430,6 +431,16 @@ def test_a_full_queue_says_so_and_who_leaves_is_not_waited_for(client):
     asked = openai.OpenAI(base_url=client.base_url, api_key="none", max_retries=5)  # it waits as it is told
     assert asked.chat.completions.create(model="demo", messages=messages(), max_tokens=2).choices
     assert time.monotonic() - begin < 50
+
+
+def test_a_reader_that_was_killed_is_started_again(client):
+    """As a system short of memory does it: one request fails, the next is answered."""
+    children = psutil.Process().children(recursive=True)
+    (reader,) = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+    reader.kill()
+    with pytest.raises(openai.InternalServerError, match="it goes on"):
+        client.chat.completions.create(model="demo", messages=messages(), max_tokens=2)
+    assert client.chat.completions.create(model="demo", messages=messages(), max_tokens=2).choices
 
 
 def test_generation_ends_with_the_token_at_which_nobody_waits_any_more(model_folder):
