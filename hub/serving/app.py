@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import multiprocessing
 import threading
 import time
@@ -21,6 +22,8 @@ from . import reading
 from .answering import Answer, Answerer
 from .requests import MAX_BODY_BYTES
 
+
+logger = logging.getLogger("uvicorn.error")
 
 # requests that are read, wait or are answered at once; the next one is told to come again
 MAX_WAITING, RETRY_AFTER = 32, "5"
@@ -75,6 +78,9 @@ class ChatCompletions:
             visit.tasks += [work, asyncio.ensure_future(self._watch(receive, visit, work))]
             await asyncio.wait([work])
             if not work.cancelled():
+                if not isinstance(error := work.exception(), (HTTPException, type(None))):
+                    logger.error("A request failed.", exc_info=error)
+                    raise HTTPException(500, _failure(error))
                 await work.result()(scope, receive, send)
         except ClientDisconnect:
             pass
@@ -225,10 +231,6 @@ def build_app(source: str, revision: str | None, name: str, device: str, dtype: 
     @app.exception_handler(AnyHTTPException)
     async def refuse(_request, error: AnyHTTPException):
         return JSONResponse(_error(error.detail), error.status_code, headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def say_that_it_broke(_request, error: Exception):
-        return JSONResponse(_error(_failure(error)), 500)
 
     return app
 
