@@ -1,8 +1,8 @@
 """What the gate reads in training and in use, by `gate_context`: how far its shares of the levels are apart.
 
-For conversations of several turns about one image: the shares in training (the whole conversation, as the collator
-masks it), when the last question is asked (the processor's prompt), and behind a cache that was filled with the first
-question. The weights of the model are the same in all of them; only the reading differs.
+For conversations of several turns about one image: the shares in training (the whole conversation), when the last
+question is asked (the processor's prompt), and behind a cache that was filled with the first question. The weights of
+the model are the same in all of them; only the reading differs.
 """
 
 import argparse
@@ -14,7 +14,6 @@ from tqdm import tqdm
 from aligngpt_trainers import AlignGPTDataCollator
 from aligngpt_trainers.data.load import load_rows
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
-from modeling_aligngpt.configuration_aligngpt import GATE_CONTEXTS
 
 
 def shares(model, inputs) -> np.ndarray:
@@ -43,9 +42,9 @@ def main():
         "| `gate_context` | training and last question: mean, largest | last question and kept cache: mean, largest |"
     )
     print("|---|---|---|")
-    for context in GATE_CONTEXTS:
-        model.config.gate_context = processor.gate_context = context
-        collator = AlignGPTDataCollator(processor, "instruct", gate_context=context)
+    collator = AlignGPTDataCollator(processor, "instruct")
+    for context in ("first_turn", "sequence"):
+        model.config.gate_context = context
         in_use, cached = [], []
         for row in tqdm(rows, desc=context):
             batch = collator([row])

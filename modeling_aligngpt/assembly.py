@@ -16,6 +16,7 @@ from transformers.utils import logging
 from .backbones import WRAPPER_PREFIXES, backbone_of, check_language_model, check_vision_tower, read_config
 from .chat_templates import CHAT_TEMPLATES, select_chat_template, stop_token
 from .configuration_aligngpt import AlignGPTConfig
+from .gate_prompt_aligngpt import answer_openings
 from .generation_aligngpt import complete_generation_config
 from .modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTMLP
 from .processing_aligngpt import AlignGPTProcessor
@@ -246,7 +247,8 @@ def plan(
     placeholder_ids = add_placeholder_tokens(tokenizer)
     text_config = lm_config.get_text_config()
     text_config.vocab_size = max(padded_vocabulary_size(len(tokenizer)), text_config.vocab_size)
-    config = _make_config(text_config, vision_config, placeholder_ids, head.bias is not None, config_overrides)
+    overrides = {"answer_openings": answer_openings(tokenizer, CHAT_TEMPLATES[name]), **config_overrides}
+    config = _make_config(text_config, vision_config, placeholder_ids, head.bias is not None, overrides)
     check_vision_tower(config, vision_tower)
     if image_size is None:
         _compare_sizes(config, settings, vision_tower)
@@ -315,7 +317,8 @@ def assemble(
     tower = load_vision_tower(vision_tower, dtype, image_size)
     placeholder_ids = planned.image_token_id, planned.align_token_id
     text_config = causal_lm.config.get_text_config()
-    config = _make_config(text_config, tower.config, placeholder_ids, planned.lm_head_bias, config_overrides)
+    overrides = {"answer_openings": planned.answer_openings, **config_overrides}
+    config = _make_config(text_config, tower.config, placeholder_ids, planned.lm_head_bias, overrides)
     model = _from_parts(config, causal_lm, tower, seed)
     model.generation_config = placeholder_generation_config(causal_lm.generation_config, config, tokenizer, template)
     processor = AlignGPTProcessor.from_parts(

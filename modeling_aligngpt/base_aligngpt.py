@@ -2,9 +2,11 @@
 
 from copy import copy
 
+from transformers import AutoTokenizer
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_aligngpt import AUTO_MAP, AlignGPTConfig
+from .gate_prompt_aligngpt import answer_openings
 from .generation_aligngpt import complete_generation_config
 
 
@@ -16,6 +18,9 @@ UNQUANTIZED = (
     "model.align_embeddings",
     "lm_head",
 )
+
+
+_OF_THE_HUB = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
 
 
 class AlignGPTPreTrainedModel(PreTrainedModel):
@@ -56,14 +61,19 @@ class AlignGPTPreTrainedModel(PreTrainedModel):
         """
         As transformers'; a `quantization_config` that names no module to leave out gets [`UNQUANTIZED`], which stays in
         the config and is saved with it: kernels of 4 bits take inputs in multiples of 64, and a gate has one for each
-        image token (729 with SigLIP).
+        image token (729 with SigLIP). The `answer_openings` that models of 0.1.0 lack come from their tokenizer.
         """
         given = kwargs.get("quantization_config")
         for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
             if given is not None and not isinstance(given, dict) and getattr(given, name, ()) is None:
                 kwargs["quantization_config"] = copy(given)
                 setattr(kwargs["quantization_config"], name, list(UNQUANTIZED))
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        found = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        config = (found[0] if isinstance(found, tuple) else found).config
+        if config.gate_context == "first_turn" and config.answer_openings is None:
+            kept = {name: kwargs[name] for name in _OF_THE_HUB if name in kwargs}
+            config.answer_openings = _openings_beside(pretrained_model_name_or_path, kept)
+        return found
 
     def save_pretrained(self, save_directory, **kwargs):
         """Saves weights, config and code; what is saved names the class of every Auto class (see `AUTO_MAP`)."""
@@ -87,6 +97,14 @@ class AlignGPTPreTrainedModel(PreTrainedModel):
                 del self.config.auto_map
             if conversions is not None:
                 self._weight_conversions = conversions
+
+
+def _openings_beside(name, hub: dict) -> list[list[int]] | None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+    except (OSError, ValueError, KeyError):  # no tokenizer beside the weights; the last is 4.57's
+        return None
+    return answer_openings(tokenizer, tokenizer.chat_template)
 
 
 __all__ = ["UNQUANTIZED", "AlignGPTPreTrainedModel"]

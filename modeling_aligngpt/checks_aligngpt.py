@@ -108,8 +108,8 @@ def warn_without_align(image_BT: torch.Tensor, align_BT: torch.Tensor) -> None:
 
 def warn_about_labels(config, input_ids, labels, prompt_mask, align_level) -> None:
     """
-    Warns once about rows as other trainers make them, if checking is free: without `prompt_mask` the gate reads the
-    answers, and labels that are a copy of the ids supervise the placeholders.
+    Warns once about rows as other trainers make them, if checking is free: where nothing says where answers begin the
+    gate reads them, and labels that are a copy of the ids supervise the placeholders.
 
     Args:
         config ([`AlignGPTConfig`]): of the model. input_ids, labels, prompt_mask (`(B, T)`), align_level: of `forward`.
@@ -117,11 +117,12 @@ def warn_about_labels(config, input_ids, labels, prompt_mask, align_level) -> No
     if is_torchdynamo_compiling():
         return
     gates = align_level is None and config.uses_gate
-    if gates and prompt_mask is None and config.gate_context != "sequence":
+    finds = config.gate_context == "first_turn" and config.answer_openings
+    if gates and prompt_mask is None and config.gate_context != "sequence" and not finds:
         logger.warning_once(
-            "labels came without a prompt_mask: the gate reads the answers, which it does not see when it is used. "
-            "Pass the prompt_mask that AlignGPTProcessor.apply_chat_template(..., tokenize=True) gives, or 1 - "
-            "completion_mask."
+            "labels came, and the config does not say how answers begin: the gate reads them, which it does not see "
+            'when it is used. Set config.gate_context = "first_turn" and config.answer_openings = '
+            "answer_openings(processor.tokenizer, processor.chat_template), from the model's gate_prompt_aligngpt.py."
         )
     if input_ids is None or not _can_look(labels):
         return

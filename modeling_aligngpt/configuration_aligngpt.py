@@ -53,9 +53,12 @@ class AlignGPTConfig(PretrainedConfig):
             `"mean_of_all"` the mean of the whole table: what 0.1.0 called `"mean"`, and models that it saved are.
         default_align_level (`int`, *optional*): 0-based level of modes `"level"` and `"fixed"`; `None` is the top one.
         gate_context (`str`): what the gate's mean text embedding is made of. `"first_turn"`: what stands in front of
-            the first answer, in training and whenever the model is asked (stage 2 sets it). `"prompt"`: in training all
-            but the answers; when asked the whole prompt, earlier answers too. `"sequence"`: in training everything, as
-            in the authors' code; when asked as `"prompt"`.
+            the first answer, in training and whenever the model is asked. `"sequence"`: everything, as in the authors'
+            code: answers too in training, earlier ones when asked. `"prompt"`: what 0.1.0 had besides; models that it
+            saved read as with `"sequence"`.
+        answer_openings (`list[list[int]]`, *optional*): token ids that the chat template writes in front of an answer,
+            which begins where one of these lists first stands; see `gate_prompt_aligngpt.py`. `None`: none is known,
+            and the gate reads everything.
         training_stage (`str`, *optional*): the last stage this model went through: `None`, `"pretrain"`, `"instruct"`.
         lm_head_bias (`bool`): whether the language modelling head has a bias (Phi-1.5 and Phi-2 have one).
 
@@ -81,7 +84,8 @@ class AlignGPTConfig(PretrainedConfig):
         gate_hidden_size=256,
         align_mode="gate",
         default_align_level=None,
-        gate_context="prompt",
+        gate_context="first_turn",
+        answer_openings=None,
         training_stage=None,
         lm_head_bias=False,
         **kwargs,
@@ -104,6 +108,7 @@ class AlignGPTConfig(PretrainedConfig):
         self.align_mode = "mean_of_all" if (saved_by, align_mode) == ("0.1.0", "mean") else align_mode
         self.default_align_level = default_align_level
         self.gate_context = gate_context
+        self.answer_openings = answer_openings
         self.training_stage = training_stage
         self.lm_head_bias = lm_head_bias
         self.image_seq_length = image_seq_length if image_seq_length is not None else self._tower_seq_length()

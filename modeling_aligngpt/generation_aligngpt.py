@@ -45,8 +45,7 @@ class AlignGPTGenerationMixin(PrefillOnlyImagesMixin, GenerationMixin):
     def generate(self, inputs=None, generation_config=None, **kwargs):
         """
         As transformers' `generate`; also takes `align_level` (int or `(B,)`), and rows padded on either side. The gate
-        reads the prompt alone, or what the processor's `prompt_mask` `(B, T)` leaves of it: fixed here, so that
-        generated tokens stay out with and without a cache.
+        reads the prompt alone: fixed here, so that generated tokens stay out with and without a cache.
 
         With `return_dict_in_generate=True` the output has `align_weights` `(sequences, N)`, as `forward` gives them for
         the prompt; `None` where that lies in a cache.

@@ -29,6 +29,7 @@ from .checks_aligngpt import (
 )
 from .compat_v4 import inner_tower, run_vision_tower
 from .configuration_aligngpt import AlignGPTConfig
+from .gate_prompt_aligngpt import behind_first
 from .generation_aligngpt import AlignGPTGenerationMixin
 from .multiscale_aligngpt import multiscale_features
 from .outputs_aligngpt import AlignGPTCausalLMOutputWithPast, AlignGPTModelOutputWithPast
@@ -128,6 +129,14 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         token = self.get_input_embeddings()(torch.full((), token_id, dtype=torch.long, device=inputs_embeds.device))
         return (inputs_embeds == token).all(-1)
 
+    def find_answers(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor) -> torch.Tensor:
+        """Where the row's first answer has begun, by `config.answer_openings`; nowhere in a row without: `(B, T)`."""
+        begun_BT = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+        for opening in self.config.answer_openings or ():
+            places = [self.find_token(token_id, input_ids, inputs_embeds) for token_id in opening]
+            begun_BT = begun_BT | behind_first(places)
+        return begun_BT
+
     def get_prompt_mean(
         self,
         input_ids: torch.Tensor | None,
@@ -137,14 +146,14 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Mean text embedding that the gate compares images with: the prompt without BOS, padding and placeholders
-        (paper, section 3.3).
+        (paper, section 3.3). With `gate_context="first_turn"` the prompt ends where the first answer begins.
 
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*), inputs_embeds (`(B, T, D)`): the rows.
             attention_mask (`torch.Tensor` of shape `(B, >= T)`, *optional*): 0 at padding. A 4D mask is passed over:
                 `generate`, which makes such masks, hands the padding in through `prompt_mask`.
-            prompt_mask (`torch.Tensor` of shape `(B, P)`, *optional*): 1 where a token belongs to the prompt;
-                positions from P on do not.
+            prompt_mask (`torch.Tensor` of shape `(B, P)`, *optional*): 0 where a token does not belong to the prompt;
+                positions from P on do not. `generate` keeps what it writes out in this way.
 
         Returns:
             Means `(B, D)` and numbers of tokens in them `(B,)`.
@@ -156,6 +165,8 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
         if prompt_mask is not None:
             prompt_BT = prompt_mask[:, -length:].to(text_BT.device, torch.bool)
             text_BT = text_BT & nn.functional.pad(prompt_BT, (0, length - prompt_BT.shape[1]), value=False)
+        if self.config.gate_context == "first_turn":
+            text_BT = text_BT & ~self.find_answers(input_ids, inputs_embeds)
         bos_token_id = self.config.text_config.bos_token_id
         if bos_token_id is not None:
             first_BT = text_BT & (text_BT.cumsum(1) == 1)
@@ -307,8 +318,7 @@ class AlignGPTModel(AlignGPTPreTrainedModel):
             input_ids (`(B, T)`) or inputs_embeds (`(B, T, D)`): rows with their placeholders.
             pixel_values (`(I, 3, height, width)`, *optional*): every image of the batch, in reading order.
             align_level (`int` or `(B,)`, *optional*): 0-based level of each row; `config.align_mode` decides without.
-            prompt_mask (`(B, <= T)`, *optional*): 1 where the gate may read (`config.gate_context`; the processor makes
-                it); everything when `None`.
+            prompt_mask (`(B, <= T)`, *optional*): 0 where the gate must not read, whatever `config.gate_context` says.
             mm_encoder_outputs (*optional*): `{"image": output of get_image_features}`, in place of `pixel_values`.
             cache or past_key_values (`Cache`, *optional*): the language model's, under its new or its old name.
 
@@ -424,7 +434,7 @@ class AlignGPTForConditionalGeneration(AlignGPTGenerationMixin, AlignGPTPreTrain
 
         Args:
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*): ids to predict, -100 where nothing is. They never
-                change the logits: what the gate must not read says `prompt_mask`, which the processor makes.
+                change the logits.
             logits_to_keep (`int` or 1D `torch.Tensor`): last positions (or the positions) to score; 0 is all.
         """
         refuse_misspelt(AlignGPTForConditionalGeneration.forward, kwargs)

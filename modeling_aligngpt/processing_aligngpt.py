@@ -8,8 +8,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput
@@ -19,9 +17,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TextIn
 from .chat_templates import with_suffix, writes_suffix
 from .checks_aligngpt import refuse_misspelt
 from .compat_v4 import IS_TRANSFORMERS_4, ProcessorBase
-from .configuration_aligngpt import GATE_CONTEXTS
 from .control_tokens import control_tokens, sanitized
-from .gate_prompt_aligngpt import answer_opening, first_turn, mask_up_to, without_answers
 from .images_aligngpt import DROPPED, LIMITS, TRANSPARENCIES, WHITE, ImageLimits, read_image, shortened, to_8_bit
 from .processing_parts import (
     a_level_per_row,
@@ -58,16 +54,14 @@ class AlignGPTProcessor(ProcessorBase):
         image_seq_length (`int`): positions that an image takes, the model's `config.image_seq_length`.
         image_suffix (`str`): written between a placeholder or BOS and the text behind it. `" "` gives the authors' ids
             for Llama's sentencepiece tokenizers, which mark the start of a text that way; see [`infer_image_suffix`].
-        gate_context (`str`): what the gate reads, the model's `config.gate_context`; `prompt_mask` says it.
         transparency (`str`): what stands where an image is transparent: `"white"`, as `from_parts` sets it, or
             the hidden colours (`"dropped"`: the authors' way, and that of processors saved by 0.1.0, which name none).
 
     Raises:
-        ValueError: a placeholder is not one token of the tokenizer, or `gate_context` or `transparency` is unknown.
+        ValueError: a placeholder is not one token of the tokenizer, or `transparency` is unknown.
     """
 
     text_kwargs = {"return_token_type_ids": False}
-    _opening_of: tuple[str | None, str | None] | None = None
 
     def __init__(
         self,
@@ -78,14 +72,10 @@ class AlignGPTProcessor(ProcessorBase):
         align_token="<align>",
         image_seq_length=576,
         image_suffix="",
-        gate_context="prompt",
         transparency=DROPPED,
     ):
-        if gate_context not in GATE_CONTEXTS:
-            raise ValueError(f"gate_context={gate_context!r} is not one of {', '.join(GATE_CONTEXTS)}.")
         if transparency not in TRANSPARENCIES:
             raise ValueError(f"transparency={transparency!r} is not one of {', '.join(TRANSPARENCIES)}.")
-        self.gate_context = gate_context
         self.transparency = transparency
         self.image_token = image_token
         self.align_token = align_token
@@ -113,8 +103,7 @@ class AlignGPTProcessor(ProcessorBase):
 
         Returns:
             `input_ids` and `attention_mask` `(batch, sequence)`; `pixel_values` `(images, 3, height, width)`, all
-            images of the batch in reading order, if there are any; with `gate_context="first_turn"` also
-            `prompt_mask` `(batch, sequence)`, 1 where the gate reads.
+            images of the batch in reading order, if there are any.
 
         Raises:
             ValueError: images and placeholders differ, an image cannot be read, or truncation cuts placeholders.
@@ -127,38 +116,9 @@ class AlignGPTProcessor(ProcessorBase):
         if text is not None and not _mentions(kwargs, "add_special_tokens"):  # type: ignore[arg-type]
             text = self._without_second_bos(text, kwargs)  # type: ignore[arg-type]
         output = super().__call__(images=images, text=text, **kwargs)
-        if self.gate_context == "first_turn" and text is not None:
-            output["prompt_mask"] = self._first_turn_mask([text] if isinstance(text, str) else text, output, kwargs)  # type: ignore[arg-type]
         if align_level is not None and text is not None:
             output["align_level"] = a_level_per_row(align_level, output["input_ids"])
         return output
-
-    def _first_turn_mask(self, rows: list[str], output: BatchFeature, kwargs: dict):
-        """`prompt_mask` of rows (see `gate_prompt_aligngpt.py`), of the type of `output`'s ids."""
-        prefixes = [first_turn(row, self._opening) for row in rows]
-        cut = [prefix for prefix in prefixes if prefix is not None]
-        count = sum(prefix.count(self.image_token) for prefix in cut)
-        laid_out, _ = self.get_text_with_replacements(cut, [self.image_token * self.image_seq_length] * count)
-        settings = {**kwargs, **(kwargs.get("text_kwargs") or {})}
-        special = settings.get("add_special_tokens", True)
-        known = iter(self.tokenizer(laid_out, add_special_tokens=special)["input_ids"] if cut else [])
-        ids = output["input_ids"]
-        masks = [
-            mask_up_to(row_ids, seen, None if prefix is None else next(known))
-            for row_ids, seen, prefix in zip(
-                ids, output.get("attention_mask", [[1] * len(row) for row in ids]), prefixes, strict=True
-            )
-        ]
-        if isinstance(ids, np.ndarray):
-            return np.stack(masks)
-        return torch.from_numpy(np.stack(masks)) if hasattr(ids, "shape") else [mask.tolist() for mask in masks]
-
-    @property
-    def _opening(self) -> str | None:
-        template = self._template_of(None)
-        if self._opening_of is None or self._opening_of[0] != template:
-            self._opening_of = (template, answer_opening(self.tokenizer, template))
-        return self._opening_of[1]
 
     def apply_chat_template(  # type: ignore[override]
         self, conversation, chat_template=None, sanitize_control_tokens: bool = True, align_level=None, **kwargs
@@ -190,27 +150,7 @@ class AlignGPTProcessor(ProcessorBase):
             batched = isinstance(conversation[0], (list, tuple)) or hasattr(conversation[0], "messages")
             chats = [self.sanitize(chat, chat_template) for chat in (conversation if batched else [conversation])]
             conversation = chats if batched else chats[0]
-        if not self._is_to_be_learned(conversation, chat_template, kwargs):
-            return super().apply_chat_template(conversation, chat_template, **kwargs)
-        wanted = kwargs.pop("return_assistant_tokens_mask", False)
-        output = super().apply_chat_template(conversation, chat_template, return_assistant_tokens_mask=True, **kwargs)
-        output["prompt_mask"] = without_answers(output["attention_mask"], output["assistant_masks"])  # type: ignore[index]
-        if not wanted:
-            output.pop("assistant_masks")  # type: ignore[attr-defined]
-        return output
-
-    def _is_to_be_learned(self, conversation, chat_template: str | None, kwargs: dict) -> bool:
-        """Whether conversations end with their answers, and the gate has to be kept from reading those."""
-        asks = kwargs.get("add_generation_prompt") or kwargs.get("continue_final_message")
-        if self.gate_context != "prompt" or asks or not (kwargs.get("tokenize") and kwargs.get("return_dict")):
-            return False
-        if IS_TRANSFORMERS_4 or not conversation:
-            return False
-        template = self._template_of(chat_template)
-        if "{% generation" not in (template or "").replace("{%-", "{%"):
-            return False
-        chats = conversation if isinstance(conversation[0], (list, tuple)) else [conversation]
-        return all(isinstance(chat[-1], dict) and chat[-1].get("role") == "assistant" for chat in chats)
+        return super().apply_chat_template(conversation, chat_template, **kwargs)
 
     def _template_of(self, chat_template: str | None) -> str | None:
         own = self.chat_template
@@ -348,8 +288,6 @@ class AlignGPTProcessor(ProcessorBase):
     @property
     def model_input_names(self) -> list[str]:
         names = [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
-        if self.gate_context == "first_turn":
-            names.append("prompt_mask")
         return [name for name in dict.fromkeys(names) if name not in self.unused_input_names]
 
     def validate_with(self, config) -> None:
@@ -370,7 +308,7 @@ class AlignGPTProcessor(ProcessorBase):
                 f"{wanted_size[1]} (its image_size, times the largest of vision_scales): set size and crop_size of the "
                 "image processor to it."
             )
-        for name in ("image_seq_length", "image_token_id", "align_token_id", "gate_context"):
+        for name in ("image_seq_length", "image_token_id", "align_token_id"):
             own, wanted = getattr(self, name), getattr(config, name)
             if own != wanted:
                 raise ValueError(
@@ -417,7 +355,6 @@ class AlignGPTProcessor(ProcessorBase):
             "align_token": tokenizer.convert_ids_to_tokens(config.align_token_id),
             "image_seq_length": config.image_seq_length,
             "image_suffix": suffix,
-            "gate_context": config.gate_context,
             "transparency": WHITE,
         }
         image_processor = image_processor_for(config.input_image_size, vision_tower, do_pad)

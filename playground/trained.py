@@ -60,7 +60,6 @@ def trained_model(name: str = "gate") -> Path:
         raise ValueError(f"{weights} lacks {', '.join(wrong)}")
     for field in FIELDS:
         setattr(model.config, field, fields[field])
-    processor.gate_context = model.config.gate_context
     folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder, replace=True) as beside:
         model.save_pretrained(beside)

@@ -47,17 +47,15 @@ class AlignGPTDataCollator(DataCollatorMixin):
         num_align_levels (`int`, *optional*): levels must be below it; needed where rows have levels.
         use_levels (`bool`, *optional*): whether rows bring their own level; default: in `"pretrain"` alone. In
             `"instruct"` rows without images need none.
-        gate_context (`str`): the model's: `prompt_mask` is what stands in front of the first answer (`"first_turn"`) or
-            beside the answers (`"prompt"`); with `"sequence"` none is made, and the gate reads everything.
         chat_template (`str`, *optional*): default: "plain" for `"pretrain"`, the processor's own for `"instruct"`.
         pad_to_multiple_of (`int`, *optional*): round batch lengths up to a multiple of it.
         emit_row_index (`bool`): give `row_index` of shape `(batch,)`, for rows that have one, so that a trainer can say
             which rows a batch was made of; it must take it out before the model sees the batch.
 
     Returns, when called with a list of rows:
-        `input_ids`, `attention_mask`, `labels` (-100: not supervised), `prompt_mask` (bool, what the gate
-        reads), each of shape `(batch, length)`; `pixel_values` of shape `(images of the batch, 3, height, width)`
-        in reading order, absent without images; in stage 1 `align_level` of shape `(batch,)`.
+        `input_ids`, `attention_mask`, `labels` (-100: not supervised), each of shape
+        `(batch, length)`; `pixel_values` of shape `(images of the batch, 3, height, width)` in reading order, absent
+        without images; in stage 1 `align_level` of shape `(batch,)`.
 
     Raises:
         ValueError: naming the row, for a missing or impossible level, an unreadable image, placeholders that do not
@@ -70,7 +68,6 @@ class AlignGPTDataCollator(DataCollatorMixin):
     on_overlong: str = "error"
     num_align_levels: int | None = None
     use_levels: bool | None = None
-    gate_context: str = "prompt"
     chat_template: str | None = None
     pad_to_multiple_of: int | None = None
     emit_row_index: bool = False
@@ -112,10 +109,6 @@ class AlignGPTDataCollator(DataCollatorMixin):
             attention_mask[index, : len(ids)] = 1
             labels[index, : len(ids)] = ids.masked_fill(~torch.from_numpy(answer), IGNORE_INDEX)
         batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        if self.gate_context == "prompt":
-            batch["prompt_mask"] = labels == IGNORE_INDEX
-        elif self.gate_context == "first_turn":
-            batch["prompt_mask"] = (labels != IGNORE_INDEX).cumsum(1) == 0
         if any(images):
             flat = [image for of_row in images for image in of_row]
             batch["pixel_values"] = self.processor.image_processor(flat, return_tensors="pt")["pixel_values"]

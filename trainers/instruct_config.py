@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from modeling_aligngpt.configuration_aligngpt import GATE_CONTEXTS
-
 from .sampling import GROUPINGS
 from .stage_config import StageConfig
 
@@ -26,8 +24,8 @@ class AlignGPTInstructConfig(StageConfig):
             images to different degrees; the top level is asked for in use.
         default_align_level (`int`, *optional*): 0-based level of `"fixed"`; the top one when `None`.
         gate_context (`str`, *optional*): what the gate reads (see [`AlignGPTConfig`]): `"first_turn"`, the same in
-            training and in use; `"prompt"`, every question; `"sequence"`, answers too, as in the authors' code. `None`
-            is `"first_turn"` for a model from stage 1, and what it was trained with for one from stage 2.
+            training and in use, or `"sequence"`, answers too, as in the authors' code. `None` is `"first_turn"` for a
+            model from stage 1, and what it was trained with for one from stage 2.
         allow_unaligned (`bool`): train a model that has not been through stage 1.
 
     Raises:
@@ -49,9 +47,9 @@ class AlignGPTInstructConfig(StageConfig):
     gate_context: str | None = field(
         default=None,
         metadata={
-            "help": "The gate reads the `first_turn` (default after stage 1), every question (`prompt`), or answers, "
-            "too, as in the authors' code (`sequence`).",
-            "choices": GATE_CONTEXTS,
+            "help": "The gate reads the `first_turn` (default after stage 1), or answers, too, as in the authors' code "
+            "(`sequence`).",
+            "choices": ("first_turn", "sequence"),
         },
     )
     group_by: str = field(

@@ -54,10 +54,14 @@ class AlignGPTInstructTrainer(StageTrainer):
             raise ValueError(f"default_align_level={level} is not in 0..{config.num_align_levels - 1}, the model's.")
         config.align_mode = args.align_mode
         config.default_align_level = level
-        if args.gate_context is not None:
-            config.gate_context = args.gate_context
-        elif config.training_stage != "instruct":
-            config.gate_context = "first_turn"
+        # a model after stage 2 goes on reading as it did
+        goes_on = config.training_stage == "instruct" and config.gate_context == "sequence"
+        config.gate_context = args.gate_context or ("sequence" if goes_on else "first_turn")
+        if config.uses_gate and config.gate_context == "first_turn" and not config.answer_openings:
+            raise ValueError(
+                "The chat template writes nothing between a question and its answer, so the gate cannot tell where the "
+                'answer begins: use another template, or gate_context="sequence".'
+            )
         if args.align_mode == "random" and config.training_stage != "instruct":
             # drawn on the CPU, so that every process has the same table
             generator = torch.Generator().manual_seed(args.seed)

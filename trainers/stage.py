@@ -19,6 +19,7 @@ from trl import SFTTrainer
 
 from aligngpt_shared.locks import lock, lock_of
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
+from modeling_aligngpt.gate_prompt_aligngpt import answer_openings
 
 from .checkpoints import (
     CheckpointError,
@@ -129,9 +130,9 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
         if args.use_kernels:
             model.use_kernels = True
         self.check_adapter(kwargs.get("peft_config"), args)
+        model.config.answer_openings = answer_openings(processing_class.tokenizer, processing_class.chat_template)
         self.configure_stage(model, args)
         model.config.training_stage = self.stage
-        processing_class.gate_context = model.config.gate_context
         processing_class.image_processor.do_pad = args.image_aspect_ratio == "pad"
         # TRL would strip levels, lengths and names; `prepare_rows` keeps what is used
         args.remove_unused_columns = False
@@ -144,7 +145,6 @@ class StageTrainer(CheckpointMixin, GenerationMixin, SFTTrainer):
             on_overlong=args.on_overlong,
             num_align_levels=model.config.num_align_levels,
             use_levels=model.config.align_mode == "level",
-            gate_context=model.config.gate_context,
             pad_to_multiple_of=args.pad_to_multiple_of,
             emit_row_index=True,
         )

@@ -27,7 +27,7 @@ from vllm.multimodal.processing import (
 
 from modeling_aligngpt import AlignGPTProcessor
 from modeling_aligngpt.configuration_aligngpt import AlignGPTConfig
-from modeling_aligngpt.gate_prompt_aligngpt import answer_opening
+from modeling_aligngpt.gate_prompt_aligngpt import answer_openings, first_turn_end
 
 
 # levels of an item besides those of a table: the config's mode decides; the image is not the first, and has no vector
@@ -76,7 +76,7 @@ class AlignGPTDummyInputs(BaseDummyInputsBuilder[AlignGPTProcessingInfo]):
 class AlignGPTMultiModalProcessor(BaseMultiModalProcessor[AlignGPTProcessingInfo]):
     """See the module. A prompt's `align_level` comes in `mm_processor_kwargs`."""
 
-    _opening: str | None = None
+    _openings: list[list[int]] | None = None
 
     def apply(self, inputs, timing_ctx):
         """
@@ -122,27 +122,17 @@ class AlignGPTMultiModalProcessor(BaseMultiModalProcessor[AlignGPTProcessingInfo
 
     def _gate_ids(self, ids: list[int]) -> list[int]:
         """The tokens of the prompt that the gate reads; see `config.gate_context`."""
-        config, tokenizer = self.info.get_hf_config(), self.info.get_hf_processor().tokenizer
-        read = ids[: self._first_turn_end(ids)] if config.gate_context == "first_turn" else ids
+        config, processor = self.info.get_hf_config(), self.info.get_hf_processor()
+        tokenizer, read = processor.tokenizer, ids
+        if config.gate_context == "first_turn":
+            if self._openings is None:  # a model saved by 0.1.0 does not say
+                self._openings = config.answer_openings or answer_openings(tokenizer, processor.chat_template) or []
+            read = ids[: first_turn_end(ids, self._openings)]
         if read and read[0] == config.text_config.bos_token_id:
             read = read[1:]
         left_out = {config.image_token_id, config.align_token_id, tokenizer.pad_token_id}
         left_out -= {tokenizer.eos_token_id}  # where padding is EOS, it is an answer's end here
         return [token for token in read if token not in left_out]
-
-    def _first_turn_end(self, ids: list[int]) -> int:
-        """How many tokens the first answer begins behind: all of them when none has been given yet."""
-        processor = self.info.get_hf_processor()
-        if self._opening is None:
-            self._opening = answer_opening(processor.tokenizer, processor.chat_template) or ""
-        opening = self._opening
-        if not opening or opening not in processor.tokenizer.decode(ids):
-            return len(ids)
-        low, high = 1, len(ids)  # the shortest beginning that has the whole of it
-        while low < high:
-            middle = (low + high) // 2
-            low, high = (low, middle) if opening in processor.tokenizer.decode(ids[:middle]) else (middle + 1, high)
-        return low
 
     # ---- what the steps of `apply` ask for ----
 

@@ -28,6 +28,7 @@ from modeling_aligngpt.assembly import (
 )
 from modeling_aligngpt.chat_templates import CHAT_TEMPLATES, select_chat_template
 from modeling_aligngpt.configuration_aligngpt import GATE_CONTEXTS, AlignGPTConfig
+from modeling_aligngpt.gate_prompt_aligngpt import answer_openings
 from modeling_aligngpt.images_aligngpt import DROPPED
 from modeling_aligngpt.modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTMLP
 from modeling_aligngpt.processing_aligngpt import AlignGPTProcessor
@@ -51,7 +52,7 @@ def convert_checkpoint(
     vision_tower: str | os.PathLike | None = None,
     base_llm: str | os.PathLike | None = None,
     chat_template: str | None = None,
-    gate_context: str = "prompt",
+    gate_context: str = "sequence",
     dtype: str | torch.dtype | None = None,
     max_shard_size: str = "5GB",
 ) -> Path:
@@ -67,7 +68,7 @@ def convert_checkpoint(
             finetuned model that was saved without; by default what their config names.
         chat_template: a name of `CHAT_TEMPLATES`; by default "plain" for stage 1, "vicuna_v1" for a Llama without a
             template of its own, else the tokenizer's family.
-        gate_context: what the gate reads in further training: "prompt", or "sequence" as the authors' code does.
+        gate_context: what the gate reads: "sequence" as the authors' code does, or "first_turn".
         dtype: of the saved weights; by default each keeps its own, and the model's is that of most of them.
         max_shard_size: greatest size of a weight file.
 
@@ -108,6 +109,7 @@ def convert_checkpoint(
             _generation_config(source.folder if llm is None else llm, model.config), model.config, tokenizer
         )
         name = chat_template or ("plain" if source.is_stage1 else _family(tokenizer, config))
+        model.config.answer_openings = answer_openings(tokenizer, CHAT_TEMPLATES[name])
         processor = AlignGPTProcessor.from_parts(
             tokenizer,
             model.config,
@@ -309,7 +311,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoint has none (default: what the config names)",
     )
     parser.add_argument("--chat-template", choices=sorted(CHAT_TEMPLATES), help="default: by stage and tokenizer")
-    parser.add_argument("--gate-context", choices=GATE_CONTEXTS, default="prompt", help="default: %(default)s")
+    parser.add_argument("--gate-context", choices=GATE_CONTEXTS, default="sequence", help="default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the checkpoint's")
     parser.add_argument("--max-shard-size", default="5GB", help="greatest size of a weight file, default: %(default)s")
     parser.add_argument("--to-original", action="store_true", help="the other way: into the authors' format")
@@ -320,7 +322,7 @@ def run(args: argparse.Namespace) -> int:
     if args.to_original:
         from .export import export_original, way_back
 
-        if args.dtype or args.chat_template or args.gate_context != "prompt":
+        if args.dtype or args.chat_template or args.gate_context != "sequence":
             raise ValueError("--dtype, --chat-template and --gate-context have no effect with --to-original.")
         output = export_original(
             args.checkpoint,

@@ -144,7 +144,7 @@ def test_finetuned_model(checkpoint, tmp_path):
     ours = convert_checkpoint(checkpoint, tmp_path / "ours")
     model, processor, theirs = load(ours), AlignGPTProcessor.from_pretrained(ours), load_bin(CHECKPOINT / WEIGHTS)
     config = model.config
-    assert (config.align_mode, config.training_stage, config.gate_context) == ("gate", "instruct", "prompt")
+    assert (config.align_mode, config.training_stage, config.gate_context) == ("gate", "instruct", "sequence")
     assert config.vision_feature_layer == json.loads((CHECKPOINT / "config.json").read_text())["mm_vision_select_layer"]
     assert config.num_align_levels == len(theirs["align_indicators.indicator_embs"])
     assert config.gate_hidden_size == len(theirs["gated_weight_layer.mlp.0.bias"])
@@ -552,4 +552,4 @@ def test_command_both_ways(checkpoint, tmp_path, capsys):
     assert convert.run(parse("--checkpoint", tmp_path / "stage1", "--to-original", "--output", tmp_path / "back")) == 0
     assert_same_checkpoint(tmp_path / "back", STAGE1)
     with pytest.raises(ValueError, match="no effect"):
-        convert.run(parse("--checkpoint", "a", "--output", "b", "--to-original", "--gate-context", "sequence"))
+        convert.run(parse("--checkpoint", "a", "--output", "b", "--to-original", "--gate-context", "first_turn"))

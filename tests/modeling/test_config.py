@@ -16,7 +16,7 @@ def test_defaults_are_the_release():
     assert config.vision_config.model_type == "clip_vision_model" and config.vision_config.image_size == 336
     assert config.text_config.model_type == "llama"
     assert (config.num_align_levels, config.gate_hidden_size, config.vision_feature_layer) == (8, 256, -2)
-    assert (config.align_mode, config.gate_context, config.training_stage) == ("gate", "prompt", None)
+    assert (config.align_mode, config.gate_context, config.training_stage) == ("gate", "first_turn", None)
     assert config.get_text_config() is config.text_config
 
 

@@ -168,7 +168,7 @@ def test_labels_never_change_the_logits(context):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"labels": "answer"}, "without a prompt_mask"),
+        ({"labels": "answer"}, "does not say how answers begin"),
         ({"labels": "all", "prompt_mask": True}, "supervise <image>"),
         ({"labels": "answer", "prompt_mask": True}, None),
         ({"labels": "answer", "align_level": 3}, None),

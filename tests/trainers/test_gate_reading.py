@@ -1,15 +1,15 @@
-"""`gate_context="first_turn"`: the gate reads the same in training, when asked, behind a cache, in other trainers."""
+"""What the gate reads is found in the ids: the same in training, when asked, in later turns and behind a cache."""
+
+import json
 
 import pytest
 import torch
-from datasets import Dataset
 from stage_parts import conversation_rows, draw_image, message
 from transformers import GenerationConfig
-from trl import SFTConfig, SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from aligngpt_trainers import AlignGPTDataCollator
-from modeling_aligngpt import CHAT_TEMPLATES
+from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTForConditionalGeneration, AlignGPTProcessor
+from modeling_aligngpt.gate_prompt_aligngpt import answer_openings, first_turn_end
 
 
 TEMPLATES = [name for name in CHAT_TEMPLATES if name != "plain"]
@@ -37,57 +37,64 @@ def rendered(row: dict, processor, messages=None, **kwargs):
     return processor.apply_chat_template(found, tokenize=True, return_dict=True, return_tensors="pt", **kwargs)
 
 
+def read_by(model, inputs) -> list[list[int]]:
+    """The ids of each row that stand in front of its first answer, as the model finds them."""
+    ids = inputs["input_ids"]
+    front = ~model.model.find_answers(ids, model.get_input_embeddings()(ids)) & inputs["attention_mask"].bool()
+    by_embeddings = ~model.model.find_answers(None, model.get_input_embeddings()(ids))
+    assert torch.equal(front, by_embeddings & inputs["attention_mask"].bool())
+    return [row[seen].tolist() for row, seen in zip(ids, front, strict=True)]
+
+
 @pytest.fixture
 def model_and_processor(assembled):
     model, processor = assembled
-    model.config.gate_context = processor.gate_context = "first_turn"
+    assert model.config.gate_context == "first_turn"
+    model.config.align_mode, before = "gate", (model.config.answer_openings, processor.image_suffix)
     yield model.eval(), processor
-    model.config.gate_context = processor.gate_context = "prompt"
+    model.config.align_mode, model.config.gate_context = "level", "first_turn"
+    model.config.answer_openings, processor.image_suffix = before
     processor.chat_template = CHAT_TEMPLATES["vicuna_v1"]
 
 
 @pytest.mark.parametrize("suffix", ["", " "])
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_training_and_asking_read_the_same(model_and_processor, template, suffix):
-    _, processor = model_and_processor
+    model, processor = model_and_processor
     processor.chat_template, processor.image_suffix = CHAT_TEMPLATES[template], suffix
-    rows = [talk(), talk(1), *conversation_rows(4)]
-    for row in rows:
-        trained = AlignGPTDataCollator(processor, "instruct", gate_context="first_turn")([row])
-        read = trained["input_ids"][trained["prompt_mask"]].tolist()
-        if not row["images"] or len(row["images"]) > 1:
-            continue
-        for asked in range(1, len(row["messages"]), 2):
-            inputs = rendered(row, processor, row["messages"][:asked], add_generation_prompt=True)
-            assert inputs["input_ids"][inputs["prompt_mask"].bool()].tolist() == read
-        whole = rendered(row, processor)
-        assert whole["input_ids"][whole["prompt_mask"].bool()].tolist() == read
+    model.config.answer_openings = answer_openings(processor.tokenizer, processor.chat_template)
+    for row in [talk(), talk(1), *conversation_rows(4)]:
+        trained = AlignGPTDataCollator(processor, "instruct")([row])
+        assert "prompt_mask" not in trained
+        # up to the first token that is learned
+        read = trained["input_ids"][(trained["labels"] != -100).cumsum(1) == 0].tolist()
+        assert read_by(model, trained) == [read]
+        assert first_turn_end(trained["input_ids"][0].tolist(), model.config.answer_openings) == len(read)
+        if len(row["images"]) == 1:
+            for asked in range(1, len(row["messages"]), 2):
+                inputs = rendered(row, processor, row["messages"][:asked], add_generation_prompt=True)
+                assert read_by(model, inputs) == [read]
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_batch_reads_as_its_rows(model_and_processor, side):
-    _, processor = model_and_processor
+    model, processor = model_and_processor
     texts = [
         processor.apply_chat_template(row["messages"][:asked], tokenize=False, add_generation_prompt=True)
         for row, asked in ((talk(), 5), (talk(1), 1), (talk(), 3))
     ]
-    settings = {"padding": True, "padding_side": side, "add_special_tokens": False}
-    images = [[draw_image("red")]] * 3
-    together = processor(text=texts, images=images, return_tensors="pt", **settings)
-    assert together["prompt_mask"].shape == together["input_ids"].shape
-    assert not (together["prompt_mask"] * (1 - together["attention_mask"])).any()
-    lists = processor(text=texts, images=images, **settings)
-    assert lists["prompt_mask"] == together["prompt_mask"].tolist()
-    for index, text in enumerate(texts):
-        alone = processor(text=[text], images=[images[index]], return_tensors="pt", add_special_tokens=False)
-        read = alone["input_ids"][alone["prompt_mask"].bool()]
-        assert torch.equal(together["input_ids"][index][together["prompt_mask"][index].bool()], read)
+    settings = {"padding": True, "padding_side": side, "add_special_tokens": False, "return_tensors": "pt"}
+    together = processor(text=texts, images=[[draw_image("red")]] * 3, **settings)
+    assert "prompt_mask" not in together and "prompt_mask" not in processor.model_input_names
+    alone = [read_by(model, processor(text=[text], images=[draw_image("red")], **settings)) for text in texts]
+    assert read_by(model, together) == [read for (read,) in alone]
 
 
 def test_weights_agree_in_training_later_turns_and_behind_a_cache(model_and_processor):
     model, processor = model_and_processor
     row = talk()
-    trained = model(**AlignGPTDataCollator(processor, "instruct", gate_context="first_turn")([row]))
+    batch = AlignGPTDataCollator(processor, "instruct")([row])
+    trained = model(**batch)
     quiet = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True}
     first = model.generate(**rendered(row, processor, row["messages"][:1], add_generation_prompt=True), **quiet)
     later = model.generate(**rendered(row, processor, row["messages"][:5], add_generation_prompt=True), **quiet)
@@ -97,86 +104,58 @@ def test_weights_agree_in_training_later_turns_and_behind_a_cache(model_and_proc
     inputs = rendered(row, processor, row["messages"][:3], add_generation_prompt=True)
     with torch.no_grad():
         whole = model(**inputs)
-        length = int(inputs["prompt_mask"].sum())
+        length = len(read_by(model, inputs)[0])
         begun = model(input_ids=inputs["input_ids"][:, :length], pixel_values=inputs["pixel_values"])
         rest = model(input_ids=inputs["input_ids"][:, length:], past_key_values=begun.past_key_values)
     assert rest.align_weights is None
     torch.testing.assert_close(rest.logits, whole.logits[:, length:], rtol=1e-4, atol=1e-5)
+    model.config.gate_context = "sequence"
+    assert (model(**batch).align_weights - trained.align_weights).abs().max() > 1e-6
 
 
-def test_other_values_keep_their_meaning(model_and_processor):
+def test_log_probabilities_of_an_answer_are_those_of_generation(model_and_processor):
+    """What any trainer computes for a finished conversation, whatever stands in it."""
     model, processor = model_and_processor
-    row = talk()
-    for context in ("prompt", "sequence"):
-        model.config.gate_context = processor.gate_context = context
-        asked = rendered(row, processor, row["messages"][:3], add_generation_prompt=True)
-        assert "prompt_mask" not in asked
-        batch = AlignGPTDataCollator(processor, "instruct", gate_context=context)([row])
-        whole = rendered(row, processor)
-        if context == "prompt":
-            assert torch.equal(batch["prompt_mask"], batch["labels"] == -100)
-            assert torch.equal(whole["prompt_mask"].bool(), batch["labels"] == -100)
-        else:
-            assert "prompt_mask" not in batch and "prompt_mask" not in whole
+    for cache in (True, False):
+        asked = rendered(talk(1), processor, talk(1)["messages"][:1], add_generation_prompt=True)
+        made = model.generate(
+            **asked,
+            max_new_tokens=6,
+            do_sample=False,
+            use_cache=cache,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        batch = {**asked, "input_ids": made.sequences, "attention_mask": torch.ones_like(made.sequences)}
+        with torch.no_grad():
+            scored = model(**batch).logits[:, asked["input_ids"].shape[1] - 1 : -1]
+        expected = torch.stack(made.logits, 1)
+        torch.testing.assert_close(scored.log_softmax(-1), expected.log_softmax(-1), rtol=0, atol=1e-4)
 
 
-def test_the_reading_is_saved(model_and_processor, tmp_path):
+def test_the_reading_is_saved_and_models_of_0_1_0_get_it(model_and_processor, tmp_path):
     model, processor = model_and_processor
-    processor.save_pretrained(tmp_path)
-    again = type(processor).from_pretrained(tmp_path)
-    again.validate_with(model.config)
-    model.config.gate_context = "prompt"
-    with pytest.raises(ValueError, match="gate_context is first_turn in the processor and prompt in the config"):
-        again.validate_with(model.config)
-    with pytest.raises(ValueError, match="gate_context='answers' is not one of"):
-        type(processor)(processor.image_processor, processor.tokenizer, gate_context="answers")
+    for part in (model, processor):
+        part.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    saved = json.loads(path.read_text())
+    assert saved["answer_openings"] == model.config.answer_openings != None  # noqa: E711
+    path.write_text(json.dumps({key: value for key, value in saved.items() if key != "answer_openings"}))
+    processor_file = tmp_path / "processor_config.json"
+    processor_file.write_text(json.dumps({**json.loads(processor_file.read_text()), "gate_context": "first_turn"}))
+    again = AlignGPTForConditionalGeneration.from_pretrained(tmp_path)
+    assert again.config.answer_openings == model.config.answer_openings
+    asked = rendered(talk(), AlignGPTProcessor.from_pretrained(tmp_path))
+    assert "prompt_mask" not in asked and read_by(again, asked) == read_by(model, asked)
 
 
 def test_a_text_without_turns_is_read_whole(model_and_processor):
-    _, processor = model_and_processor
-    inputs = processor(text="<image> what is it?", images=draw_image("red"), return_tensors="pt")
-    assert torch.equal(inputs["prompt_mask"], inputs["attention_mask"])
-    processor.chat_template = "{{ messages[0]['content'] }}"
-    inputs = processor(text="<image> USER: a ASSISTANT: b", images=draw_image("red"), return_tensors="pt")
-    assert torch.equal(inputs["prompt_mask"], inputs["attention_mask"])
-
-
-@pytest.mark.parametrize("context", ["first_turn", "prompt"])
-def test_trls_own_trainer_reads_no_answers(model_and_processor, tmp_path, context):
-    """TRL's collator hands the mask on, so that a plain SFTTrainer's gate reads what ours reads."""
     model, processor = model_and_processor
-    model.config.gate_context = processor.gate_context = context
-    row = talk()
-    messages = [
-        {"role": m["role"], "content": [{k: v for k, v in p.items() if v is not None} for p in m["content"]]}
-        for m in row["messages"]
-    ]
-    collator = DataCollatorForVisionLanguageModeling(processor, assistant_only_loss=True)
-    theirs = collator([{"images": row["images"], "messages": messages}])
-    ours = AlignGPTDataCollator(processor, "instruct", gate_context=context)([row])
-    assert torch.equal(theirs["labels"], ours["labels"])
-    assert torch.equal(theirs["prompt_mask"].bool(), ours["prompt_mask"])
-    with torch.no_grad():
-        assert torch.equal(model(**theirs).loss, model(**ours).loss)
-    args = SFTConfig(
-        str(tmp_path),
-        max_steps=1,
-        use_cpu=True,
-        bf16=False,
-        report_to="none",
-        assistant_only_loss=True,
-        save_strategy="no",
-    )
-    trainer = SFTTrainer(
-        model,
-        args,
-        train_dataset=Dataset.from_list([{"images": row["images"], "messages": messages}]),
-        processing_class=processor,
-    )
-    seen = []
-    model.model.register_forward_pre_hook(lambda _, __, kwargs: seen.append(kwargs["prompt_mask"]), with_kwargs=True)
-    trainer.train()
-    assert torch.equal(seen[0].bool(), ours["prompt_mask"])
+    inputs = processor(text="<image> what is it?", images=draw_image("red"), return_tensors="pt")
+    assert read_by(model, inputs) == inputs["input_ids"].tolist()
+    assert answer_openings(processor.tokenizer, "{{ messages[0]['content'] }}") is None
+    assert answer_openings(processor.tokenizer, CHAT_TEMPLATES["plain"]) is None
+    assert answer_openings(processor.tokenizer, None) is None
 
 
 @pytest.mark.parametrize(

@@ -79,9 +79,8 @@ def test_the_loss_is_the_models_own(stage1_folder, conversations, tmp_path):
     torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), own, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("context", [None, "first_turn", "prompt", "sequence"])
+@pytest.mark.parametrize("context", [None, "first_turn", "sequence"])
 def test_the_gate_reads_answers_in_sequence_context_alone(stage1_folder, conversations, tmp_path, context):
-    """TRL calls the inner model without labels: what the gate may read reaches it as `prompt_mask`."""
     trainer = trainer_for(str(stage1_folder), tmp_path, conversations, gate_context=context)
     weights = []
     for answer in ("red", "not at all green"):
@@ -92,7 +91,7 @@ def test_the_gate_reads_answers_in_sequence_context_alone(stage1_folder, convers
         weights.append(trainer.model.base_model(**batch).align_weights)
     assert torch.equal(*weights) == (context != "sequence")
     wanted = context or "first_turn"
-    assert trainer.model.config.gate_context == trainer.processing_class.gate_context == wanted
+    assert trainer.model.config.gate_context == wanted
 
 
 def test_the_gate_weighs_in_training_as_in_generation(stage1_folder, conversations, tmp_path):
