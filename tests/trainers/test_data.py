@@ -402,8 +402,8 @@ class TestErrors:
             load_rows([llava(similarity=1), llava()], image_folder=folder / "pictures")
 
     def test_columns(self, caplog):
-        with pytest.raises(ValueError, match=r"found the columns answer, question; accepted are `messages`"):
-            load_rows([{"question": "a", "answer": "b"}])
+        with pytest.raises(ValueError, match=r"found the columns answer, first; accepted are `messages`"):
+            load_rows([{"first": "a", "answer": "b"}])
         with pytest.raises(ValueError, match="found the columns caption; accepted"):
             load_rows(Dataset.from_dict({"caption": ["a"]}))
         load_rows([{"image": draw_image(), "caption": "a", "similarty": 3, "url": "u"}])

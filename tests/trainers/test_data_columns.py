@@ -9,6 +9,9 @@ import pytest
 from datasets import Dataset, IterableDataset
 from PIL import Image as PILImage
 
+from aligngpt_trainers.commands.arguments import DataArguments
+from aligngpt_trainers.commands.settings import parse_settings
+from aligngpt_trainers.data.columns import mapping_of
 from aligngpt_trainers.data.conversations import caption_of
 from aligngpt_trainers.data.load import load_rows
 
@@ -153,3 +156,10 @@ def test_no_word_of_columns_that_were_mapped(source, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     read(source("list", [record(0, {"clip": 1}, more=1)]), "list", tmp_path, MAPPING)
     assert "columns not used: more." in caplog.text
+
+
+def test_as_a_setting(tmp_path):
+    (tmp_path / "a.yaml").write_text("columns:\n  image: img\n  text: alt\n")
+    for words in (["--columns", "image=img,text=alt"], ["--config", str(tmp_path / "a.yaml")]):
+        (settings,) = parse_settings("aligngpt pretrain", (DataArguments,), words)
+        assert mapping_of(settings.columns) == {"image": "img", "text": "alt"}

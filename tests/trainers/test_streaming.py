@@ -169,12 +169,12 @@ class TestBadRows:
         assert len(list(load_rows(tmp_path / "a.parquet", streaming=True, on_bad_row="skip"))) == 11
 
     def test_columns_and_levels(self, folder, table):
-        (folder / "wrong.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+        (folder / "wrong.jsonl").write_text('{"first": "a", "answer": "b"}\n')
         (folder / "gap.jsonl").write_text(
             "\n".join(map(json.dumps, [*llava(folder, 1, similarity=3), *llava(folder, 1)]))
         )
         (folder / "none.jsonl").write_text("\n")
-        with pytest.raises(ValueError, match="found the columns answer, question; accepted are"):
+        with pytest.raises(ValueError, match="found the columns answer, first; accepted are"):
             load_rows(folder / "wrong.jsonl", streaming=True)
         with pytest.raises(ValueError, match="found the columns caption; accepted are"):
             load_rows(table.remove_columns("image"), streaming=True)

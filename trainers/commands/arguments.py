@@ -36,6 +36,9 @@ class DataArguments:
     image_folder: str | None = field(
         default=None, metadata={"help": "What relative image paths start from; default: the folder of the file."}
     )
+    columns: dict[str, str] | str | None = field(
+        default=None, metadata={"help": "The data's names of columns by ours, `image=img,text=alt`, or a mapping."}
+    )
     on_bad_row: str = field(
         default="raise",
         metadata={

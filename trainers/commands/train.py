@@ -244,6 +244,7 @@ def rows_of(data_args: DataArguments, source: str, split: str | None, **options:
         name=data_args.dataset_config,
         revision=data_args.dataset_revision,
         image_folder=data_args.image_folder,
+        columns=data_args.columns,
         on_bad_row=data_args.on_bad_row,
         **options,
     )

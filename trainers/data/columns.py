@@ -5,16 +5,17 @@ from itertools import islice
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, Features, IterableDataset, LargeList, List, concatenate_datasets
+from datasets import Dataset, Features, IterableDataset, LargeList, List, Value, concatenate_datasets
 
-from .conversations import LAYOUTS
+from .conversations import LAYOUTS, MORE, PAIRS, find_layout
 
 
 IMAGE_COLUMNS = ("images", "image")
 OTHER_COLUMNS = ("id", "align_level", "similarity", "clip_score")
-NAMES = tuple(dict.fromkeys([*IMAGE_COLUMNS, *(name for layout in LAYOUTS for name in layout), *OTHER_COLUMNS]))
+NAMES = tuple(dict.fromkeys([*IMAGE_COLUMNS, *(name for layout in LAYOUTS for name in layout), *MORE, *OTHER_COLUMNS]))
 # Names that say the same: where one of them is mapped, another column of that kind is not read.
 ALIKE = (set(IMAGE_COLUMNS), {"align_level", "similarity"})
+IMAGE_KEYS = ("image", "path", "url", "base64", "image_url")  # under which a part of a message holds its image
 PEEK = 1000  # records whose columns are looked at before a file is read
 TYPED_BY = 5  # records that say of what kind a stream's columns are, where it does not say so
 
@@ -80,9 +81,27 @@ def names_in(records: Iterable[Mapping[str, Any]]) -> set[str]:
     return {name for record in islice(records, PEEK) if isinstance(record, dict) for name in _names(record)}
 
 
+def captions_of_a_table_apart(dataset: Dataset) -> Dataset:
+    """The data set with a row for each caption, where it has lists of them."""
+    layout = find_layout(dataset.column_names)
+    if layout not in PAIRS or not isinstance(dataset.features[layout[0]], (List, LargeList)):
+        return dataset
+    column = layout[0]
+    captions = [each or [None] for each in dataset.with_format(None)[column][:]]
+    rows = dataset.remove_columns(column).select([number for number, each in enumerate(captions) for _ in each])
+    beside = {column: [caption for each in captions for caption in each]}
+    return concatenate_datasets([rows, Dataset.from_dict(beside, Features({column: Value("string")}))], axis=1)
+
+
 def with_features(rows: IterableDataset) -> IterableDataset:
     """The stream with the kinds of its columns, taken from its first rows where it does not say them."""
     return rows if rows.features is not None else rows.cast(Dataset.from_list(list(rows.take(TYPED_BY))).features)
+
+
+def holds_images_in_parts(features: Features) -> bool:
+    """Whether images stand in the parts of messages."""
+    parts = {name.rpartition(".content.")[2] for name in _names(features) if ".content." in name}
+    return not parts.isdisjoint(IMAGE_KEYS)
 
 
 def _hidden(columns: Mapping[str, str]) -> set[str]:

@@ -1,6 +1,8 @@
 """One record of any accepted layout -> the standard chat messages, or the reason why it cannot be used."""
 
 import re
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 
@@ -8,11 +10,9 @@ IMAGE_TOKEN = "<image>"
 RESERVED = ("<image>", "<align>")
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
-# The layouts of a record, by the columns that make them. The first that is present wins.
-LAYOUTS = (("messages",), ("conversations",), ("prompt", "completion"), ("caption",), ("text",))
 ACCEPTED = (
-    "`messages` (+ `images`), LLaVA's `conversations` (+ `image`), `prompt` + `completion` (+ `images`), "
-    "or `image` + `caption` or `text`"
+    "`messages` (+ `images`), LLaVA's `conversations` (+ `image`), `texts` (+ `images`), `prompt` + `completion`, "
+    "`question` + `answer`, or `image` + `caption` or `text` (docs/data.md lists all; `columns` maps other names)"
 )
 
 # What other models take, by column and key of a turn. `objects` are what these marks in a text stand for.
@@ -48,6 +48,14 @@ class Reason(str):
     def read(cls, kept: str) -> "Reason":
         kind, colon, text = kept.partition(": ")
         return cls(text, kind) if colon and kind in REASON_KINDS else cls(kept)
+
+
+class Broken(dict):
+    """What could be read of a record that is damaged in its file, and the `problem`. It costs its own row alone."""
+
+    def __init__(self, problem: str, known: dict[str, Any] | None = None):
+        super().__init__(known or {})
+        self.problem = problem
 
 
 class BadRow(ValueError):
@@ -88,11 +96,6 @@ def refuse_foreign(record: dict[str, Any], layout: tuple[str, ...]) -> None:
         raise BadRow(f"holds `{found or names[0]}`, but the model takes images and text alone")
 
 
-def find_layout(columns: Any) -> tuple[str, ...] | None:
-    """The layout whose columns are all in `columns`, or None."""
-    return next((layout for layout in LAYOUTS if all(name in columns for name in layout)), None)
-
-
 def _text(value: str) -> dict[str, str]:
     return {"type": "text", "text": value}
 
@@ -125,7 +128,7 @@ def _content(value: Any, role: str, number: int) -> list[dict[str, str]]:
     blocks = []
     for block in value:
         kind = block.get("type") if isinstance(block, dict) else None
-        if kind == "image":
+        if kind in ("image", "image_url"):
             blocks.append({"type": "image"})
         elif kind == "text" and isinstance(block.get("text"), str):
             if block["text"]:
@@ -138,26 +141,94 @@ def _content(value: Any, role: str, number: int) -> list[dict[str, str]]:
     return blocks if any(block["type"] == "image" or block["text"].strip() for block in blocks) else []
 
 
-def _turns(record: dict[str, Any], layout: tuple[str, ...]) -> list[tuple[Any, Any]]:
-    """(role, content) pairs of a record, in its own words."""
-    if layout == ("conversations",) or layout == ("messages",):
-        turns = record[layout[0]]
-        if not isinstance(turns, (list, tuple)) or not turns:
-            raise BadRow(f"`{layout[0]}` is empty or not a list")
-        role, content = ("from", "value") if layout == ("conversations",) else ("role", "content")
-        if not all(isinstance(turn, dict) and role in turn and content in turn for turn in turns):
-            raise BadRow(f"a turn of `{layout[0]}` lacks '{role}' or '{content}'")
-        return [(turn[role], turn[content]) for turn in turns]
-    if layout == ("prompt", "completion"):
-        pairs = []
-        for column, role in (("prompt", "user"), ("completion", "assistant")):
-            value = record[column]
-            if isinstance(value, list):
-                pairs.extend((turn.get("role"), turn.get("content")) for turn in value)
-            else:
-                pairs.append((role, value))
-        return pairs
+Turns = list[tuple[Any, Any]]  # role and content, in the record's own words
+
+
+def _spoken(record: dict[str, Any], layout: tuple[str, ...]) -> Turns:
+    """A list of turns, with LLaVA's keys or TRL's."""
+    turns, role, content = record[layout[0]], "from", "value"
+    if not isinstance(turns, (list, tuple)) or not turns:
+        raise BadRow(f"`{layout[0]}` is empty or not a list")
+    if isinstance(turns[0], dict) and (turns[0].get("role") or (layout == ("messages",) and "from" not in turns[0])):
+        role, content = "role", "content"
+    if not all(isinstance(turn, dict) and role in turn and content in turn for turn in turns):
+        raise BadRow(f"a turn of `{layout[0]}` lacks '{role}' or '{content}'")
+    return [(turn[role], turn[content]) for turn in turns]
+
+
+def _exchanged(record: dict[str, Any], layout: tuple[str, ...]) -> Turns:
+    """A list of questions with their answers."""
+    turns = record[layout[0]]
+    if not isinstance(turns, (list, tuple)) or not turns:
+        raise BadRow(f"`{layout[0]}` is empty or not a list")
+    if not all(isinstance(turn, dict) and {"user", "assistant"} <= set(turn) for turn in turns):
+        raise BadRow(f"a turn of `{layout[0]}` lacks 'user' or 'assistant'")
+    return [(role, turn[role]) for turn in turns for role in ("user", "assistant")]
+
+
+def _prompted(record: dict[str, Any], layout: tuple[str, ...]) -> Turns:
+    """A question and an answer, or lists of messages in place of them."""
+    pairs = []
+    for column, role in zip(layout, ("user", "assistant"), strict=True):
+        value = record[column]
+        if isinstance(value, list):
+            pairs.extend((turn.get("role"), turn.get("content")) for turn in value)
+        else:
+            pairs.append((role, value))
+    return pairs
+
+
+def _asked(record: dict[str, Any], layout: tuple[str, ...]) -> Turns:
+    """A question, with its `input` where there is one, and an answer, or the most frequent of several."""
+    question, answer = (record[column] for column in layout)
+    if layout[0] == "instruction" and record.get("input"):
+        question = f"{question}\n{record['input']}"
+    answers = [each.get("answer") if isinstance(each, dict) else each for each in _several(answer)]
+    found = Counter(each for each in answers if each is not None).most_common(1)
+    answer = found[0][0] if found else ""
+    return [("user", question), ("assistant", str(answer) if isinstance(answer, (int, float)) else answer)]
+
+
+def _several(value: Any) -> list[Any] | tuple[Any, ...]:
+    return value if isinstance(value, (list, tuple)) else [value]
+
+
+def _captioned(record: dict[str, Any], layout: tuple[str, ...]) -> Turns:
     return [("user", ""), ("assistant", record[layout[0]])]
+
+
+# The layouts of a record: the columns that make one, and how its turns are read. The first that is present wins.
+LAYOUTS: dict[tuple[str, ...], Callable[[dict[str, Any], tuple[str, ...]], Turns]] = {
+    ("messages",): _spoken,
+    ("conversations",): _spoken,
+    ("prompt", "completion"): _prompted,
+    ("caption",): _captioned,
+    ("text",): _captioned,
+    ("texts",): _exchanged,
+    ("question", "answer"): _asked,
+    ("question", "answers"): _asked,
+    ("query", "response"): _asked,
+    ("instruction", "output"): _asked,
+    ("captions",): _captioned,
+    ("alt_text",): _captioned,
+    ("alt",): _captioned,
+}
+PAIRS = {layout for layout, read in LAYOUTS.items() if read is _captioned}
+MORE = ("system", "input")  # columns that some layouts read besides
+
+
+def find_layout(columns: Any) -> tuple[str, ...] | None:
+    """The layout whose columns are all in `columns`, or None."""
+    return next((layout for layout in LAYOUTS if all(name in columns for name in layout)), None)
+
+
+def captions_apart(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The record once for each of its captions, where it has a list of them."""
+    layout = find_layout({column for column in record if record[column] is not None})
+    captions = record[layout[0]] if layout in PAIRS and not isinstance(record, Broken) else None
+    if not isinstance(captions, (list, tuple)) or not captions:
+        return [record]
+    return [{**record, layout[0]: caption} for caption in captions]
 
 
 def _check_order(roles: list[str]) -> None:
@@ -188,7 +259,10 @@ def to_messages(record: dict[str, Any], layout: tuple[str, ...], num_images: int
     """
     refuse_foreign(record, layout)
     messages = []
-    for number, (speaker, content) in enumerate(_turns(record, layout)):
+    turns = LAYOUTS[layout](record, layout)
+    if layout not in PAIRS and record.get("system") and turns[0][0] != "system":
+        turns.insert(0, ("system", record["system"]))
+    for number, (speaker, content) in enumerate(turns):
         role = ROLES.get(speaker)
         if role is None:
             raise BadRow(f"message {number}: role {speaker!r}; accepted are {', '.join(ROLES)}")

@@ -30,8 +30,8 @@ from datasets.table import InMemoryTable, Table, concat_tables
 from tqdm.auto import tqdm
 
 from .arrow_writer import TableWriter
-from .columns import IMAGE_COLUMNS
-from .conversations import ROW_ERRORS, UNREADABLE, BadRow, Reason, reason_of
+from .columns import IMAGE_COLUMNS, captions_of_a_table_apart, holds_images_in_parts
+from .conversations import ROW_ERRORS, UNREADABLE, BadRow, Broken, Reason, captions_apart, reason_of
 from .image_columns import IMAGES, image_lists, paths_of
 from .images import decode_images, load_image
 from .records import (
@@ -54,7 +54,7 @@ __all__ = ["MESSAGES", "RowReport", "load_image", "load_rows", "read_rows"]
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 10_000  # rows held as Python objects at a time
+CHUNK = 1_000  # rows held as Python objects at a time
 
 
 @dataclass
@@ -281,18 +281,19 @@ def _schema(*columns: str) -> pa.Schema:
 
 
 def _from_records(
-    records: list[dict] | Records, title: str, folder: Path | str | None, check: bool, report: RowReport
+    records: list[dict] | Records | Dataset, title: str, folder: Path | str | None, check: bool, report: RowReport
 ) -> Dataset:
     if isinstance(records, list) and not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{title}: expected a list of dicts.")
     columns: set[str] = set()
 
     def prepared() -> Iterator[tuple[dict, list[dict], list[str]]]:
-        for record in records:
-            columns.update(record)
-            yield record, *encode_images(record, folder, check)
+        for given in records:
+            columns.update(() if isinstance(given, Broken) else given)
+            for record in captions_apart(given):
+                yield record, *encode_images(record, folder, check)
 
-    total = len(records) if isinstance(records, list) else None
+    total = None if isinstance(records, Records) else len(records)
     with TableWriter(_schema("images", "messages", *OPTIONAL)) as writer:
         table = _write(_convert(prepared(), report, total), writer, report)
         if not report.total:
@@ -307,8 +308,10 @@ def _from_dataset(dataset: Dataset, title: str, folder: Path | str | None, check
     if not len(dataset):
         raise ValueError(f"{title}: no rows.")
     check_columns(set(dataset.column_names), title)
-    dataset = _flattened(dataset.with_format(None))
+    dataset = _flattened(captions_of_a_table_apart(dataset.with_format(None)))
     image_column = next((column for column in IMAGE_COLUMNS if column in dataset.column_names), None)
+    if image_column is None and holds_images_in_parts(dataset.features):
+        return _from_records(left_encoded(dataset), title, folder, check, report)
     if image_column is None:
         images = InMemoryTable(pa.table({"images": pa.array([[]] * len(dataset), IMAGES)}))
     else:

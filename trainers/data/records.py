@@ -1,9 +1,11 @@
 """One record of a source, images still encoded, and what can be wrong with it; for data sets and streams alike."""
 
+import base64
 import dataclasses
 import logging
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,9 @@ from datasets import Audio, Dataset, Image, IterableDataset, List, Value, Video
 
 from modeling_aligngpt.images_aligngpt import array_to_image, shortened, with_alpha
 
-from .columns import IMAGE_COLUMNS, OTHER_COLUMNS
-from .conversations import ACCEPTED, EMPTY, FOREIGN, LAYOUTS, BadRow, find_layout, to_messages
+from .columns import IMAGE_COLUMNS, IMAGE_KEYS, NAMES, OTHER_COLUMNS
+from .conversations import ACCEPTED, EMPTY, FOREIGN, MORE, PAIRS, BadRow, Broken, find_layout, to_messages
 from .images import resolve_path
-from .sources import Broken
 
 
 logger = logging.getLogger(__name__)
@@ -24,17 +25,22 @@ logger = logging.getLogger(__name__)
 MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
 OPTIONAL = {"id": Value("string"), "clip_score": Value("float32"), "align_level": Value("int64")}
 MOST_LEVELS = 2**31  # what could be a level; the model's own number is for the collator
-UNUSED = {"model", "url", "source", "dataset"}  # columns that public releases carry: left out without a word
-USED_COLUMNS = {name for layout in LAYOUTS for name in layout} | {*OTHER_COLUMNS, *FOREIGN, "objects"}
+UNUSED = {"model", "url", "source", "dataset", "json"}  # columns that public releases carry: left out without a word
+USED_COLUMNS = {*NAMES, *FOREIGN, "objects"}.difference(IMAGE_COLUMNS)
+ADDRESSES = {"url", "image_url", "image_link"}
 
 
 def check_columns(columns: set[str], title: str) -> None:
     """Raises ValueError when no layout is recognised; warns of columns that have no effect."""
     layout = find_layout(columns)
-    missing_image = layout in (("caption",), ("text",)) and not columns & set(IMAGE_COLUMNS)
-    if layout is None or missing_image:
-        raise ValueError(f"{title}: found the columns {', '.join(sorted(map(str, columns)))}; accepted are {ACCEPTED}.")
-    used = {*layout, *IMAGE_COLUMNS, *OTHER_COLUMNS, *FOREIGN, *UNUSED}
+    if layout is None or (layout in PAIRS and not columns & set(IMAGE_COLUMNS)):
+        found = f"{title}: found the columns {', '.join(sorted(map(str, columns)))}"
+        if addresses := [name for name in columns if str(name).lower() in ADDRESSES]:
+            raise ValueError(
+                f"{found}: {addresses[0]} holds addresses of images: fetch them first, as img2dataset does."
+            )
+        raise ValueError(f"{found}; accepted are {ACCEPTED}.")
+    used = {*layout, *MORE, *IMAGE_COLUMNS, *OTHER_COLUMNS, *FOREIGN, *UNUSED}
     if columns - used:
         logger.warning("%s: columns not used: %s.", title, ", ".join(sorted(map(str, columns - used))))
 
@@ -116,18 +122,48 @@ def encode_images(record: dict[str, Any], folder: Path | str | None, check: bool
     value = next((record[column] for column in IMAGE_COLUMNS if record.get(column) is not None), [])
     values = value if isinstance(value, (list, tuple)) else [value]
     values = [item for item in values if not (isinstance(item, str) and item == "")]
+    inside = not values
+    values = values or list(_images_in_parts(record))
     images, problems = [], []
     for item in values:
-        outside = isinstance(item, dict) and item.get("bytes") is None and item.get("path")
-        if isinstance(item, (str, os.PathLike)) or outside:
-            item = resolve_path(str(item["path"] if outside else item), folder)
-            problems += check_file(item, check)
         try:
+            if inside and isinstance(item, str) and item.startswith(("http://", "https://")):
+                raise ValueError(f"the web address {shortened(item)}: fetch it first, and name the file")
+            item = _as_bytes(item)
+            outside = isinstance(item, dict) and item.get("bytes") is None and item.get("path")
+            if isinstance(item, (str, os.PathLike)) or outside:
+                item = resolve_path(str(item["path"] if outside else item), folder)
+                problems += check_file(item, check)
             check_text(item if isinstance(item, str) else "", "image path")
             images.append(Image().encode_example(_keep_pixels(item)))
         except Exception as error:
             problems.append(f"unusable image value of type {type(item).__name__} ({error})")
     return images, problems
+
+
+def _images_in_parts(record: dict[str, Any]) -> Iterator[Any]:
+    """The images that stand in a record's messages themselves, in reading order."""
+    turns = [turn for column in ("messages", "conversations", "prompt") for turn in _listed(record.get(column))]
+    for part in (part for turn in turns if isinstance(turn, dict) for part in _listed(turn.get("content"))):
+        if isinstance(part, dict) and part.get("type") in ("image", "image_url"):
+            key = next((key for key in IMAGE_KEYS if part.get(key) is not None), None)
+            value = part[key] if key is not None else None
+            value = value.get("url", value) if isinstance(value, dict) else value
+            if isinstance(value, str):
+                value = f"data:,{value}" if key == "base64" else value.removeprefix("file://")
+            if value is not None:
+                yield value
+
+
+def _listed(value: Any) -> list[Any] | tuple[Any, ...]:
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def _as_bytes(value: Any) -> Any:
+    """What a `data:` URL holds; any other value as it is."""
+    if not isinstance(value, str) or not value.startswith("data:"):
+        return value
+    return base64.b64decode(value.partition(",")[2], validate=True)
 
 
 def _keep_pixels(value: Any) -> Any:

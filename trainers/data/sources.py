@@ -24,8 +24,9 @@ from datasets import (
     load_from_disk,
 )
 
+from .archives import HOLDS, PICTURES, coco_records, folder_records, has_texts_beside, tar_records
 from .columns import mapping_of, names_in, refuse_unknown, renamed, under_our_names
-from .conversations import TOO_DEEP
+from .conversations import TOO_DEEP, Broken
 
 
 READ = 1 << 16  # characters of a JSON array that are read at a time
@@ -36,7 +37,6 @@ PART = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[^"\[\]{}]+|[\[\]{}]', re.DOTALL)
 WANTED = "expected a list of records (JSON) or a record a line (JSONL)"
 # Shards of a data set in memory or on disk that is streamed: how many loader processes can share it.
 NUM_SHARDS = 64
-WEBDATASET_IMAGES = ("jpg", "jpeg", "png", "webp")
 
 
 @dataclass(frozen=True)
@@ -62,23 +62,16 @@ class Records:
             yield renamed(record, self.columns) if self.columns and not isinstance(record, Broken) else record
 
 
-class Broken(dict):
-    """What could be read of a record that is damaged in its file, and the `problem`. It costs its own row alone."""
-
-    def __init__(self, problem: str, known: dict[str, Any] | None = None):
-        super().__init__(known or {})
-        self.problem = problem
-
-
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
     """
-    The records of one JSON, JSONL, CSV or TSV file. Bytes that are not UTF-8 stay in the texts, as lone surrogates.
+    The records of one JSON, JSONL, CSV or TSV file, tar, or folder of pictures. Bytes that are not UTF-8 stay
+    in the texts, as lone surrogates.
 
     Raises:
         ValueError: naming file and place, where nothing behind a fault can be read. A fault that costs one record gives
             a [`Broken`].
     """
-    return READERS[path.suffix](path)
+    return folder_records(path) if path.is_dir() else READERS[path.suffix](path)
 
 
 def _open_text(path: Path, newline: str | None = None) -> TextIO:
@@ -142,6 +135,11 @@ def _open(
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return _one_split(load_from_disk(str(path)), split, str(path)), path
+        if split in (None, "train") and name is None:
+            # img2dataset's tars, beside which lie tables of what was downloaded
+            tars = tuple(sorted(tar for tar in path.glob("*.tar") if tar.stem.isdigit()))
+            if tars or has_texts_beside(path):
+                return Records(tars or (path,)), path
     elif path.suffix in FILE_SUFFIXES or path.is_absolute() or str(source).count("/") > 1 or str(source)[:1] in ".~":
         raise ValueError(f"{source}: no such file or folder.")
     try:
@@ -163,12 +161,9 @@ def _from_webdataset(opened: Dataset | IterableDataset) -> Dataset | IterableDat
     columns = opened.column_names or list(next(iter(opened), {}))
     if "__key__" not in columns:
         return opened
-    image = next((suffix for suffix in WEBDATASET_IMAGES if suffix in columns), None)
+    image = next((suffix for suffix in PICTURES if suffix in columns), None)
     if image is None or not {"txt", "json"} & set(columns):
-        raise ValueError(
-            f"This WebDataset has the columns {', '.join(columns)}: it must hold for each key an image "
-            f"({', '.join(WEBDATASET_IMAGES)}) and a text (txt, or json with a caption)."
-        )
+        raise ValueError(f"This WebDataset has the columns {', '.join(columns)}: {HOLDS}.")
     if "txt" not in columns:
         # typed, because images would be decoded to find the type
         features = Features({image: Image(), "__key__": Value("string"), "txt": Value("string")})
@@ -215,12 +210,10 @@ def _open_files(paths: list[Path], streaming: bool) -> Dataset | IterableDataset
         if suffix == ".parquet":
             # row groups become shards, so that several loader processes can read one file
             return Dataset.from_parquet(names, streaming=True).reshard() if streaming else Dataset.from_parquet(names)
-        kind = "webdataset" if suffix == ".tar" else "arrow"
-        opened = load_dataset(kind, data_files={"train": names}, split="train", streaming=streaming)
+        return load_dataset("arrow", data_files={"train": names}, split="train", streaming=streaming)
     except Exception as error:
         cause = error.__cause__ or error
         raise ValueError(f"{', '.join(names[:3])}: not readable as {suffix[1:]} ({cause}).") from error
-    return _from_webdataset(opened)
 
 
 class _Ahead:
@@ -272,7 +265,11 @@ def _array_records(path: Path) -> Iterator[dict[str, Any]]:
     number = 0
     with _open_text(path) as file:
         text = _Ahead(file)
-        if text.next() != "[":
+        begin = text.next()
+        if begin == "{" and (found := coco_records(path)) is not None:
+            yield from found
+            return
+        if begin != "[":
             raise ValueError(f"{path}: {WANTED}.")
         text.place += 1
         separator = "," if text.next() != "]" else "]"
@@ -373,5 +370,6 @@ READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
     ".jsonl": _line_records,
     ".csv": _table_records,
     ".tsv": _table_records,
+    ".tar": tar_records,
 }
-FILE_SUFFIXES = {*READERS, ".parquet", ".arrow", ".tar"}
+FILE_SUFFIXES = {*READERS, ".parquet", ".arrow"}

@@ -13,7 +13,7 @@ from datasets import Dataset, Features, Image, IterableDataset, List
 from torch.utils.data import get_worker_info
 
 from .columns import IMAGE_COLUMNS, PEEK, with_features
-from .conversations import ROW_ERRORS, UNREADABLE, BadRow, reason_of
+from .conversations import ROW_ERRORS, UNREADABLE, BadRow, Broken, captions_apart, reason_of
 from .images import load_image
 from .records import (
     MESSAGES,
@@ -26,7 +26,7 @@ from .records import (
     left_encoded,
     name_of,
 )
-from .sources import NUM_SHARDS, Broken, Records
+from .sources import NUM_SHARDS, Records
 
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def _from_records(
 ) -> IterableDataset:
     """Each file is a shard: as many loader processes as files can work at once."""
     begin = list(islice(records, PEEK))
-    columns = {column for record in begin for column in record}
+    columns = {column for record in begin if not isinstance(record, Broken) for column in record}
     if not columns:
         problems = [f" {record.problem}." for record in begin if isinstance(record, Broken)]
         raise ValueError(f"{title}: no rows.{problems[0] if problems else ''}")
@@ -206,7 +206,8 @@ def _generate(
 ) -> Iterator[dict[str, Any]]:
     """The rows of files that can be used; of several, names need the file's."""
     for path in paths:
-        for number, record in enumerate(records.read(Path(path))):
+        given = (each for record in records.read(Path(path)) for each in captions_apart(record))
+        for number, record in enumerate(given):
             name = f"{os.path.basename(path)} row {number}" if len(records.paths) > 1 else f"row {number}"
             try:
                 row = _row(record, features, folder, check, skip and check)
@@ -229,8 +230,9 @@ def _from_stream(
 
     def convert(batch: dict[str, list], indices: list[int]) -> dict[str, list]:
         converted: dict[str, list] = {name: [] for name in features}
-        for index, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
-            record = dict(zip(batch, values, strict=True))
+        given = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+        numbered = ((index, each) for index, one in zip(indices, given, strict=True) for each in captions_apart(one))
+        for index, record in numbered:
             try:
                 row = _row(record, features, folder, check, skip and check)
             except ROW_ERRORS as error:

@@ -55,6 +55,9 @@ class ScoreConfig:
     image_folder: str | None = field(
         default=None, metadata={"help": "What relative image paths start from; by default the data file's folder."}
     )
+    columns: dict[str, str] | str | None = field(
+        default=None, metadata={"help": "The data's names of columns by ours, `image=img,text=alt`, or a mapping."}
+    )
     conversations: bool = field(
         default=False,
         metadata={

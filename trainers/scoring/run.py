@@ -24,6 +24,7 @@ from aligngpt_shared.locks import lock
 from aligngpt_shared.records import ALIGNMENT, versioned
 from modeling_aligngpt.configuration_aligngpt import VERSION
 
+from ..data.columns import mapping_of
 from ..data.conversations import REASON_KINDS
 from ..data.load import read_rows
 from .config import ScoreConfig, read_edges, warn_of_other_scorer
@@ -144,7 +145,7 @@ def _refuse_existing(config: ScoreConfig, partial: Path):
 
 
 def _open_source(config: ScoreConfig) -> WholeSource:
-    given = {"columns": {"clip_score": config.from_column}} if config.from_column else {}
+    columns = mapping_of(config.columns) | ({"clip_score": config.from_column} if config.from_column else {})
     rows, report = read_rows(
         config.dataset,
         name=config.dataset_config,
@@ -152,7 +153,7 @@ def _open_source(config: ScoreConfig) -> WholeSource:
         revision=config.dataset_revision,
         image_folder=config.image_folder,
         on_bad_row=config.on_bad_row,
-        **given,
+        columns=columns,
     )
     if config.on_bad_row == "raise":
         refuse_other_rows(rows, report, config.conversations)
