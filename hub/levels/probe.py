@@ -135,7 +135,8 @@ class LevelProbe:
         tokens = int(answers[:, 1:].sum())
         with torch.inference_mode():
             found = [self.model(**inputs, align_level=level).loss for level in range(self.num_align_levels)]
-            found.append(self.model(**inputs).loss)
+            # the gate reads what stands in front of the answer, whatever its context
+            found.append(self.model(**inputs, prompt_mask=inputs["labels"] == -100).loss)
         return [float(loss) * tokens for loss in found], tokens
 
     def _texts(self, questions: Sequence[tuple[str, Sequence]]) -> list[str]:

@@ -185,6 +185,7 @@ def with_named_model(command: str, words: list[str]) -> list[str]:
         if name in NAMED_MODELS and not os.path.isfile(os.path.join(name, "config.json")):
             module, _, function = NAMED_MODELS[name].partition(":")
             folder = getattr(importlib.import_module(module), function)()
+            print(f"{name}: a tiny model that knows drawings of a few hundred things, nothing else.", file=sys.stderr)
             words = [*words[:index], f"--model={folder}" if "=" in words[index] else folder, *words[index + 1 :]]
     return words
 
