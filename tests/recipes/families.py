@@ -165,7 +165,8 @@ def make_tokenizer(family: Family) -> PreTrainedTokenizerFast:
     special = list(dict.fromkeys([*family.special.values(), *family.extra_tokens]))
     tokenizer = Tokenizer(models.BPE(unk_token=family.special.get("unk_token") if family.sentencepiece else None))
     if family.sentencepiece:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        # as SentencePiece is trained: no token holds the end of a word and the next one
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=True)
         tokenizer.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -153,7 +153,7 @@ class TestCutLevels:
             ([0.1, *[0.3] * 9], {"method": "quantile"}, "too many scores are equal"),
             ([1, 1 + 2e-16], {}, "too many scores are equal"),
             ([0.1, 0.2], {"num_align_levels": 1}, "at least 2"),
-            ([0.1, 0.2], {"method": "kmeans"}, "one of uniform, robust, quantile, edges"),
+            ([0.1, 0.2], {"method": "kmeans"}, "one of uniform, robust, quantile, values, edges"),
             ([0.1, *[0.3] * 900], {"method": "robust"}, "too many scores are equal"),
             (
                 [0.1, 0.2],
@@ -224,7 +224,7 @@ class TestScoreDataset:
         assert lines[1].split()[1:3] == ["[-inf,", f"{edges[1]:.4f})"] and lines[4].split()[2] == "inf]"
         again = config(pairs, scorers, tmp_path / "again", binning="edges", edges=[str(tmp_path / "first")])
         assert score_dataset(again)["counts"] == record["counts"]
-        default = config(pairs, scorers, tmp_path / "stream", binning="robust", streaming=True, shard_size=24)
+        default = config(pairs, scorers, tmp_path / "default", binning="robust", shard_size=24)
         assert score_dataset(default)["quantiles"] == [0.01, 0.99]
 
     def test_poor_levels_are_named_with_the_remedy(self, pairs, scorers, tmp_path, caplog):

@@ -149,7 +149,7 @@ def test_help_shows_ours_first_in_groups_and_all_on_demand(capsys):
     assert "TRL and transformers:" in everything and "--adam_beta1" in everything
     assert len(text.splitlines()) < 200 < len(everything.splitlines())
     scored = shown(capsys, "score", "--help")
-    assert scored.count("(required)") == 3 and "--accelerate_config" in scored
+    assert scored.count("(required)") == 2 and "--accelerate_config" in scored
     assert "--accelerate_config" not in shown(capsys, "init", "--help")
 
 
