@@ -101,7 +101,8 @@ class AlignGPTPreTrainedModel(PreTrainedModel):
 
 def _openings_beside(name, hub: dict) -> list[list[int]] | None:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+        # needs no code of the folder; left unsaid, transformers asks the user where there is no tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub, trust_remote_code=False)
     except (OSError, ValueError, KeyError):  # no tokenizer beside the weights; the last is 4.57's
         return None
     return answer_openings(tokenizer, tokenizer.chat_template)
