@@ -280,6 +280,21 @@ def test_the_sheet_shows_pairs_of_every_level(pairs, scorers, tmp_path, capsys):
     assert "pairs.png before you train" in capsys.readouterr().out
 
 
+def test_the_level_stands_in_the_text_for_other_trainers(pairs, scorers, tmp_path):
+    files = {"json_output": str(tmp_path / "out.json"), "parquet_output": str(tmp_path / "out.parquet")}
+    score_dataset(config(pairs, scorers, tmp_path / "out", as_text=True, **files))
+    levels = load_from_disk(tmp_path / "out")["align_level"][:]
+    records = json.loads((tmp_path / "out.json").read_text())
+    assert [record["conversations"][0]["value"] for record in records] == [f"<image>\nfit: {level}" for level in levels]
+    table = Dataset.from_parquet(files["parquet_output"], cache_dir=str(tmp_path / "cache"))
+    assert [row["messages"][0]["content"][-1]["text"] for row in table] == [f"fit: {level}" for level in levels]
+    assert [row["messages"][1] for row in table] == [row["messages"][1] for row in load_from_disk(tmp_path / "out")]
+    # the product's own output has levels already
+    assert len(load_from_disk(tmp_path / "out")[0]["messages"][0]["content"]) == 1
+    with pytest.raises(ValueError, match="as_text changes json_output and parquet_output alone"):
+        config(pairs, scorers, tmp_path / "other", as_text=True)
+
+
 def test_what_length_explains_is_said():
     rng = np.random.default_rng(0)
     scores = rng.random(200)

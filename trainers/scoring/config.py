@@ -133,6 +133,13 @@ class ScoreConfig:
             "help": "Also write this parquet file: columns `images` and `messages` as TRL reads them, with scores."
         },
     )
+    as_text: bool = field(
+        default=False,
+        metadata={
+            "help": "In json_output and parquet_output, also write the level as text behind the image (`fit: 7`): for "
+            "trainers and models that know no levels. Ask them with the top level."
+        },
+    )
     overwrite: bool = field(
         default=False, metadata={"help": "Replace an existing output, and kept progress of other settings."}
     )
@@ -144,6 +151,8 @@ class ScoreConfig:
                 raise ValueError(f"{name} must be one of {', '.join(accepted)}, not {getattr(self, name)!r}.")
         if (self.scorer is None) == (self.from_column is None):
             raise ValueError("Give a scorer, or from_column where the rows have a score already: one of the two.")
+        if self.as_text and not (self.json_output or self.parquet_output):
+            raise ValueError("as_text changes json_output and parquet_output alone: give one of them.")
         if self.lower_is_better and self.from_column is None:
             raise ValueError("lower_is_better has no effect without from_column.")
         if (self.edges is not None) != (self.binning == "edges"):

@@ -49,7 +49,10 @@ def write_json(
                 record: dict[str, Any] = {"id": name}
                 if row["images"]:
                     record["image"] = _json_image(row["images"][0], f"{position:09d}", base, images)
-                record["conversations"] = [_json_turn(message) for message in row["messages"]]
+                messages = row["messages"]
+                if config.as_text:
+                    messages = with_level_as_text(messages, int(levels[position]))
+                record["conversations"] = [_json_turn(message) for message in messages]
                 if levels[position] >= 0:
                     record["similarity"] = int(levels[position])
                     record["clip_score"] = float(f"{scores[position]:.9g}")
@@ -58,6 +61,15 @@ def write_json(
             place += len(batch)
         file.write("\n]\n")
     beside.replace(path)
+
+
+def with_level_as_text(messages: list[dict[str, Any]], level: int | None) -> list[dict[str, Any]]:
+    """The conversation with `fit: LEVEL` behind what its first question holds; as it is where there is no level."""
+    if level is None or level < 0:
+        return messages
+    first = next(place for place, message in enumerate(messages) if message["role"] == "user")
+    content = [*messages[first]["content"], {"type": "text", "text": f"fit: {level}"}]
+    return [*messages[:first], {**messages[first], "content": content}, *messages[first + 1 :]]
 
 
 def _json_turn(message: dict[str, Any]) -> dict[str, str]:

@@ -32,7 +32,7 @@ from .levels import (
     mean_of_levels,
     remedy_for_levels,
 )
-from .llava_json import write_json
+from .llava_json import with_level_as_text, write_json
 from .processes import keeping_progress
 from .shards import read_shards
 from .sheet import draw_sheet, word_about_length
@@ -259,7 +259,7 @@ def write_output(
                 write_json(Path(config.json_output), rows, scores.values, scores.levels, scores.written(), config)
             scored = _with_levels(rows, scores, config)
             if config.parquet_output:
-                _write_parquet(scored, Path(config.parquet_output))
+                _write_parquet(_as_text(scored) if config.as_text else scored, Path(config.parquet_output))
             draw_sheet(rows, scores.levels, f"{title}, some of each level", beside / SHEET)
             scored.save_to_disk(str(beside))
             (beside / ALIGNMENT).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -300,6 +300,15 @@ def _with_levels(rows: Dataset, scores: Scores, config: ScoreConfig) -> Dataset:
     chosen = np.flatnonzero(scores.written())
     whole = whole.select(chosen) if len(chosen) < len(whole) else whole
     return whole if config.embed_images else _paths_only(whole)
+
+
+def _as_text(rows: Dataset) -> Dataset:
+    """The rows with their levels in their texts, too."""
+    texts = rows.select_columns(["messages", "align_level"]).map(
+        lambda row: {"messages": with_level_as_text(row["messages"], row["align_level"])}
+    )
+    feature = rows.features["messages"]
+    return rows.remove_columns("messages").add_column("messages", texts["messages"][:], feature=feature)
 
 
 def _write_parquet(rows: Dataset, path: Path):
