@@ -163,7 +163,7 @@ class Steps:
         except StepError as error:
             raise StepError(f"step {number} of {self.total} ({name}) failed: {error}") from error
         except ImportError as error:
-            remedy = 'pip install "aligngpt[train,playground]"'
+            remedy = 'pip install ".[train,playground]" in a checkout'
             raise StepError(f"step {number} of {self.total} ({name}) failed: {error}; {remedy}") from error
         except Exception as error:
             raise StepError(

@@ -130,7 +130,7 @@ def quantization_config(args: LoraArguments, bf16: bool) -> "BitsAndBytesConfig 
     from transformers.utils import is_bitsandbytes_available
 
     if not is_bitsandbytes_available():
-        raise ImportError('load_in_4bit needs bitsandbytes: install it with `pip install "aligngpt[qlora]"`.')
+        raise ImportError('load_in_4bit needs bitsandbytes: `pip install ".[qlora]"` in a checkout.')
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=args.bnb_4bit_quant_type,

@@ -20,7 +20,7 @@ def run(args: argparse.Namespace):
     """`aligngpt demo`; serves until it is stopped."""
     model = find_local_model(args.model, args.revision)
     if importlib.util.find_spec("gradio") is None:
-        raise ImportError("The demo needs gradio: pip install 'aligngpt[demo]'.")
+        raise ImportError("The demo needs gradio: pip install '.[demo]' in a checkout.")
     if args.port is not None:
         check_port(args.host, args.port)
     sys.path.insert(0, str(TEMPLATE))

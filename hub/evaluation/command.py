@@ -10,7 +10,7 @@ from pathlib import Path
 from aligngpt_shared.locks import lock, lock_of
 
 
-INSTALL = 'pip install "aligngpt[eval]" && pip install --no-deps lmms-eval==0.7.3'
+INSTALL = 'pip install ".[eval]" && pip install --no-deps lmms-eval==0.7.3, in a checkout'
 
 
 def add_arguments(parser: argparse.ArgumentParser):

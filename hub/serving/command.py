@@ -49,7 +49,7 @@ def run(args: argparse.Namespace):
     if args.vllm_options:
         raise ValueError("--vllm-options has no effect without --backend vllm.")
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
-        raise ImportError("Serving needs fastapi and uvicorn: pip install 'aligngpt[serve]'.")
+        raise ImportError("Serving needs fastapi and uvicorn: pip install '.[serve]' in a checkout.")
     # held from here on: a port in use shows before the model is loaded
     try:
         listener = socket.create_server((args.host, args.port))

@@ -480,7 +480,7 @@ def test_without_lmms_eval_the_error_says_how_to_install_it(tmp_path):
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
         "error: lmms-eval is missing, by which benchmarks are run: "
-        'pip install "aligngpt[eval]" && pip install --no-deps lmms-eval==0.7.3'
+        'pip install ".[eval]" && pip install --no-deps lmms-eval==0.7.3, in a checkout'
     ]
 
 

@@ -55,8 +55,8 @@ def check_extra(command: str, words: Sequence[str] = ()) -> None:
     elif command == "space" and "--push" in words:
         extra = "train"
     if wrong := missing_packages(extra):
-        name = PACKAGE if extra is None else f"{PACKAGE}[{extra}]"
-        raise ImportError(f'`aligngpt {command}` needs {", ".join(wrong)}: pip install "{name}".')
+        name = "." if extra is None else f".[{extra}]"
+        raise ImportError(f'`aligngpt {command}` needs {", ".join(wrong)}: pip install "{name}" in a checkout.')
 
 
 def missing_packages(extra: str | None) -> list[str]:
@@ -89,7 +89,7 @@ def check_loggers(names: list[str]) -> None:
     """
     for name in names:
         if name in LOGGERS and importlib.util.find_spec(name) is None:
-            raise ImportError(f'report_to: {name} needs the package {name}: pip install "{PACKAGE}[{name}]".')
+            raise ImportError(f"report_to: {name} needs the package {name}: pip install {name}.")
     if "wandb" in names and os.environ.get("WANDB_MODE", "online") not in ("offline", "disabled", "dryrun"):
         import wandb
 

@@ -66,7 +66,7 @@ def check_config(path: Path, told: dict[str, Any]) -> None:
     settings = read_yaml(path)
     kind = str(settings.get("distributed_type", "NO"))
     if kind == "DEEPSPEED" and not is_deepspeed_available():
-        raise ImportError(f'{path} asks for DeepSpeed: `pip install "aligngpt[deepspeed]"`, or use fsdp2.')
+        raise ImportError(f'{path} asks for DeepSpeed: `pip install ".[deepspeed]"` in a checkout, or use fsdp2.')
     if kind == "MULTI_CPU":
         raise ValueError(
             f"{path}: distributed_type MULTI_CPU starts a single process; write MULTI_GPU with use_cpu: true."
