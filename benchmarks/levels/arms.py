@@ -61,7 +61,16 @@ STAGE_1 = {
 """Language model frozen: projector, and where there are levels the table, train."""
 OPEN = {
     name: STAGE_1[name]
-    for name in ("none", "robust, fast", "filter 0.7", "filter 0.5", "filter 0.3", "score as text", "shuffled")
+    for name in (
+        "none",
+        "robust, fast",
+        "filter 0.7",
+        "filter 0.5",
+        "filter 0.3",
+        "filter 0.5, levels",
+        "score as text",
+        "shuffled",
+    )
 }
 """Stage 1 in which the language model trains, too."""
 STAGE_2 = {
