@@ -75,6 +75,7 @@ class TestReports:
         shown, report = capsys.readouterr().out, json.loads((tmp_path / "report.json").read_text())
         assert "Nothing found that stops training." in shown and report["problems"] == []
         assert report["stage"] == "pretrain" and report["levels"] == [4, 4, 4, 4]
+        assert "\nlayout     images + messages + " in shown and "align_level" in report["layout"]
         assert report["tokens"]["rows"] == 16 and report["tokens"]["image_tokens"] == 16 * 16
         assert report["tokens"]["p50"] <= report["tokens"]["p99"] <= report["tokens"]["longest"]
         assert report["images"]["decoded"] == 16 and report["images"]["unreadable"] == 0

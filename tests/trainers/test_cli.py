@@ -189,6 +189,40 @@ def test_unknown_words_name_the_nearest(capsys):
     line = failure(capsys, "instruct", "--lerning_rate", "1")
     assert "unknown setting --lerning_rate; did you mean '--learning_rate'?" in line
     assert "invalid" in failure(capsys, "instruct", "--learning_rate", "fast")
+
+
+@pytest.mark.parametrize(
+    ("stage", "flag", "words"),
+    [
+        ("pretrain", "--data_path", "--dataset"),
+        ("pretrain", "--tune-mm-mlp-adapter", "the stage decides what trains"),
+        ("pretrain", "--mm_use_im_start_end", "leave it out"),
+        ("instruct", "--pretrain_mm_mlp_adapter", "--model STAGE1"),
+        ("instruct", "--mm_projector_lr", "--projector_learning_rate"),
+        ("instruct", "--model_max_length", "--max_length"),
+        ("instruct", "--lora_enable", "--use_peft"),
+    ],
+)
+def test_flags_of_llava_are_answered_with_ours(capsys, stage, flag, words):
+    line = failure(capsys, stage, flag, "1")
+    assert line.startswith(f"error: unknown setting {flag}; ") and words in line
+
+
+def test_every_answer_to_a_flag_is_a_setting_of_ours():
+    from aligngpt_trainers.commands.foreign_flags import ELSEWHERE
+    from aligngpt_trainers.commands.settings import check_settings
+    from aligngpt_trainers.commands.train import STAGES
+
+    valid = {
+        name.lstrip("-")
+        for stage, (_, kinds, _) in STAGES.items()
+        for name in check_settings(stage, kinds, [])[0]._option_string_actions
+    }
+    assert {name for name in ELSEWHERE.values() if " " not in name} <= valid
+    assert valid.isdisjoint(ELSEWHERE)
+
+
+def test_some_commands_have_words_of_their_own(capsys):
     assert "required: --model" in failure(capsys, "serve")
     assert failure(capsys, "chat", "--model", "x", "--colour", "y").startswith("error: unrecognized arguments")
 

@@ -19,6 +19,7 @@ from datasets import Dataset, IterableDataset
 from aligngpt_shared.files import write_json
 from modeling_aligngpt import AlignGPTConfig
 
+from ..data.load import layout_of
 from ..first_batch import batch_facts, check_batch, mark_supervised
 from ..memory import count_parameters, memory_of
 from ..rows import LENGTH_COLUMN
@@ -177,6 +178,15 @@ def check_stage(
     fresh_folder = not os.path.isdir(config.output_dir)
     with _Warnings(report["warnings"]):
         try:
+            if data_args.dataset:
+                report["layout"] = layout_of(
+                    data_args.dataset,
+                    split=data_args.dataset_split,
+                    name=data_args.dataset_config,
+                    revision=data_args.dataset_revision,
+                    columns=data_args.columns,
+                    streaming=data_args.streaming,
+                )
             run = _build(stage, [*words, "--on_overlong", "drop"] if counted else words, light)
         except (ValueError, OSError, ImportError) as error:
             report["problems"].append(str(error))

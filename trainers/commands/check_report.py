@@ -102,6 +102,8 @@ def describe_check(report: dict[str, Any]) -> str:
         ("memory", _memory),
         ("example", _example),
     )
+    if report.get("layout"):
+        lines.append(f"layout     {report['layout']}")
     for name, write in writers:
         if report.get(name):
             lines += write(report[name])

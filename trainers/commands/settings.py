@@ -12,6 +12,7 @@ import yaml
 from trl import TrlParser
 
 from .flags import with_known_flags
+from .foreign_flags import other_name
 from .settings_help import settings_help
 
 
@@ -87,7 +88,9 @@ def check_settings(
             if key == "accelerate_config":
                 raise ValueError(f"{config_path}: accelerate_config belongs on the command line: --accelerate_config.")
             if key not in names:
-                raise ValueError(f"{config_path}: unknown setting {key!r}{nearest(key, names)}.")
+                raise ValueError(
+                    f"{config_path}: unknown setting {key!r}{other_name(str(key), names) or nearest(key, names)}."
+                )
             config[key] = _checked_value(config_path, key, value, names[key], hints.get(key))
         parser.set_defaults_with_config(**config)
     return parser, words
@@ -156,7 +159,8 @@ def _check_flags(parser: argparse.ArgumentParser, words: Sequence[str]):
     for word in words:
         flag = word.partition("=")[0]
         if flag.startswith("--") and flag not in parser._option_string_actions:
-            raise ValueError(f"unknown setting {flag}{nearest(flag, parser._option_string_actions)}.")
+            valid = parser._option_string_actions
+            raise ValueError(f"unknown setting {flag}{other_name(flag, valid) or nearest(flag, valid)}.")
 
 
 def _checked_value(path: str, key: str, value: Any, action: argparse.Action, hint: Any) -> Any:
