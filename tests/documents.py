@@ -19,7 +19,7 @@ from aligngpt_trainers.scoring.config import ScoreConfig
 
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES += [path for folder in ("recipes", "playground") for path in sorted((ROOT / folder).rglob("*.md"))]
 SETTINGS = {"score": (ScoreConfig,), "init": (InitArguments,), "merge": (MergeArguments,)}
 # What else a shell is asked for; each is another project's, or the shell's own.
