@@ -7,7 +7,10 @@ links and settings without a text end the build with an error.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import io
+import os
 import re
 import shutil
 import subprocess
@@ -19,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "build" / "site-source"
 PAGES = (
     "README.md",
+    "AGENTS.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
@@ -160,21 +164,26 @@ def write_reference() -> None:
 
 
 def commands_page() -> str:
-    """Each command with its help, as the terminal shows it."""
-    from aligngpt_trainers.commands.cli import COMMANDS
+    """Each command with its help, as a terminal of 100 columns shows it; one process for all."""
+    from aligngpt_trainers.commands.cli import COMMANDS, main
 
+    os.environ["COLUMNS"] = "100"
     lines = ["# Commands", "", "What `aligngpt COMMAND --help` says.", ""]
     for command, (_, text) in COMMANDS.items():
-        words = [sys.executable, "-m", "aligngpt_trainers", command, "--help"]
-        done = subprocess.run(words, capture_output=True, text=True, check=True, env=_narrow())
-        lines += [f"## {command}", "", f"{text[0].upper()}{text[1:]}.", "", "```text", done.stdout.strip(), "```", ""]
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+            main([command, "--help"])
+        lines += [
+            f"## {command}",
+            "",
+            f"{text[0].upper()}{text[1:]}.",
+            "",
+            "```text",
+            shown.getvalue().strip(),
+            "```",
+            "",
+        ]
     return "\n".join(lines)
-
-
-def _narrow() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "COLUMNS": "100", "HF_HUB_OFFLINE": "1"}
 
 
 def settings_page() -> str:
