@@ -14,13 +14,13 @@ from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizer
 from transformers.utils import logging
 
 from .backbones import WRAPPER_PREFIXES, backbone_of, check_language_model, check_vision_tower, read_config
+from .base_aligngpt import complete_generation_config
 from .chat_templates import CHAT_TEMPLATES, select_chat_template, stop_token
-from .configuration_aligngpt import AlignGPTConfig
-from .gate_prompt_aligngpt import answer_openings
-from .generation_aligngpt import complete_generation_config
+from .configuration_aligngpt import AlignGPTConfig, answer_openings
+from .images_aligngpt import output_size
 from .modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTMLP
+from .new_processor import image_settings, processor_from_parts
 from .processing_aligngpt import AlignGPTProcessor
-from .processing_parts import image_settings, output_size
 
 
 logger = logging.get_logger(__name__)
@@ -321,7 +321,7 @@ def assemble(
     config = _make_config(text_config, tower.config, placeholder_ids, planned.lm_head_bias, overrides)
     model = _from_parts(config, causal_lm, tower, seed)
     model.generation_config = placeholder_generation_config(causal_lm.generation_config, config, tokenizer, template)
-    processor = AlignGPTProcessor.from_parts(
+    processor = processor_from_parts(
         tokenizer, config, vision_tower=vision_tower, chat_template=CHAT_TEMPLATES[template], do_pad=do_pad
     )
     return model, processor

@@ -299,7 +299,7 @@ def select_chat_template(tokenizer) -> str:
 
 def with_suffix(template: str, suffix: str, tokenizer) -> str:
     """
-    A template of this module that writes `suffix` (see [`~processing_parts.infer_image_suffix`]) where the processor
+    A template of this module that writes `suffix` (see [`~new_processor.infer_image_suffix`]) where the processor
     would: behind `<image>`, and behind BOS and `<align>` in front of text.
     """
     if not suffix:
@@ -309,11 +309,6 @@ def with_suffix(template: str, suffix: str, tokenizer) -> str:
     for name, value in (("image_suffix", suffix), ("head_suffix", head)):
         template = template.replace(_SET.format(name, ""), _SET.format(name, value))
     return template
-
-
-def writes_suffix(template: str | None, suffix: str) -> bool:
-    """Whether [`with_suffix`] has made this template."""
-    return _SET.format("image_suffix", suffix) in (template or "")
 
 
 def stop_token(name: str, tokenizer) -> str:
@@ -326,4 +321,4 @@ def stop_token(name: str, tokenizer) -> str:
     return _STOP_TOKENS.get(name, tokenizer.eos_token)
 
 
-__all__ = ["CHAT_TEMPLATES", "select_chat_template", "stop_token", "with_suffix", "writes_suffix"]
+__all__ = ["CHAT_TEMPLATES", "select_chat_template", "stop_token", "with_suffix"]

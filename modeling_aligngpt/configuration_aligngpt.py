@@ -1,9 +1,12 @@
 """Configuration of AlignGPT (arXiv 2405.14129): a vision tower, a projector, a language model and alignment levels."""
 
 import math
+from collections.abc import Sequence
 
+from jinja2 import TemplateError
 from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.configuration_utils import PretrainedConfig
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from .compat_v4 import portable_rope, without_old_rope
 
@@ -57,7 +60,7 @@ class AlignGPTConfig(PretrainedConfig):
             code: answers too in training, earlier ones when asked. `"prompt"`: what 0.1.0 had besides; models that it
             saved read as with `"sequence"`.
         answer_openings (`list[list[int]]`, *optional*): token ids that the chat template writes in front of an answer,
-            which begins where one of these lists first stands; see `gate_prompt_aligngpt.py`. `None`: none is known,
+            which begins where one of these lists first stands; see [`answer_openings`]. `None`: none is known,
             and the gate reads everything.
         training_stage (`str`, *optional*): the last stage this model went through: `None`, `"pretrain"`, `"instruct"`.
         lm_head_bias (`bool`): whether the language modelling head has a bias (Phi-1.5 and Phi-2 have one).
@@ -277,4 +280,76 @@ def _sub_config(value, default_model_type: str, defaults: dict) -> PretrainedCon
 
 AlignGPTConfig.register_for_auto_class()
 
-__all__ = ["ALIGN_MODES", "AUTO_MAP", "GATE_CONTEXTS", "VERSION", "AlignGPTConfig"]
+
+# ---- answer_openings: where the first answer begins, as far as the gate reads (`gate_context="first_turn"`) ----
+# Ids know nothing of turns, but a chat template always writes the same between a question and its answer (`ASSISTANT:`,
+# `[/INST]`). Its ids stand in the config, and the gate reads up to the end of the first ones in a row: the same in
+# training, in every later turn and in front of any cache. A row without them is read whole.
+
+# Tokens may grow together with the end of a question or the beginning of an answer: two questions for each end, the
+# common ends first. An image without words ends like the ones with a space.
+_QUESTIONS = (
+    *("what is it?", "is it so?", "look at it", "name one", "tell.", "describe it.", "say 3", "count to 3", "stop!"),
+    *("go on!", "wait ", "one more ", "(a)", "one (or two)", 'is it "a"', 'say "b"', "它", "其它"),
+)
+_ANSWERS = ("A cat.", "3", '"a"', "(b)")
+
+
+def answer_openings(tokenizer, chat_template: str | dict[str, str] | None) -> list[list[int]] | None:
+    """
+    Token ids that a chat template writes between any question and its answer, as many as are always the same.
+
+    Args:
+        tokenizer: of the language model.
+        chat_template: a Jinja template, or several by name, of which the one called `default` counts.
+
+    Returns:
+        One list, or several where the first token depends on what stands in front of it; `None` where the template
+        writes nothing there, or takes no conversation of text alone.
+    """
+    if isinstance(chat_template, dict):
+        chat_template = chat_template.get("default")
+    asked = [[{"role": "user", "content": question}] for question in _QUESTIONS]
+    chats = [[*chat, {"role": "assistant", "content": answer}] for chat in asked for answer in _ANSWERS]
+    settings = {"chat_template": chat_template, **tokenizer.special_tokens_map}
+    try:
+        prompts = list(render_jinja_template(asked, add_generation_prompt=True, **settings)[0])
+        wholes = list(render_jinja_template(chats, **settings)[0])
+    except (TemplateError, TypeError, ValueError):
+        return None
+    prompt_ids, ids = (tokenizer(texts, add_special_tokens=False)["input_ids"] for texts in (prompts, wholes))
+    prompt_ids = [each for each in prompt_ids for _ in _ANSWERS]
+    # of each prompt, what stays of it when an answer stands behind it
+    fronts = [prompt[: _common(prompt, whole)] for prompt, whole in zip(prompt_ids, ids, strict=True)]
+    openings: list[list[int]] = []
+    size = 2 * len(_ANSWERS)
+    for start in range(0, len(fronts), size):
+        seen, opening = fronts[: start + size], fronts[start]
+        for front in fronts[start : start + size]:
+            opening = opening[len(opening) - _common(opening[::-1], front[::-1]) :]
+        for number, known in enumerate(openings):
+            shorter = opening[len(opening) - _common(opening[::-1], known[::-1]) :]
+            others = [*openings[:number], *openings[number + 1 :]]
+            # not so short that it stands elsewhere, too
+            if shorter and all(first_turn_end(front, [shorter, *others]) == len(front) for front in seen):
+                openings[number] = shorter
+                break
+        else:
+            openings.append(opening)
+    return openings if all(openings) else None
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids are the same from the start on."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def first_turn_end(ids: Sequence[int], openings: list[list[int]] | None) -> int:
+    """How many ids stand in front of the first answer: all of them where no opening is found."""
+    ids = list(ids)
+    ends = (end for end in range(len(ids)) if any(ids[: end + 1][-len(each) :] == each for each in openings or ()))
+    return next(ends, len(ids) - 1) + 1
+
+
+__all__ = ["ALIGN_MODES", "AUTO_MAP", "GATE_CONTEXTS", "VERSION", "AlignGPTConfig", "answer_openings", "first_turn_end"]

@@ -1,35 +1,19 @@
 """AlignGPT's additions to transformers' `generate`: a fixed prompt for the gate, `align_level`, padding on any side."""
 
-import copy
 import inspect
 from contextvars import ContextVar
 
 import torch
-from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput, logging
 
-from .cache_aligngpt import cache_in
-from .checks_aligngpt import check_images, check_levels, warn_without_align, warn_without_images
+from .base_aligngpt import cache_in, check_images, check_levels, warn_without_align, warn_without_images
 from .compat_v4 import PrefillOnlyImagesMixin
 from .configuration_aligngpt import AlignGPTConfig
 
 
 logger = logging.get_logger(__name__)
 
-# most tokens of an answer where nobody says
-MAX_NEW_TOKENS = 1024
-# settings that do nothing without `do_sample`, or without beams, with the values at which nobody minds them
-_OF_SAMPLING = {
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 50,
-    "min_p": None,
-    "top_h": None,
-    "typical_p": 1.0,
-    "epsilon_cutoff": 0.0,
-    "eta_cutoff": 0.0,
-}
-_OF_BEAMS = {"early_stopping": False, "length_penalty": 1.0}
 # what `generate` carries to this model's `forward`, and a draft model of text alone does not take
 _OF_IMAGES = ("pixel_values", "mm_encoder_outputs", "prompt_mask", "align_level")
 
@@ -147,31 +131,6 @@ class AlignGPTGenerationMixin(PrefillOnlyImagesMixin, GenerationMixin):
         if pad_token_id is None or pad_token_id in eos_token_ids or not bool((prompt == pad_token_id).any()):
             return torch.ones_like(prompt, dtype=torch.bool)
         return prompt != pad_token_id
-
-
-def complete_generation_config(generation_config: GenerationConfig) -> GenerationConfig:
-    """
-    A copy that transformers saves and that `generate` needs nothing beside: with a limit of the answer's length, and
-    without settings of sampling or beams that are off, which are said and left out (Vicuna 1.5 comes with a
-    temperature and no `do_sample`; transformers refuses to save that).
-    """
-    complete, default = copy.deepcopy(generation_config), GenerationConfig()
-    idle = {} if complete.do_sample else dict(_OF_SAMPLING)
-    if complete.num_beams in (None, 1):
-        idle |= _OF_BEAMS
-    found = {name: getattr(complete, name, None) for name in idle}
-    found = {name: value for name, value in found.items() if value is not None and value != idle[name]}
-    for name in found:
-        setattr(complete, name, getattr(default, name, None))
-    if found:
-        listed = ", ".join(f"{name}={value}" for name, value in found.items())
-        logger.warning(
-            f"generation_config: {listed} left out: without effect at do_sample={complete.do_sample}, "
-            f"num_beams={complete.num_beams}, and not saved by transformers."
-        )
-    if complete.max_new_tokens is None and complete.max_length in (None, default.max_length):
-        complete.max_new_tokens = MAX_NEW_TOKENS
-    return complete
 
 
 def _per_sequence(weights: torch.Tensor | None, sequences: int, mask: torch.Tensor | None) -> torch.Tensor | None:

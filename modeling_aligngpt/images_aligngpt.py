@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import transformers
 from PIL import Image, ImageOps
 
 
@@ -282,6 +283,37 @@ def _deep_grey_to_8_bit(image: Image.Image) -> Image.Image:
     else:
         values = (values - low) * (255 / ((high - low) or 1.0))
     return Image.fromarray(values.round().astype(np.uint8))
+
+
+# ---- image processors ----
+
+
+def pil_image_processor(image_processor):
+    """The PIL form of an image processor, whose pixel values are the authors'; unchanged if it has none."""
+    name = type(image_processor).__name__.removesuffix("Fast")
+    # transformers 5 has `NamePil` beside `Name` (torchvision), 4.57 `Name` (PIL) beside `NameFast`
+    form = getattr(transformers, name + "Pil", None) or getattr(transformers, name, None)
+    if form is None or isinstance(image_processor, form):
+        return image_processor
+    return form.from_dict(image_processor.to_dict())
+
+
+def pair_of(size) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else tuple(size) if size is not None else None
+
+
+def output_size(image_processor) -> tuple[int, int] | None:
+    """Height and width of the images that an image processor gives; `None` if they vary."""
+    name = "crop_size" if getattr(image_processor, "do_center_crop", False) else "size"
+    size = dict(getattr(image_processor, name, None) or {})
+    return (size["height"], size["width"]) if size.get("height") and size.get("width") else None
+
+
+def portable_image_processor_config(config: dict) -> None:
+    for name in ("image_processor_type", "image_processor_class"):
+        if isinstance(config.get(name), str):
+            config[name] = config[name].removesuffix("Fast").removesuffix("Pil")
+    config.pop("auto_map", None)  # the processor's, which transformers writes into its parts too
 
 
 __all__ = [

@@ -16,12 +16,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
-from .base_aligngpt import AlignGPTPreTrainedModel
-from .cache_aligngpt import CACHE_NAME, one_cache
-from .checks_aligngpt import (
+from .base_aligngpt import (
+    CACHE_NAME,
+    AlignGPTCausalLMOutputWithPast,
+    AlignGPTModelOutputWithPast,
+    AlignGPTPreTrainedModel,
+    behind_first,
     check_images,
     check_levels,
     is_prefill,
+    multiscale_features,
+    one_cache,
     refuse_misspelt,
     warn_about_labels,
     warn_without_align,
@@ -29,10 +34,7 @@ from .checks_aligngpt import (
 )
 from .compat_v4 import inner_tower, run_vision_tower
 from .configuration_aligngpt import AlignGPTConfig
-from .gate_prompt_aligngpt import behind_first
 from .generation_aligngpt import AlignGPTGenerationMixin
-from .multiscale_aligngpt import multiscale_features
-from .outputs_aligngpt import AlignGPTCausalLMOutputWithPast, AlignGPTModelOutputWithPast
 
 
 class AlignGPTMLP(nn.Module):

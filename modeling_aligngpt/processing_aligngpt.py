@@ -4,37 +4,43 @@ Processor of AlignGPT: images and text in, `input_ids`, `attention_mask` and `pi
 Written for transformers 5; additions for 4.57 are in `compat_v4.py`.
 """
 
+import inspect
+import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import torch
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import ImageInput
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, Unpack
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase, TextInput
 
-from .chat_templates import with_suffix, writes_suffix
-from .checks_aligngpt import refuse_misspelt
+from .base_aligngpt import refuse_misspelt
 from .compat_v4 import IS_TRANSFORMERS_4, ProcessorBase
-from .control_tokens import control_tokens, sanitized
-from .images_aligngpt import DROPPED, LIMITS, TRANSPARENCIES, WHITE, ImageLimits, read_image, shortened, to_8_bit
-from .processing_parts import (
-    a_level_per_row,
-    apply_edits,
-    argument_names,
-    check_image_counts,
-    image_processor_for,
-    infer_image_suffix,
+from .images_aligngpt import (
+    DROPPED,
+    LIMITS,
+    TRANSPARENCIES,
+    ImageLimits,
     output_size,
     pair_of,
     pil_image_processor,
     portable_image_processor_config,
-    portable_processor_config,
-    portable_tokenizer_config,
-    rewrite_json,
-    single_token_id,
+    read_image,
+    shortened,
+    to_8_bit,
 )
+
+
+# U+2060 WORD JOINER: has no width, and no tokenizer joins over it
+BREAK = "\u2060"
+# how a template says what it writes between a placeholder and the text behind it
+SET_SUFFIX = "{%- set image_suffix = '{}' -%}"
 
 
 class AlignGPTProcessor(ProcessorBase):
@@ -48,13 +54,13 @@ class AlignGPTProcessor(ProcessorBase):
         image_processor: any of transformers'; [`LlavaImageProcessor`] as the authors do it (`do_pad=True` pads to a
             square with the mean colour, stage 2 and inference; `do_pad=False` crops, stage 1).
         tokenizer: of the language model, with both placeholders added as special tokens.
-        chat_template (`str`, *optional*): a Jinja template, see `chat_templates.py`.
+        chat_template (`str`, *optional*): a Jinja template.
         image_token (`str`): the placeholder of an image.
         align_token (`str`): the placeholder of the alignment vector.
         image_seq_length (`int`): positions that an image takes, the model's `config.image_seq_length`.
         image_suffix (`str`): written between a placeholder or BOS and the text behind it. `" "` gives the authors' ids
-            for Llama's sentencepiece tokenizers, which mark the start of a text that way; see [`infer_image_suffix`].
-        transparency (`str`): what stands where an image is transparent: `"white"`, as `from_parts` sets it, or
+            for Llama's sentencepiece tokenizers, which mark the start of a text that way.
+        transparency (`str`): what stands where an image is transparent: `"white"`, as new models have it, or
             the hidden colours (`"dropped"`: the authors' way, and that of processors saved by 0.1.0, which name none).
 
     Raises:
@@ -270,7 +276,7 @@ class AlignGPTProcessor(ProcessorBase):
         if not head or row.startswith(self.image_token, head):
             return False
         # a user's text may begin with a space, too: without text at the head, the processor's own template decides
-        written = head in starts or writes_suffix(self._template_of(None), self.image_suffix)
+        written = head in starts or SET_SUFFIX.replace("{}", self.image_suffix) in (self._template_of(None) or "")
         return written and all(row.startswith(self.image_suffix, start) for start in starts)
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
@@ -313,7 +319,7 @@ class AlignGPTProcessor(ProcessorBase):
             if own != wanted:
                 raise ValueError(
                     f"{name} is {own} in the processor and {wanted} in the config: load both from one checkpoint, or "
-                    "build the processor with AlignGPTProcessor.from_parts."
+                    "build the processor with processor_from_parts."
                 )
         rows = config.text_config.vocab_size
         if max(self.image_token_id, self.align_token_id) >= rows:
@@ -321,46 +327,6 @@ class AlignGPTProcessor(ProcessorBase):
                 f"The placeholders have ids up to {max(self.image_token_id, self.align_token_id)}, but the embeddings "
                 f"have {rows} rows: resize the embeddings to the tokenizer's length."
             )
-
-    @classmethod
-    def from_parts(
-        cls,
-        tokenizer: PreTrainedTokenizerBase,
-        config,
-        *,
-        vision_tower: str | os.PathLike | None = None,
-        chat_template: str | None = None,
-        do_pad: bool = False,
-        **kwargs,
-    ) -> "AlignGPTProcessor":
-        """
-        A processor for `config`.
-
-        Args:
-            tokenizer: with both placeholders added.
-            config ([`AlignGPTConfig`]): image size, positions of an image and placeholder ids come from it.
-            vision_tower: checkpoint whose image normalisation is taken; `None`: CLIP's.
-            chat_template: the Jinja template.
-            do_pad: images padded to a square with the mean colour (stage 2) or as the tower has it (stage 1).
-            kwargs: of [`AlignGPTProcessor`], over what follows from the config.
-
-        Raises:
-            ValueError: as [`AlignGPTProcessor.validate_with`], or nothing at `vision_tower` says its normalisation.
-        """
-        image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
-        suffix = infer_image_suffix(tokenizer, image_token)  # type: ignore[arg-type]
-        arguments = {
-            "chat_template": chat_template and with_suffix(chat_template, suffix, tokenizer),
-            "image_token": image_token,
-            "align_token": tokenizer.convert_ids_to_tokens(config.align_token_id),
-            "image_seq_length": config.image_seq_length,
-            "image_suffix": suffix,
-            "transparency": WHITE,
-        }
-        image_processor = image_processor_for(config.input_image_size, vision_tower, do_pad)
-        processor = cls(image_processor, tokenizer, **{**arguments, **kwargs})
-        processor.validate_with(config)
-        return processor
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
@@ -403,6 +369,148 @@ def _mentions(kwargs: dict, name: str) -> bool:
     return name in kwargs or any(name in (kwargs.get(group) or {}) for group in ("text_kwargs", "common_kwargs"))
 
 
+def single_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int:
+    """The id of `token`; a ValueError if the tokenizer does not read it as one token."""
+    ids = tokenizer.encode(token, add_special_tokens=False)
+    if len(ids) != 1 or tokenizer.convert_ids_to_tokens(ids[0]) != token:
+        raise ValueError(
+            f"The tokenizer has no token {token!r}: add it with "
+            f"tokenizer.add_special_tokens({{'additional_special_tokens': [{token!r}]}})."
+        )
+    return ids[0]
+
+
+def argument_names(image_processor) -> tuple[str, ...]:
+    """What may be given flat to a processor or its chat template: arguments of tokenizer, image processor, template."""
+    kinds = (*ProcessingKwargs.__annotations__.values(), getattr(image_processor, "valid_kwargs", None))
+    names = [name for kind in kinds for name in getattr(kind, "__annotations__", ())]
+    return (
+        *ProcessingKwargs.__annotations__,
+        *names,
+        *inspect.signature(ProcessorMixin.apply_chat_template).parameters,
+    )
+
+
+def a_level_per_row(align_level, input_ids):
+    """`(batch,)` levels, of the type of `input_ids`: tensor, array or list."""
+    levels = np.asarray(align_level) if np.ndim(align_level) else np.full(len(input_ids), align_level)
+    if isinstance(input_ids, torch.Tensor):
+        return torch.from_numpy(levels)
+    return levels if isinstance(input_ids, np.ndarray) else levels.tolist()
+
+
+def check_image_counts(images, text: list[str], image_token: str) -> None:
+    """Raises a ValueError unless each row has as many images as placeholders, or all rows where `images` are flat."""
+    placeholders = [row.count(image_token) for row in text]
+    rule = f"the number of {image_token} tokens in the prompts should be the same as the number of images"
+    remedy = f"write one {image_token} for each image."
+    nested = bool(images) and isinstance(images[0], (list, tuple))
+    if nested and len(images) != len(placeholders):
+        raise ValueError(f"{len(images)} rows of images for {len(placeholders)} prompts: {rule}; {remedy}")
+    if nested or not images:
+        counts = [len(row) for row in images] if images else [0] * len(placeholders)
+        for row, (wanted, given) in enumerate(zip(placeholders, counts, strict=True)):
+            if wanted != given:
+                raise ValueError(f"Row {row}: {rule}, but it has {wanted} and {given} images; {remedy}")
+    elif sum(placeholders) != len(images):
+        raise ValueError(
+            f"Rows 0 to {len(placeholders) - 1}: {rule}, but they have {sum(placeholders)} "
+            f"({', '.join(map(str, placeholders))}) and {len(images)} images; {remedy}"
+        )
+
+
+def apply_edits(row: str, edits: list[tuple[int, int, str, str]]) -> tuple[str, list[dict]]:
+    """`row` with each `(start, end, replacement, type)` carried out, and the record of it."""
+    pieces, records, last, length = [], [], 0, 0
+    for start, end, replacement, kind in sorted(edits, key=lambda edit: edit[:2]):
+        pieces += [row[last:start], replacement]
+        length += start - last
+        records.append(
+            {
+                "type": kind,
+                "span": (start, end),
+                "new_span": (length, length + len(replacement)),
+                "text": row[start:end],
+                "replacement": replacement,
+            }
+        )
+        length += len(replacement)
+        last = end
+    return "".join([*pieces, row[last:]]), records
+
+
+def portable_tokenizer_config(config: dict) -> None:
+    """Names by which both generations read `tokenizer.json` as it is (a family's class may rebuild parts of it)."""
+    if "AutoTokenizer" not in config.get("auto_map", {}):
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    for name in ("is_local", "local_files_only"):  # of one load, not of the tokenizer
+        config.pop(name, None)
+
+
+def portable_processor_config(config: dict) -> None:
+    if isinstance(config.get("image_processor"), dict):
+        portable_image_processor_config(config["image_processor"])
+
+
+def rewrite_json(path: Path, change) -> None:
+    """Applies `change` to a JSON file, if it exists, in one step."""
+    if not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    change(config)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)
+
+
+# ---- control tokens that users write (`</s>`, `<image>`) are broken by an invisible character and so stay text ----
+# transformers 5 can do so too (`sanitize_control_tokens`), but not beside assistant masks, not without tokenizing, and
+# not on 4.57; a text must be the same ids in training and when the model is asked.
+
+
+def control_tokens(tokenizer, chat_template: str | None) -> re.Pattern:
+    """The control tokens: special tokens, and added tokens that the chat template writes."""
+    own = chat_template or ""
+    added = tokenizer.added_tokens_decoder.values()
+    found = {t.content for t in added if t.special or (t.content in own and not t.content.isspace())}
+    found |= set(tokenizer.all_special_tokens)
+    # a token of one character cannot be broken, and is one that people write (CLIP's tokenizers pad with "!")
+    found = {token for token in found if len(token) > 1}
+    # the longest first, so that a token wins over one inside of it
+    return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or "(?!)")
+
+
+def as_text(text: str, tokens: re.Pattern) -> str:
+    """`text` with its control tokens broken."""
+    return tokens.sub(lambda found: found[0][0] + BREAK + found[0][1:], text)
+
+
+def sanitized(messages: list[dict[str, Any]], tokens: re.Pattern, placeholder: str) -> list[dict[str, Any]]:
+    """
+    Messages with control tokens in their texts broken. In string content, `placeholder` is kept, since nothing else can
+    say there where an image stands; in a list of parts it is text.
+    """
+    return [_sanitized(message, tokens, placeholder) for message in messages]
+
+
+def _sanitized(message: dict[str, Any], tokens: re.Pattern, placeholder: str) -> dict[str, Any]:
+    content = message.get("content")
+    if isinstance(content, str):
+        pieces = [as_text(piece, tokens) for piece in content.split(placeholder)]
+        return {**message, "content": placeholder.join(pieces)}
+    if not isinstance(content, (list, tuple)):
+        return message
+    parts = [
+        {**part, "text": as_text(part["text"], tokens)}
+        if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+        else part
+        for part in content
+    ]
+    return {**message, "content": parts}
+
+
 AlignGPTProcessor.register_for_auto_class()
 
-__all__ = ["AlignGPTProcessor", "infer_image_suffix", "pil_image_processor"]
+__all__ = ["BREAK", "SET_SUFFIX", "AlignGPTProcessor", "control_tokens", "sanitized"]

@@ -14,7 +14,7 @@ from transformers.data.data_collator import DataCollatorMixin
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from modeling_aligngpt.chat_templates import CHAT_TEMPLATES
-from modeling_aligngpt.control_tokens import control_tokens, sanitized
+from modeling_aligngpt.processing_aligngpt import control_tokens, sanitized
 
 from .data.conversations import BadRow, refuse_foreign
 from .data.images import load_image

@@ -19,7 +19,7 @@ from trl import SFTTrainer
 
 from aligngpt_shared.locks import lock, lock_of
 from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
-from modeling_aligngpt.gate_prompt_aligngpt import answer_openings
+from modeling_aligngpt.configuration_aligngpt import answer_openings
 
 from .checkpoints import (
     CheckpointError,

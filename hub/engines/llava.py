@@ -17,7 +17,7 @@ from transformers import AddedToken, AutoModel, LlavaConfig, LlavaProcessor
 
 from modeling_aligngpt import AlignGPTConfig, AlignGPTProcessor
 from modeling_aligngpt.chat_templates import with_suffix
-from modeling_aligngpt.processing_parts import portable_tokenizer_config, rewrite_json
+from modeling_aligngpt.processing_aligngpt import portable_tokenizer_config, rewrite_json
 
 
 EMBEDDINGS, HEAD, LEVELS = "model.language_model.embed_tokens.weight", "lm_head.weight", "model.align_embeddings.weight"

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
-from modeling_aligngpt.processing_parts import pil_image_processor
+from modeling_aligngpt.images_aligngpt import pil_image_processor
 
 
 # weights up to this many bytes run as a whole

@@ -26,8 +26,7 @@ from vllm.multimodal.processing import (
 )
 
 from modeling_aligngpt import AlignGPTProcessor
-from modeling_aligngpt.configuration_aligngpt import AlignGPTConfig
-from modeling_aligngpt.gate_prompt_aligngpt import answer_openings, first_turn_end
+from modeling_aligngpt.configuration_aligngpt import AlignGPTConfig, answer_openings, first_turn_end
 
 
 # levels of an item besides those of a table: the config's mode decides; the image is not the first, and has no vector

@@ -27,11 +27,10 @@ from modeling_aligngpt.assembly import (
     placeholder_generation_config,
 )
 from modeling_aligngpt.chat_templates import CHAT_TEMPLATES, select_chat_template
-from modeling_aligngpt.configuration_aligngpt import GATE_CONTEXTS, AlignGPTConfig
-from modeling_aligngpt.gate_prompt_aligngpt import answer_openings
+from modeling_aligngpt.configuration_aligngpt import GATE_CONTEXTS, AlignGPTConfig, answer_openings
 from modeling_aligngpt.images_aligngpt import DROPPED
 from modeling_aligngpt.modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTMLP
-from modeling_aligngpt.processing_aligngpt import AlignGPTProcessor
+from modeling_aligngpt.new_processor import processor_from_parts
 
 from ..folders import stays_inside
 from . import format as original_format
@@ -110,7 +109,7 @@ def convert_checkpoint(
         )
         name = chat_template or ("plain" if source.is_stage1 else _family(tokenizer, config))
         model.config.answer_openings = answer_openings(tokenizer, CHAT_TEMPLATES[name])
-        processor = AlignGPTProcessor.from_parts(
+        processor = processor_from_parts(
             tokenizer,
             model.config,
             vision_tower=tower,

@@ -26,7 +26,8 @@ from modeling.tiny import randomize
 
 from aligngpt_hub.engines.llava_check import load_processor
 from aligngpt_trainers.commands import cli
-from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
+from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTConfig, AlignGPTForConditionalGeneration
+from modeling_aligngpt.new_processor import processor_from_parts
 
 
 QUESTIONS = ("what is it?", "describe", "how many things are there?", "why", "where is the dog?", "is it night?")
@@ -77,7 +78,7 @@ def save_siglip_model(folder: Path) -> None:
     torch.manual_seed(0)
     randomize(AlignGPTForConditionalGeneration(config)).save_pretrained(folder)
     template = CHAT_TEMPLATES["vicuna_v1"]
-    AlignGPTProcessor.from_parts(tokenizer, config, chat_template=template, do_pad=True).save_pretrained(folder)
+    processor_from_parts(tokenizer, config, chat_template=template, do_pad=True).save_pretrained(folder)
     (folder / "tokenizer.model").write_bytes((TOKENIZER / "tokenizer.model").read_bytes())
 
 

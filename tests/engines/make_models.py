@@ -19,7 +19,7 @@ from modeling.tiny import randomize
 
 from aligngpt_shared.files import new_folder
 from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTConfig, AlignGPTForConditionalGeneration
-from modeling_aligngpt.processing_aligngpt import AlignGPTProcessor
+from modeling_aligngpt.new_processor import processor_from_parts
 
 
 TOKENIZER = Path(__file__).parents[1] / "fixtures" / "golden" / "base_llm"
@@ -66,7 +66,7 @@ def save_sentencepiece_model(folder: Path, vision: dict | None = None, text: dic
     )
     torch.manual_seed(0)
     model = randomize(AlignGPTForConditionalGeneration(config))
-    processor = AlignGPTProcessor.from_parts(tokenizer, config, chat_template=CHAT_TEMPLATES["vicuna_v1"], do_pad=True)
+    processor = processor_from_parts(tokenizer, config, chat_template=CHAT_TEMPLATES["vicuna_v1"], do_pad=True)
     assert processor.image_suffix == " "
     model.save_pretrained(folder)
     processor.save_pretrained(folder)

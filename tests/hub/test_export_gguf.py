@@ -14,6 +14,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from aligngpt_hub.engines.gguf_mmproj import check_convertible, write_mmproj
 from aligngpt_trainers.commands import cli
 from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
+from modeling_aligngpt.new_processor import processor_from_parts
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_siglip_has_neither_class_token_nor_first_norm(exported, tmp_path):
     text = {**LLAMA, "vocab_size": len(tokenizer), "max_position_embeddings": 1024}
     config = AlignGPTConfig(vision_config=SIGLIP, text_config=text, gate_hidden_size=8, **ids)
     randomize(AlignGPTForConditionalGeneration(config)).save_pretrained(tmp_path / "siglip")
-    parts = AlignGPTProcessor.from_parts(tokenizer, config, chat_template=processor.chat_template, do_pad=True)
+    parts = processor_from_parts(tokenizer, config, chat_template=processor.chat_template, do_pad=True)
     parts.save_pretrained(tmp_path / "siglip")
     words = ["export", "--model", str(tmp_path / "siglip"), "--output", str(tmp_path / "out"), "--format", "gguf"]
     assert cli.main(words) == 0

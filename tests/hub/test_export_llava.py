@@ -18,6 +18,7 @@ from aligngpt_hub.engines.llava import check_exportable, write_llava
 from aligngpt_hub.engines.llava_check import check_equal, load_processor
 from aligngpt_trainers.commands import cli
 from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
+from modeling_aligngpt.new_processor import processor_from_parts
 
 
 QUESTION = "what is in the picture?"
@@ -175,7 +176,7 @@ def test_a_siglip_tower_is_the_same_in_the_export(world, tmp_path):
     assert config.num_prefix_tokens == 0 and config.vision_feature_select_strategy == "full"
     randomize(AlignGPTForConditionalGeneration(config)).save_pretrained(tmp_path / "siglip")
     template = processor.chat_template
-    AlignGPTProcessor.from_parts(tokenizer, config, chat_template=template).save_pretrained(tmp_path / "siglip")
+    processor_from_parts(tokenizer, config, chat_template=template).save_pretrained(tmp_path / "siglip")
     assert cli.main(["export", "--model", str(tmp_path / "siglip"), "--output", str(tmp_path / "llava")]) == 0
     check = json.loads((tmp_path / "llava" / "export.json").read_text())["check"]
     assert check["largest_difference"] < 1e-5 < check["largest_logit"]

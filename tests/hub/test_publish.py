@@ -224,9 +224,9 @@ def test_pinned_revision_keeps_its_code(hub, saved, here, tmp_path):
     stored.refs["refs/tags/v1"] = first
     code = folder / "modeling_aligngpt.py"
     code.write_text(code.read_text() + '\nMARK = "newer"\n')
-    (folder / "processing_parts.py").rename(folder / "parts_of_it.py")
+    (folder / "images_aligngpt.py").rename(folder / "reading_images.py")
     processing = folder / "processing_aligngpt.py"
-    processing.write_text(processing.read_text().replace("from .processing_parts import", "from .parts_of_it import"))
+    processing.write_text(processing.read_text().replace("from .images_aligngpt import", "from .reading_images import"))
     hub.commit_folder("models", repo, folder)
     revisions = [first, "main", "v1"]
     spec = {"repo": repo, "revisions": revisions, "auto": "AutoModelForImageTextToText"}

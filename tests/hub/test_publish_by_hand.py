@@ -19,7 +19,7 @@ from modeling_aligngpt.configuration_aligngpt import AUTO_MAP
 
 
 CODE = {"configuration_aligngpt.py", "modeling_aligngpt.py", "generation_aligngpt.py", "compat_v4.py"}
-PROCESSOR_CODE = {"processing_aligngpt.py", "processing_parts.py"}
+PROCESSOR_CODE = {"processing_aligngpt.py", "images_aligngpt.py"}
 
 
 @pytest.fixture(scope="module")

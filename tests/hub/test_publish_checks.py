@@ -171,15 +171,15 @@ CASES = {
         ["LICENSE: a link to a file outside of the folder"],
     ),
     "missing code": (
-        lambda f: (f / "processing_parts.py").unlink(),
-        ["processing_aligngpt.py: imports .processing_parts, but processing_parts.py is missing"],
+        lambda f: (f / "images_aligngpt.py").unlink(),
+        ["processing_aligngpt.py: imports .images_aligngpt, but images_aligngpt.py is missing"],
     ),
     "missing class": (
         lambda f: edit(f / "configuration_aligngpt.py", "class AlignGPTConfig", "class OtherConfig"),
         ["config.json: AutoConfig needs the class AlignGPTConfig"],
     ),
     "import of the folder": (
-        lambda f: edit(f / "compat_v4.py", "import", "from . import processing_parts\nimport"),
+        lambda f: edit(f / "compat_v4.py", "import", "from . import images_aligngpt\nimport"),
         ["compat_v4.py line", "`from . import ...` does not travel"],
     ),
     "import of ours": (

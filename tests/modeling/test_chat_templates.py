@@ -19,7 +19,7 @@ from modeling_aligngpt.chat_templates import (
     stop_token,
     with_suffix,
 )
-from modeling_aligngpt.processing_parts import image_processor_for, infer_image_suffix
+from modeling_aligngpt.new_processor import image_processor_for, infer_image_suffix
 
 
 GOLDEN = Path(os.environ.get("ALIGNGPT_GOLDEN") or Path(__file__).parents[1] / "fixtures" / "golden")

@@ -9,7 +9,7 @@ from modeling.test_gradients import training_batch
 from modeling.tiny import BOS, IMAGE_TOKENS, MIXED_ROWS, draw_images, make_batch, prompts, row, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modeling_aligngpt import checks_aligngpt
+from modeling_aligngpt import base_aligngpt
 
 
 class HostReads(TorchDispatchMode):
@@ -36,7 +36,7 @@ class HostReads(TorchDispatchMode):
 @pytest.fixture
 def asynchronous(monkeypatch):
     """The CPU treated as a device that must not be waited for."""
-    monkeypatch.setattr(checks_aligngpt, "ASYNC_DEVICES", ("cpu",))
+    monkeypatch.setattr(base_aligngpt, "ASYNC_DEVICES", ("cpu",))
 
 
 @pytest.mark.parametrize("mode", ["gate", "level", "mean"])
@@ -76,7 +76,7 @@ def test_a_device_refuses_a_level_by_itself(asynchronous):
 @pytest.fixture
 def said(caplog, monkeypatch):
     """What the library warns of, with nothing said before."""
-    checks_aligngpt.logger.warning_once.cache_clear()
+    base_aligngpt.logger.warning_once.cache_clear()
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     caplog.set_level("WARNING", "transformers")
     return caplog

@@ -21,7 +21,7 @@ from modeling.tiny import (
 from torch.nn.functional import gelu
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from modeling_aligngpt import ALIGN_MODES, checks_aligngpt
+from modeling_aligngpt import ALIGN_MODES, base_aligngpt
 from modeling_aligngpt.configuration_aligngpt import GATE_CONTEXTS
 
 
@@ -176,7 +176,7 @@ def test_labels_never_change_the_logits(context):
 )
 def test_what_other_trainers_do_with_labels_is_said(given, said, monkeypatch):
     heard = []
-    monkeypatch.setattr(checks_aligngpt.logger, "warning_once", heard.append)
+    monkeypatch.setattr(base_aligngpt.logger, "warning_once", heard.append)
     ids = row(5, 6, 7, 8)
     labels = torch.tensor([ids if given["labels"] == "all" else [-100] * (len(ids) - 1) + ids[-1:]])
     mask = {"prompt_mask": torch.ones(1, len(ids) - 1)} if given.get("prompt_mask") else {}

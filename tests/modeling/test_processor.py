@@ -18,8 +18,9 @@ from transformers import AutoProcessor, AutoTokenizer, CLIPVisionConfig, LlamaCo
 
 from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
 from modeling_aligngpt.compat_v4 import IS_TRANSFORMERS_4
-from modeling_aligngpt.control_tokens import BREAK
-from modeling_aligngpt.processing_aligngpt import infer_image_suffix, pil_image_processor
+from modeling_aligngpt.images_aligngpt import pil_image_processor
+from modeling_aligngpt.new_processor import infer_image_suffix, processor_from_parts
+from modeling_aligngpt.processing_aligngpt import BREAK
 
 
 GOLDEN = Path(os.environ.get("ALIGNGPT_GOLDEN") or Path(__file__).parents[1] / "fixtures" / "golden")
@@ -56,7 +57,7 @@ def golden():
     tokenizer = llama_tokenizer()
     template = CHAT_TEMPLATES["vicuna_v1"]
     tower = GOLDEN / "clip-vit-tiny"
-    return AlignGPTProcessor.from_parts(
+    return processor_from_parts(
         tokenizer,
         config_for(tokenizer),
         vision_tower=tower,
@@ -81,7 +82,7 @@ def make_small(chat_template="chatml", adds_bos=True, **kwargs):
             single="<s> $A", special_tokens=[bos]
         )
     config = config_for(tokenizer, image_size=8, patch_size=4)
-    return AlignGPTProcessor.from_parts(tokenizer, config, chat_template=CHAT_TEMPLATES[chat_template], **kwargs)
+    return processor_from_parts(tokenizer, config, chat_template=CHAT_TEMPLATES[chat_template], **kwargs)
 
 
 def draw_image(seed=0, size=(20, 12), mode="RGB"):
@@ -382,7 +383,7 @@ def test_image_processor_follows_the_tower(golden, tmp_path):
     assert dict(golden.image_processor.size)["shortest_edge"] == dict(golden.image_processor.crop_size)["height"] == 48
     SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "siglip")
     # SigLIP's own way is to resize to the square, with its own normalisation, and the size is the tower's
-    processor = AlignGPTProcessor.from_parts(tokenizer, config, vision_tower=tmp_path / "siglip")
+    processor = processor_from_parts(tokenizer, config, vision_tower=tmp_path / "siglip")
     assert (
         list(processor.image_processor.image_mean) == [0.5, 0.5, 0.5] and not processor.image_processor.do_center_crop
     )
@@ -392,14 +393,14 @@ def test_image_processor_follows_the_tower(golden, tmp_path):
     config.vision_config.save_pretrained(bare)
     unknown = r"bare': no preprocessor_config.json \(or processor_config.json\) that says how images are scaled"
     with pytest.raises(ValueError, match=unknown):
-        AlignGPTProcessor.from_parts(tokenizer, config, vision_tower=bare)
+        processor_from_parts(tokenizer, config, vision_tower=bare)
     # of a class that cannot be had here, what the file says is taken
     settings = {"image_processor_type": "SomebodysImageProcessor", "image_mean": [0.3] * 3, "size": 48}
     (bare / "preprocessor_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=unknown):
-        AlignGPTProcessor.from_parts(tokenizer, config, vision_tower=bare)
+        processor_from_parts(tokenizer, config, vision_tower=bare)
     (bare / "preprocessor_config.json").write_text(json.dumps({**settings, "image_std": [0.2] * 3}))
-    processor = AlignGPTProcessor.from_parts(tokenizer, config, vision_tower=bare)
+    processor = processor_from_parts(tokenizer, config, vision_tower=bare)
     assert list(processor.image_processor.image_mean) == [0.3] * 3 and not processor.image_processor.do_center_crop
 
 
@@ -517,7 +518,7 @@ def _check_portable(folder):
     image_config = json.loads(beside.read_text()) if beside.is_file() else processor_config["image_processor"]
     assert image_config["image_processor_type"] == "LlavaImageProcessor" and "auto_map" not in image_config
     files = {path.name for path in folder.iterdir()}
-    assert {"processing_aligngpt.py", "processing_parts.py", "chat_template.jinja", "tokenizer.json"} <= files
+    assert {"processing_aligngpt.py", "images_aligngpt.py", "chat_template.jinja", "tokenizer.json"} <= files
     assert not [name for name in files if name.endswith(".part")]
 
 

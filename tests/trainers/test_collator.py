@@ -11,7 +11,7 @@ from trl.data_utils import prepare_multimodal_messages
 from aligngpt_trainers import AlignGPTDataCollator, load_rows
 from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTProcessor
 from modeling_aligngpt.chat_templates import with_suffix
-from modeling_aligngpt.processing_aligngpt import infer_image_suffix
+from modeling_aligngpt.new_processor import infer_image_suffix
 
 
 SEQ_LENGTH = 16

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from aligngpt_trainers import AlignGPTDataCollator
 from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTForConditionalGeneration, AlignGPTProcessor
-from modeling_aligngpt.gate_prompt_aligngpt import answer_openings, first_turn_end
+from modeling_aligngpt.configuration_aligngpt import answer_openings, first_turn_end
 
 
 TEMPLATES = [name for name in CHAT_TEMPLATES if name != "plain"]

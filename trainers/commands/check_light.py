@@ -7,6 +7,7 @@ import torch
 
 from modeling_aligngpt import CHAT_TEMPLATES, AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
 from modeling_aligngpt.assembly import plan
+from modeling_aligngpt.new_processor import processor_from_parts
 
 from .arguments import ModelArguments, PretrainModelArguments
 from .init import checked_overrides
@@ -62,7 +63,7 @@ def _assemble(args: PretrainModelArguments) -> tuple[AlignGPTForConditionalGener
         chat_template=args.chat_template,
         **overrides,
     )
-    processor = AlignGPTProcessor.from_parts(
+    processor = processor_from_parts(
         tokenizer, config, vision_tower=args.vision_tower, chat_template=CHAT_TEMPLATES[template], do_pad=False
     )
     return _empty(config, args.dtype), processor
