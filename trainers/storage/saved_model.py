@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from aligngpt_shared.records import GATE_BEFORE
 from modeling_aligngpt import AlignGPTConfig, AlignGPTForConditionalGeneration, AlignGPTProcessor
-from modeling_aligngpt.generation_aligngpt import complete_generation_config
+from modeling_aligngpt.base_aligngpt import complete_generation_config
 
 
 class SavedModelError(ValueError):
