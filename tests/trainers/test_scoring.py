@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -25,7 +26,12 @@ from aligngpt_trainers.scoring import run as scoring
 from aligngpt_trainers.scoring.levels import balance_levels, cut_levels, faults_of_levels, remedy_for_levels
 from aligngpt_trainers.scoring.run import score_dataset
 from aligngpt_trainers.scoring.scorer import PairScorer
-from aligngpt_trainers.scoring.sheet import rank_correlation, word_about_length
+from aligngpt_trainers.scoring.sheet import (
+    describe_sources,
+    rank_correlation,
+    sources_and_scores,
+    word_about_length,
+)
 
 
 @pytest.fixture(scope="module")
@@ -308,6 +314,20 @@ def test_what_length_explains_is_said():
     assert word.startswith("Shorter texts have higher scores (rank correlation -0.40; 9.0 words")
 
 
+def test_what_the_source_explains_is_said():
+    scores, levels = np.arange(8.0), np.array([0, 0, 1, 1, 2, 2, 3, -1])
+    found = sources_and_scores(Dataset.from_dict({"source": list("aaaabbbb")}), scores, levels)
+    assert found["counts"] == {"a": [2, 2, 0, 0], "b": [0, 0, 2, 1]}
+    # of the ranks 1 to 7: means 2.5 and 6 around 4 explain 21 of 28, less what two groups do by chance
+    assert found["rank_correlation"] == pytest.approx(math.sqrt(1 - (7 / 5) / (28 / 6)), abs=1e-4)
+    said = describe_sources(found)
+    assert said[1] == "  100% 100%   0%   0%  a" and said[-1].startswith("Scores go with the source")
+    even = sources_and_scores(Dataset.from_dict({"source": list("abbaabba")}), scores, levels)
+    assert even["rank_correlation"] < 0.2 and len(describe_sources(even)) == 3
+    for column in ({"source": ["a"] * 8}, {"other": list("aaaabbbb")}, {"source": [[1]] * 8}):
+        assert sources_and_scores(Dataset.from_dict(column), scores, levels) is None
+
+
 class TestFromColumn:
     """Levels from a number that the rows have already."""
 
@@ -333,6 +353,42 @@ class TestFromColumn:
         assert "--num_align_levels 5" in capsys.readouterr().out
         assert json.loads((tmp_path / "out" / "alignment.json").read_text()) == record
         assert not list(tmp_path.glob("out.*"))
+
+    @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+    def test_columns_that_came_with_the_rows_stay(self, rated, tmp_path, capsys, kind):
+        path, rows = rated
+        for number, row in enumerate(rows):
+            row |= {
+                "uid": f"{number:032x}",
+                "source": "stamps" if number % 5 > 2 else "photographs",
+                "laion": number / 7,
+            }
+            row["tags"] = ["a", str(number)]
+            row.pop("uid") if number == 3 else None
+        if kind == "jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        else:
+            path = path.with_suffix(".parquet")
+            Dataset.from_list(rows).to_parquet(path)
+        files = {"json_output": str(tmp_path / "out.json"), "parquet_output": str(tmp_path / "out.parquet")}
+        record, levels = self.levels(path, tmp_path / "out", "distance", keep=0.5, num_align_levels=4, **files)
+        out, kept = load_from_disk(tmp_path / "out"), rows[:25]
+        for name in ("uid", "source", "laion"):
+            assert out[name][:] == [row.get(name) for row in kept]
+        assert [json.loads(each) if kind == "jsonl" else each for each in out["tags"]] == [row["tags"] for row in kept]
+        assert load_rows(files["parquet_output"])["align_level"][:] == levels
+        assert (
+            Dataset.from_parquet(files["parquet_output"], cache_dir=str(tmp_path / "cache"))["uid"][:] == out["uid"][:]
+        )
+        written = json.loads(Path(files["json_output"]).read_text())
+        assert [each.get("uid") for each in written] == out["uid"][:] and written[0]["laion"] == 0
+        assert load_rows(files["json_output"])["messages"][:] == out["messages"][:]
+        # which sources a level holds
+        assert {name: sum(counts) for name, counts in record["sources"]["counts"].items()} == {
+            "photographs": 15,
+            "stamps": 10,
+        }
+        assert "Share of each source" in capsys.readouterr().out
 
     def test_a_list_is_its_mean_and_low_may_be_good(self, rated, tmp_path):
         _, by_votes = self.levels(rated[0], tmp_path / "votes", "quality.votes")

@@ -19,7 +19,7 @@ from datasets import Dataset, IterableDataset
 from aligngpt_shared.files import write_json
 from modeling_aligngpt import AlignGPTConfig
 
-from ..data.load import layout_of
+from ..data.layout import layout_of
 from ..first_batch import batch_facts, check_batch, mark_supervised
 from ..memory import count_parameters, memory_of
 from ..rows import LENGTH_COLUMN

@@ -32,16 +32,13 @@ from tqdm.auto import tqdm
 from .arrow_writer import TableWriter
 from .columns import (
     IMAGE_COLUMNS,
-    OTHER_COLUMNS,
     captions_of_a_table_apart,
     holds_images_in_parts,
-    mapping_of,
-    names_in,
-    with_features,
 )
-from .conversations import MORE, ROW_ERRORS, UNREADABLE, BadRow, Broken, Reason, captions_apart, find_layout, reason_of
+from .conversations import ROW_ERRORS, UNREADABLE, BadRow, Broken, Reason, captions_apart, reason_of
 from .image_columns import IMAGES, image_lists, paths_of
 from .images import decode_images, load_image
+from .kept import KeptColumns, kept_names
 from .records import (
     MESSAGES,
     OPTIONAL,
@@ -62,6 +59,7 @@ __all__ = ["MESSAGES", "RowReport", "load_image", "load_rows", "read_rows"]
 
 logger = logging.getLogger(__name__)
 
+KEPT = "_kept"  # of a table that is being made: the columns to keep, as JSON
 CHUNK = 1_000  # rows held as Python objects at a time
 
 
@@ -150,6 +148,7 @@ def read_rows(
     check_images: bool = True,
     decode: bool = False,
     shared: bool = False,
+    keep_columns: bool = False,
 ) -> tuple[Dataset, RowReport]:
     """Reads a source and reports on it.
 
@@ -168,6 +167,7 @@ def read_rows(
         check_images: look whether each image file exists.
         decode: decode each image once, too: one that cannot be read makes its row unusable.
         shared: all processes of a run make this call at the same time: they share the decoding.
+        keep_columns: keep the columns that no layout reads, too.
 
     Returns:
         The data set, and the report of rows kept and dropped.
@@ -180,7 +180,7 @@ def read_rows(
     if isinstance(opened, IterableDataset):
         raise ValueError(f"{title}: it is a stream; read it with load_rows(..., streaming=True).")
     build = _from_dataset if isinstance(opened, Dataset) else _from_records
-    rows = build(opened, title, folder, check_images, report)
+    rows = build(opened, title, folder, check_images, report, keep_columns)
     if decode:
         _drop_unreadable(rows, report, shared)
     if report.dropped and on_bad_row == "raise":
@@ -197,38 +197,6 @@ def read_rows(
         )
         rows = rows.select(report.kept)
     return rows, report
-
-
-def layout_of(
-    source: Any,
-    *,
-    split: str | None = None,
-    name: str | None = None,
-    revision: str | None = None,
-    columns: Mapping[str, str] | str | None = None,
-    streaming: bool = False,
-) -> str:
-    """
-    The layout that is recognised in a source, by its columns, such as `images + texts`; with the source's own names
-    where `columns` maps them: `image (img) + caption (alt)`. Reads the first rows at most.
-
-    Args:
-        source: as for [`read_rows`], and so the others.
-        streaming: do not copy what is on the Hub.
-
-    Raises:
-        ValueError: unknown source, columns or split.
-    """
-    opened, _ = open_source(source, split, name, revision, streaming, columns)
-    opened = with_features(opened) if isinstance(opened, IterableDataset) else opened
-    found = set(opened.column_names) if isinstance(opened, (Dataset, IterableDataset)) else names_in(opened)
-    layout = find_layout(found)
-    if layout is None:
-        return f"none that is known, with the columns {', '.join(sorted(found))}"
-    theirs = mapping_of(columns)
-    images = [column for column in IMAGE_COLUMNS if column in found][:1]
-    used = [*images, *layout, *(column for column in (*MORE, *OTHER_COLUMNS) if column in found)]
-    return " + ".join(f"{ours} ({theirs[ours]})" if theirs.get(ours, ours) != ours else ours for ours in used)
 
 
 def _open(
@@ -253,7 +221,10 @@ def _open(
 
 
 def _convert(
-    records: Iterable[tuple[dict[str, Any], list[dict] | list[str], list[str]]], report: RowReport, total: int | None
+    records: Iterable[tuple[dict[str, Any], list[dict] | list[str], list[str]]],
+    report: RowReport,
+    total: int | None,
+    kept: KeptColumns | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Rows of records; unusable ones become empty rows and an entry in the report."""
     for record, images, problems in tqdm(records, total=total, desc="Reading rows", unit="row", delay=2):
@@ -263,8 +234,9 @@ def _convert(
             if problems:
                 raise BadRow("; ".join(problems), UNREADABLE)
             messages, found = convert_record(record, len(images))
+            others = {} if kept is None else {KEPT: kept.take(record)}
             report.kept.append(number)
-            yield {"images": images, "messages": messages, **found}
+            yield {"images": images, "messages": messages, **found, **others}
         except ROW_ERRORS as error:
             report.dropped.append((number, name_of(record), reason_of(error)))
             yield {"images": [], "messages": []}
@@ -321,7 +293,12 @@ def _schema(*columns: str) -> pa.Schema:
 
 
 def _from_records(
-    records: list[dict] | Records | Dataset, title: str, folder: Path | str | None, check: bool, report: RowReport
+    records: list[dict] | Records | Dataset,
+    title: str,
+    folder: Path | str | None,
+    check: bool,
+    report: RowReport,
+    keep: bool = False,
 ) -> Dataset:
     if isinstance(records, list) and not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{title}: expected a list of dicts.")
@@ -334,16 +311,22 @@ def _from_records(
                 yield record, *encode_images(record, folder, check)
 
     total = None if isinstance(records, Records) else len(records)
-    with TableWriter(_schema("images", "messages", *OPTIONAL)) as writer:
-        table = _write(_convert(prepared(), report, total), writer, report)
+    kept, schema = KeptColumns() if keep else None, _schema("images", "messages", *OPTIONAL)
+    with TableWriter(schema.append(pa.field(KEPT, pa.string())) if keep else schema) as writer:
+        table = _write(_convert(prepared(), report, total, kept), writer, report)
         if not report.total:
             raise ValueError(f"{title}: no rows.")
         if columns or not report.dropped:  # otherwise no record could be read, which is said of each
             check_columns(columns, title)
-        return _assemble(table, Hasher.hash(writer.digest))
+        others = kept.table(table.column(KEPT)) if kept is not None else None
+        table = table.select([name for name in table.column_names if name != KEPT])
+        rows = _assemble(table, Hasher.hash(writer.digest))
+        return concatenate_datasets([rows, Dataset(others)], axis=1) if others and others.column_names else rows
 
 
-def _from_dataset(dataset: Dataset, title: str, folder: Path | str | None, check: bool, report: RowReport) -> Dataset:
+def _from_dataset(
+    dataset: Dataset, title: str, folder: Path | str | None, check: bool, report: RowReport, keep: bool = False
+) -> Dataset:
     """Embedded images stay where they are (memory-mapped); only the text passes through Python."""
     if not len(dataset):
         raise ValueError(f"{title}: no rows.")
@@ -351,7 +334,7 @@ def _from_dataset(dataset: Dataset, title: str, folder: Path | str | None, check
     dataset = _flattened(captions_of_a_table_apart(dataset.with_format(None)))
     image_column = next((column for column in IMAGE_COLUMNS if column in dataset.column_names), None)
     if image_column is None and holds_images_in_parts(dataset.features):
-        return _from_records(left_encoded(dataset), title, folder, check, report)
+        return _from_records(left_encoded(dataset), title, folder, check, report, keep)
     if image_column is None:
         images = InMemoryTable(pa.table({"images": pa.array([[]] * len(dataset), IMAGES)}))
     else:
@@ -378,7 +361,9 @@ def _from_dataset(dataset: Dataset, title: str, folder: Path | str | None, check
     with TableWriter(_schema("messages", *OPTIONAL)) as writer:
         table = _write(_convert(prepared(), report, len(dataset)), writer, report)
     fingerprint = Hasher.hash(["aligngpt rows", generate_fingerprint(dataset), str(folder)])
-    return _assemble(concat_tables([images, table], axis=1), fingerprint)
+    rows = _assemble(concat_tables([images, table], axis=1), fingerprint)
+    others = kept_names(dataset.column_names) if keep else []
+    return concatenate_datasets([rows, left_encoded(dataset.select_columns(others))], axis=1) if others else rows
 
 
 def _flattened(dataset: Dataset) -> Dataset:

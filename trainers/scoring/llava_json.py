@@ -15,6 +15,7 @@ from .config import ScoreConfig
 
 
 ROWS_AT_ONCE = 1000
+OWN = ("id", "images", "messages", "image", "conversations", "similarity")  # what a record says in its own way
 
 
 def write_json(
@@ -37,7 +38,7 @@ def write_json(
     base = config.image_folder or (str(source.parent) if source.is_file() else None)
     images = path.with_name(f"{path.stem}_images")
     beside = path.with_name(f"{path.name}.tmp")
-    columns = [name for name in ("id", "images", "messages") if name in rows.column_names]
+    columns = [name for name in rows.column_names if name not in ("align_level", "clip_score")]
     place, separator = 0, "[\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     with beside.open("w", encoding="utf-8") as file:
@@ -46,7 +47,8 @@ def write_json(
             for offset, row in zip(chosen.tolist(), batch.take(chosen).to_pylist(), strict=True):
                 position = place + offset
                 name = row.get("id") or f"{position:09d}"
-                record: dict[str, Any] = {"id": name}
+                others = {key: value for key, value in row.items() if key not in OWN and value is not None}
+                record: dict[str, Any] = {"id": name, **others}
                 if row["images"]:
                     record["image"] = _json_image(row["images"][0], f"{position:09d}", base, images)
                 messages = row["messages"]
@@ -56,7 +58,7 @@ def write_json(
                 if levels[position] >= 0:
                     record["similarity"] = int(levels[position])
                     record["clip_score"] = float(f"{scores[position]:.9g}")
-                file.write(separator + json.dumps(record, ensure_ascii=False))
+                file.write(separator + json.dumps(record, ensure_ascii=False, default=str))
                 separator = ",\n"
             place += len(batch)
         file.write("\n]\n")

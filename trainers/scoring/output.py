@@ -35,7 +35,7 @@ from .levels import (
 from .llava_json import with_level_as_text, write_json
 from .processes import keeping_progress
 from .shards import read_shards
-from .sheet import draw_sheet, word_about_length
+from .sheet import describe_sources, draw_sheet, word_about_length
 
 
 logger = logging.getLogger(__name__)
@@ -356,6 +356,8 @@ def print_summary(record: dict[str, Any], output: Path):
     print(f"{rows['written']:,} pairs in {output}; {DROPPED} lists what was left out, {HISTOGRAM} shows the scores.")
     if word := word_about_length(record["length"]):
         print(word)
+    for line in describe_sources(record["sources"]):
+        print(line)
     print(f"Look at {output / SHEET} before you train: pairs of every level.")
     if record.get("conversations"):
         print(f"Next: aligngpt instruct --model STAGE1 --align_mode level --dataset {output} --output_dir OUT")

@@ -43,7 +43,7 @@ from .output import (
 from .processes import Processes, keeping_progress
 from .scorer import PairScorer
 from .shards import finished_blocks, score_blocks, write_scores
-from .sheet import lengths_and_scores
+from .sheet import lengths_and_scores, sources_and_scores
 from .source import WholeSource, refuse_other_rows
 
 
@@ -154,6 +154,7 @@ def _open_source(config: ScoreConfig) -> WholeSource:
         image_folder=config.image_folder,
         on_bad_row=config.on_bad_row,
         columns=columns,
+        keep_columns=True,
     )
     if config.on_bad_row == "raise":
         refuse_other_rows(rows, report, config.conversations)
@@ -248,6 +249,7 @@ def _finish(
         "dataset_revision": config.dataset_revision,
         "rows": _count_rows(source, scores),
         "length": lengths_and_scores(source.rows, scores.values, scores.levels),
+        "sources": sources_and_scores(source.rows, scores.values, scores.levels),
         "versions": {
             "aligngpt": VERSION,
             **{module.__name__: module.__version__ for module in (torch, transformers, datasets, np)},

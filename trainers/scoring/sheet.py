@@ -1,13 +1,16 @@
 """Look before you train: a sheet of pairs of each level, and whether length explains the levels."""
 
 import logging
+import math
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Value
 from PIL import ImageOps
+
+from modeling_aligngpt.images_aligngpt import shortened
 
 from ..data.conversations import caption_of
 from ..data.load import load_image
@@ -20,7 +23,10 @@ PAIRS = 12
 """Pairs of each level on the sheet."""
 SIDE = 160
 TELLING = 0.2
-"""A rank correlation of length and score beyond this is worth a word."""
+"""A rank correlation of length (or source) and score beyond this is worth a word."""
+SOURCES = ("source", "dataset")
+"""Columns that say where a row is from; the first that is there counts."""
+MOST_SOURCES = 50
 
 
 def draw_sheet(rows: Dataset, levels: np.ndarray, title: str, path: Path):
@@ -63,15 +69,66 @@ def draw_sheet(rows: Dataset, levels: np.ndarray, title: str, path: Path):
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
     """Spearman's, ties at their mean rank; 0 where one of the two does not vary."""
 
-    def ranks(values: np.ndarray) -> np.ndarray:
-        _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
-        ends = np.cumsum(counts)
-        return (ends - (counts - 1) / 2)[places]
-
-    left, right = ranks(first), ranks(second)
+    left, right = _ranks(first), _ranks(second)
     left, right = left - left.mean(), right - right.mean()
     spread = np.sqrt((left @ left) * (right @ right))
     return float(left @ right / spread) if spread else 0.0
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[places]
+
+
+def sources_and_scores(rows: Dataset, scores: np.ndarray, levels: np.ndarray) -> dict[str, Any] | None:
+    """
+    The mix of sources by level: `column`, `counts` (of each source the pairs of each level) and `rank_correlation` (the
+    correlation ratio of the ranks of scores, 0 to 1: how much of them the sources explain beyond chance). None where no
+    column says the source, or it has one value or more than `MOST_SOURCES`.
+
+    Args:
+        rows: maybe with one of the columns `SOURCES`.
+        scores: [rows].
+        levels: [rows], -1 where a row has none, which is left out.
+    """
+    column = next((name for name in SOURCES if name in rows.column_names), None)
+    if column is None or not isinstance(rows.features[column], Value) or not (levels >= 0).any():
+        return None
+    good = levels >= 0
+    names, places = np.unique(np.array(list(map(str, rows[column][:])))[good], return_inverse=True)
+    if not 1 < len(names) <= MOST_SOURCES:
+        return None
+    ranks = _ranks(scores[good])
+    sizes = np.bincount(places)
+    means = np.bincount(places, ranks) / sizes
+    between, whole = sizes @ (means - ranks.mean()) ** 2, ((ranks - ranks.mean()) ** 2).sum()
+    # less what so many sources would explain by chance
+    left = (whole - between) / max(1, len(ranks) - len(names))
+    share = 1 - left * (len(ranks) - 1) / whole if whole else 0.0
+    number = int(levels.max()) + 1
+    counts = {
+        str(name): np.bincount(levels[good][places == place], minlength=number).tolist()
+        for place, name in enumerate(names)
+    }
+    return {
+        "column": column,
+        "rank_correlation": round(math.sqrt(max(0.0, share)), 4),
+        "counts": counts,
+    }
+
+
+def describe_sources(sources: dict[str, Any] | None) -> list[str]:
+    """The mix as lines, a source each, and a sentence where the levels tell the source, too."""
+    if sources is None:
+        return []
+    totals = np.array(list(sources["counts"].values())).sum(0)
+    lines = [f"Share of each {sources['column']} in the pairs of each level, from level 0 to the top:"]
+    for name, counts in sources["counts"].items():
+        shares = (f"{count / total:>4.0%}" if total else "   -" for count, total in zip(counts, totals, strict=True))
+        lines.append(f"  {' '.join(shares)}  {shortened(name)}")
+    if (found := sources["rank_correlation"]) >= TELLING:
+        lines.append(f"Scores go with the source (rank correlation {found:.2f}): levels will stand for it, too.")
+    return lines
 
 
 def lengths_and_scores(rows: Dataset, scores: np.ndarray, levels: np.ndarray) -> dict[str, Any]:
