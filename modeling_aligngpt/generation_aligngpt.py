@@ -98,7 +98,7 @@ class AlignGPTGenerationMixin(PrefillOnlyImagesMixin, GenerationMixin):
         )
 
     def _check_prompt(self, input_ids: torch.Tensor | None, kwargs: dict) -> None:
-        """Checks once, before the first step, what `forward` can only assert on a GPU (see `checks_aligngpt.py`)."""
+        """Checks once, before the first step, what `forward` can only assert on a GPU (see `base_aligngpt.py`)."""
         pixel_values = kwargs.get("pixel_values")
         begun = any(kwargs.get(name) is not None for name in ("mm_encoder_outputs", "inputs_embeds"))
         if begun or cache_in(kwargs) is not None or input_ids is None:

@@ -130,7 +130,7 @@ class AlignGPTProcessor(ProcessorBase):
         self, conversation, chat_template=None, sanitize_control_tokens: bool = True, align_level=None, **kwargs
     ):
         """
-        As transformers', for texts that stay text: see `control_tokens.py`.
+        As transformers', for texts that stay text: see [`control_tokens`].
 
         Args:
             conversation: messages, or a list of conversations.
