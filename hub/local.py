@@ -43,8 +43,10 @@ def find_local_model(model: str | None, revision: str | None = None) -> str:
     if revision is not None:
         raise ValueError("--revision belongs to a Hub id; a folder has none.")
     # it brings torch, which `--help` does without
+    from aligngpt_shared.weights import find_weight_files
     from modeling_aligngpt import AlignGPTConfig
 
+    find_weight_files(folder)  # an index that leads elsewhere is refused
     AlignGPTConfig.get_config_dict(model)
     return model
 

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from aligngpt_shared.files import new_folder
 from aligngpt_shared.locks import lock, lock_of
 from modeling_aligngpt.images_aligngpt import read_image
 
-from ..publishing.checks import check_contents
+from ..publishing.outgoing import SPACE_FILES, check_contents, select_files, stage_files
 from ..publishing.upload import HubError, Upload, check_repo_id, hub_errors, upload_checked_folder
 
 
@@ -26,7 +27,6 @@ HARDWARE = "zero-a10g"
 _SHA = re.compile(r"[0-9a-f]{40}")
 # what loading a model reads, for the Space's image
 _LOADED = re.compile(r"[^/]+\.(json|safetensors|py|jinja|model)")
-_NOT_SENT = {"__pycache__", ".git", ".gradio"}
 
 
 @dataclass
@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser):
     parser.add_argument("--overwrite", action="store_true", help="also replace files of the Space changed by hand")
     parser.add_argument("--push", action="store_true", help="upload it to --repo-id as well")
     parser.add_argument("--repo-id", metavar="USER/NAME", help="the Space on the Hub")
+    parser.add_argument("--ignore", action="append", default=[], metavar="PATTERN", help="files not to upload")
     parser.add_argument("--private", action="store_true", help="make a new Space private")
 
 
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace):
         print("The model is private: give the Space a secret HF_TOKEN that may read it.")
     if args.push:
         # True or the account's own setting
-        upload = push_space(folder, args.repo_id, private=args.private or None)
+        upload = push_space(folder, args.repo_id, private=args.private or None, ignore=args.ignore)
         print(f"{'uploaded' if upload.changed else 'nothing new'}: {upload.url}")
 
 
@@ -204,29 +205,31 @@ def render_space(
     return folder
 
 
-def push_space(folder: str | os.PathLike, repo_id: str, private: bool | None = None) -> Upload:
+def push_space(
+    folder: str | os.PathLike, repo_id: str, private: bool | None = None, ignore: Iterable[str] = ()
+) -> Upload:
     """
-    Uploads a folder that [`render_space`] wrote, as one commit.
+    Uploads a folder that [`render_space`] wrote, as one commit; its images without their metadata.
 
     Args:
-        folder: the Space; files added to it go too.
+        folder: the Space; files added to it go too, where they are of a kind that a Space reads.
         repo_id: USER/NAME; made where it does not exist.
         private: of a new Space; by default the account's own setting.
+        ignore: patterns of files to leave out.
 
     Raises:
-        ValueError: the folder is not a Space, a file holds a token or a path of this machine, or the Hub refuses.
+        ValueError: the folder is not a Space, a file is of no kind that a Space reads, a file holds a secret,
+            or the Hub refuses.
     """
     folder = Path(folder)
     settings = _settings(folder)
-    files = {
-        path.relative_to(folder).as_posix(): path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not _NOT_SENT & set(path.relative_to(folder).parts)
-    }
-    if findings := check_contents(files, near=folder):
-        raise ValueError("Nothing was uploaded. " + " ".join(findings))
+    files, _, findings = select_files(folder, SPACE_FILES, ignore)
     message = f"AlignGPT demo of {settings['model']} at {settings['revision'][:7]}"
-    return upload_checked_folder(files, repo_id, "space", private=private, space_sdk="gradio", message=message)
+    with tempfile.TemporaryDirectory(prefix="aligngpt-space-") as stage:
+        staged = stage_files(files, Path(stage))
+        if findings := [*findings, *check_contents(staged, near=folder)]:
+            raise ValueError("Nothing was uploaded. " + " ".join(findings))
+        return upload_checked_folder(staged, repo_id, "space", private=private, space_sdk="gradio", message=message)
 
 
 def _write(folder: Path, model: Model, title: str | None, hardware: str, examples: list[Example] | None):

@@ -6,6 +6,8 @@ whole is needed here.
 """
 
 import argparse
+import hashlib
+import io
 import json
 import os
 import tempfile
@@ -25,12 +27,13 @@ from aligngpt_shared.references import is_hub_id
 from modeling_aligngpt.images_aligngpt import image_size, read_image, shortened
 
 from .card import PAPER, TAGS, describe_rows, levels_text, list_levels
-from .checks import check_contents, find_paths
 from .figures import draw_histogram
+from .image_metadata import has_place, texts_of_image, without_metadata
 from .model import add_hub_arguments, describe, hub_settings
+from .outgoing import check_contents, find_paths, stage_files
 from .run_records import hub_link
 from .samples import draw_samples
-from .secret_scan import find_secrets
+from .secret_scan import find_secrets, find_tokens, strings_in
 from .upload import Upload, check_repo_id, upload_checked_folder
 
 
@@ -64,6 +67,7 @@ def publish_dataset(
     message: str | None = None,
     token: str | None = None,
     shard_bytes: int = SHARD_BYTES,
+    keep_image_bytes: bool = False,
 ) -> Upload | None:
     """
     Publish what `aligngpt score` wrote.
@@ -82,6 +86,8 @@ def publish_dataset(
         message: of the commit.
         token: by default `HF_TOKEN` or the stored one.
         shard_bytes: of a parquet file, about.
+        keep_image_bytes: embed each image's file as it is, once it was searched; by default it loses its metadata
+            (EXIF, GPS, comments, what stands behind its end), a JPEG without being compressed again, others as PNG.
 
     Returns:
         Where it is, `None` after a dry run.
@@ -94,7 +100,7 @@ def publish_dataset(
     alignment = _read_alignment(folder)
     splits = _load_splits(folder)
     findings = [finding for name, rows in splits.items() for finding in _check_rows(name, rows)]
-    findings += [finding for name, rows in splits.items() for finding in _check_images(name, rows)]
+    findings += [finding for name, rows in splits.items() for finding in _check_images(name, rows, keep_image_bytes)]
     with tempfile.TemporaryDirectory(prefix="aligngpt-publish-") as stage:
         files = _stage_files(Path(stage), folder, alignment, splits)
         infos = _describe_splits(splits)
@@ -125,7 +131,7 @@ def publish_dataset(
             tag=tag,
             message=message or f"{total:,} scored pairs, {alignment.get('num_align_levels')} levels",
             stale=STALE,
-            shards=_write_shards(splits, Path(stage), shard_bytes),
+            shards=_write_shards(splits, Path(stage), shard_bytes, keep_image_bytes),
             token=token,
         )
 
@@ -162,22 +168,22 @@ def _load_splits(folder: Path) -> dict[str, Dataset]:
 
 
 def _check_rows(split: str, rows: Dataset) -> list[str]:
-    """Secrets and paths in all rows' texts, apart from where images lie, which does not travel."""
-    texts = [name for name, kind in rows.features.items() if getattr(kind, "dtype", None) == "string"]
-    findings: list[str] = []
-    columns = rows.select_columns([*texts, "messages"])
+    """Secrets and paths in every text at any depth, apart from the images; names of columns and classes, too."""
+    findings = [f"split {split}, columns: {finding}" for finding in find_secrets(str(rows.features))]
+    columns = rows.remove_columns("images").with_format("arrow")
     for batch in tqdm(columns.iter(ROWS_AT_ONCE), total=-(-len(rows) // ROWS_AT_ONCE), desc=f"{split}: texts read"):
-        for name, values in batch.items():
-            text = json.dumps(values, ensure_ascii=False)
+        for name in batch.column_names:
+            text = "\n".join(strings_in(batch[name].to_pylist()))
             for finding in [*find_secrets(text), *find_paths(text)]:
-                findings.append(f"split {split}, column {name}: {finding.replace('line 1 holds', 'holds')}")
+                # the line is the batch's, which helps nobody
+                findings.append(f"split {split}, column {name}: holds {finding.partition(' holds ')[2]}")
         if len(findings) >= MOST_FINDINGS:
             return [*findings[:MOST_FINDINGS], f"split {split}: the rows behind were not looked at any more"]
     return findings
 
 
-def _check_images(split: str, rows: Dataset) -> list[str]:
-    """Rows whose image is no image: by its header, without decoding it. No address is asked for."""
+def _check_images(split: str, rows: Dataset, keep_bytes: bool) -> list[str]:
+    """Rows whose image is no image, by its header; and secrets in bytes that are kept. No address is asked for."""
     others = [name for name, kind in rows.features.items() if name != "images" and _holds_files(kind)]
     if others:
         return [f"split {split}: the columns {', '.join(others)} hold files; only `images` may. Take them out."]
@@ -187,12 +193,26 @@ def _check_images(split: str, rows: Dataset) -> list[str]:
         for value in row["images"]:
             try:
                 image_size(value)
+                found = _find_in_image(_bytes(value)) if keep_bytes else []
             except Exception as error:
                 named = value.get("path") or f"{len(value['bytes'] or b'')} bytes"
-                findings.append(f"split {split}, row {number}: {shortened(named)} is no image ({error}). Leave it out.")
+                found = [f"{shortened(named)} is no image ({error}). Leave it out."]
+            findings += [f"split {split}, row {number}: {finding}" for finding in found]
         if len(findings) >= MOST_FINDINGS:
             break
     return findings
+
+
+def _find_in_image(data: bytes) -> list[str]:
+    """What an image must not say, in its bytes and beside its pixels."""
+    text = texts_of_image(data)
+    place = ["the image says where it was taken (GPS); leave --keep-image-bytes out."] if has_place(data) else []
+    tokens = [f"the image {finding}" for finding in find_tokens(io.BytesIO(data))]
+    return [*tokens, *(f"the image: {finding}" for finding in [*find_secrets(text), *find_paths(text)]), *place]
+
+
+def _bytes(value: dict[str, Any]) -> bytes:
+    return value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
 
 
 def _holds_files(feature: Any) -> bool:
@@ -208,7 +228,7 @@ def _stage_files(stage: Path, folder: Path, alignment: dict[str, Any], splits: d
     (stage / ALIGNMENT).write_text(json.dumps(alignment, indent=2) + "\n", encoding="utf-8")
     files = {ALIGNMENT: stage / ALIGNMENT}
     if (folder / HISTOGRAM).is_file():
-        files[HISTOGRAM] = folder / HISTOGRAM
+        files |= stage_files({HISTOGRAM: folder / HISTOGRAM}, stage)
     else:
         scores = [score for rows in splits.values() for score in rows["clip_score"][:]]
         draw_histogram(scores, alignment["edges"], stage / HISTOGRAM)
@@ -220,7 +240,9 @@ def _num_shards(rows: Dataset, shard_bytes: int) -> int:
     return max(1, min(len(rows), -(-rows._estimate_nbytes() // shard_bytes)))
 
 
-def _write_shards(splits: dict[str, Dataset], stage: Path, shard_bytes: int) -> Iterator[tuple[str, Path]]:
+def _write_shards(
+    splits: dict[str, Dataset], stage: Path, shard_bytes: int, keep_bytes: bool
+) -> Iterator[tuple[str, Path]]:
     """Parquet files with the images inside; each is removed when the next is asked for."""
     plan = [(name, rows, _num_shards(rows, shard_bytes)) for name, rows in splits.items()]
     with tqdm(total=sum(len(rows) for _, rows, _ in plan), desc="rows sent", unit="row") as bar:
@@ -228,19 +250,23 @@ def _write_shards(splits: dict[str, Dataset], stage: Path, shard_bytes: int) -> 
             for index in range(count):
                 shard = rows.shard(count, index, contiguous=True)
                 path = stage / f"{name}-{index:05d}-of-{count:05d}.parquet"
-                _write_parquet(shard, path)
+                _write_parquet(shard, path, keep_bytes)
                 yield f"data/{path.name}", path
                 path.unlink()
                 bar.update(len(shard))
 
 
-def _write_parquet(rows: Dataset, path: Path) -> None:
+def _write_parquet(rows: Dataset, path: Path, keep_bytes: bool) -> None:
     """Rows with their images inside, without bars of their own. What does not decode as an image is not read in."""
     beside, shown = Path(f"{path}.arrow"), not are_progress_bars_disabled()
     stored = rows.cast_column("images", List(Image(decode=False)))
+
+    def embed(batch: dict[str, list]) -> dict[str, list]:
+        return {"images": [[_embedded(value, keep_bytes) for value in images] for images in batch["images"]]}
+
     disable_progress_bars()
     try:
-        whole = stored.map(_embed, batched=True, batch_size=100, cache_file_name=str(beside), features=stored.features)
+        whole = stored.map(embed, batched=True, batch_size=100, cache_file_name=str(beside), features=stored.features)
         whole.cast_column("images", List(Image())).to_parquet(path)
     finally:
         if shown:
@@ -248,17 +274,21 @@ def _write_parquet(rows: Dataset, path: Path) -> None:
     beside.unlink()
 
 
-def _embed(batch: dict[str, list]) -> dict[str, list]:
-    return {"images": [[_embedded(value) for value in images] for images in batch["images"]]}
+def _embedded(value: dict[str, Any], keep_bytes: bool) -> dict[str, Any]:
+    """
+    An image's bytes under a name made of them, as a file's own name may say who or what, once it was decoded whole.
 
-
-def _embedded(value: dict[str, Any]) -> dict[str, Any]:
-    """An image's encoded bytes and the last part of its name, once it has been decoded whole."""
+    Raises:
+        ValueError: a token stands in the bytes.
+    """
     read_image(value)
-    data, path = value.get("bytes"), value.get("path")
-    if data is None:
-        data = Path(path).read_bytes()
-    return {"bytes": data, "path": Path(path).name if path else None}
+    data = _bytes(value)
+    if not keep_bytes:
+        data = without_metadata(data)
+        if found := find_tokens(io.BytesIO(data)):
+            raise ValueError(f"An image {found[0]} {shortened(value.get('path'))}: nothing was committed.")
+    suffix = {b"\xff\xd8": ".jpg", b"\x89P": ".png"}.get(data[:2], "")
+    return {"bytes": data, "path": hashlib.sha256(data).hexdigest()[:16] + suffix}
 
 
 def _describe_splits(splits: dict[str, Dataset]) -> DatasetInfosDict:
@@ -360,6 +390,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--license", metavar="NAME", help="the data's licence, by the Hub's name for it")
     parser.add_argument("--language", action="append", metavar="CODE", help="of the texts, default: en")
     parser.add_argument("--source", metavar="ID", help="what was scored: a Hub id or a description")
+    parser.add_argument(
+        "--keep-image-bytes",
+        action="store_true",
+        help="embed image files as they are, after a search for secrets and GPS (default: without their metadata)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -368,6 +403,7 @@ def run(args: argparse.Namespace) -> int:
         args.folder,
         args.repo_id,
         source=args.source,
+        keep_image_bytes=args.keep_image_bytes,
         **hub_settings(args),
     )
     if upload is not None:

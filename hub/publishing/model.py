@@ -21,9 +21,10 @@ from aligngpt_shared.references import is_hub_id
 from modeling_aligngpt import AlignGPTConfig
 
 from .card import write_card
-from .checks import check_code, check_complete, check_contents, select_files
+from .checks import check_code, check_complete
 from .example import answer_example
 from .fresh_load import check_loads
+from .outgoing import check_contents, select_files, stage_files
 from .run_records import Records, read_records
 from .upload import Upload, check_repo_id, check_signed_in, download_text, hub_errors, upload_checked_folder
 
@@ -107,7 +108,7 @@ def publish(
     with tempfile.TemporaryDirectory(prefix="aligngpt-publish-") as stage, ExitStack() as more:
         # before anything is sent: what cannot be a LLaVA is said now
         llava = None if with_llava is False else _make_llava(folder, repo_id, with_llava, more)
-        staged = _link(files, Path(stage))
+        staged = stage_files(files, Path(stage))
         online = not (dry_run or constants.HF_HUB_OFFLINE)
         local_base = _settle_adapter(staged, base_models, findings, online, token)
         records = _read(staged, findings)
@@ -190,17 +191,6 @@ def _make_llava(folder: Path, repo_id: str, level: int | bool, stack: ExitStack)
     if findings := check_contents(files, made):
         raise ValueError(f"{folder} is not fit to be published as a LLaVA: {' '.join(findings)}")
     return files
-
-
-def _link(files: dict[str, Path], stage: Path) -> dict[str, Path]:
-    """The files under their names in the repository, as links, so that none is copied."""
-    staged = {}
-    for name, path in files.items():
-        place = stage / name
-        place.parent.mkdir(parents=True, exist_ok=True)
-        place.symlink_to(path.resolve())
-        staged[name] = place
-    return staged
 
 
 def _read(staged: dict[str, Path], findings: list[str]) -> Records:

@@ -14,15 +14,10 @@ from PIL import PngImagePlugin
 from safetensors.torch import load_file, save_file
 
 import aligngpt_hub
-from aligngpt_hub.publishing.checks import (
-    check_code,
-    check_complete,
-    check_contents,
-    find_paths,
-    find_secrets,
-    select_files,
-)
+from aligngpt_hub.publishing.checks import check_code, check_complete
 from aligngpt_hub.publishing.fresh_load import check_loads
+from aligngpt_hub.publishing.outgoing import check_contents, find_paths, select_files
+from aligngpt_hub.publishing.secret_scan import find_secrets
 
 
 TOKEN = "hf" + "_" + "AbCdEfGhIjKlMnOpQrStUvWxYz01234567"

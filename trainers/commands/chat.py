@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
@@ -129,6 +130,7 @@ def run(args: argparse.Namespace):
     import torch
     from transformers import set_seed
 
+    from aligngpt_shared.weights import find_weight_files
     from modeling_aligngpt import AlignGPTForConditionalGeneration, AlignGPTProcessor
 
     if os.path.isfile(os.path.join(args.model, "adapter_config.json")):
@@ -136,6 +138,7 @@ def run(args: argparse.Namespace):
             f"{args.model} holds an adapter, not a whole model: `aligngpt merge --adapter {args.model} --output DIR` "
             "makes one."
         )
+    find_weight_files(Path(args.model))  # an index that leads elsewhere is refused
     set_seed(args.seed)
     dtype = args.dtype if args.dtype == "auto" else getattr(torch, args.dtype)
     try:
