@@ -157,13 +157,6 @@ CORPUS = [
     ("chat --model {model} --image thin.png --question hi", "one side may be at most 100 times"),
     ("chat --model {model} --align-level 9 --question hi", "alignment level 9 is not in 0..7"),
     ("chat --model {model} --dtype int8", "invalid choice: 'int8'"),
-    # ---- republish ----
-    ("republish", "required"),
-    ("republish --checkpoint gone --output out --repo-id me/it", "gone"),
-    ("republish --checkpoint full --output out --repo-id it", "it"),
-    ("republish --checkpoint full --output out --repo-id me/it --answers gone.jsonl", "gone.jsonl cannot be read"),
-    ("republish --checkpoint full --output out --repo-id me/it --min-equal 2", "must lie from 0 to 1"),
-    ("republish --checkpoint full --output out --repo-id me/it --no-llava --llava-level 3", "leave one out"),
     # ---- convert ----
     ("convert", "required"),
     ("convert --checkpoint gone --output out", "gone"),

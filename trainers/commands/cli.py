@@ -41,7 +41,6 @@ COMMANDS = {
     "convert": ("aligngpt_hub.original.convert", "convert the authors' checkpoints to this format, and back"),
     "export": ("aligngpt_hub.engines.export", "write a model as a plain LLaVA, for other engines"),
     "publish": ("aligngpt_hub.publishing.model", "publish a trained model to the Hub, with code and card"),
-    "republish": ("aligngpt_hub.publishing.republish", "convert, check and publish the authors' weights in one go"),
     "publish-data": ("aligngpt_hub.publishing.dataset", "publish a scored data set to the Hub, with its card"),
     "space": ("aligngpt_hub.demo.space", "make a Gradio Space for a model"),
     "demo": ("aligngpt_hub.demo.command", "start the Gradio demo here"),
@@ -52,6 +51,7 @@ COMMANDS = {
 
 # Commands that are gone -> what took their place
 GONE = dict.fromkeys(("dpo", "grpo"), "TRL's own trainer tunes the model; docs/preferences.md has the script.")
+GONE["republish"] = "`aligngpt convert`, then `aligngpt publish`; docs/hub.md has the lines."
 GONE["judge"] = "Likelihoods judge better than levels; benchmarks/judging.py has both."
 
 # What `--model NAME` means beside folders and Hub ids: the trained models that come with the playground, and who makes

@@ -13,7 +13,7 @@ PACKAGE = "aligngpt"
 # Command -> its extra; the others (chat, convert, space without --push) need the core alone.
 EXTRAS = {
     **dict.fromkeys(("init", "score", "check", "pretrain", "instruct", "merge"), "train"),
-    **dict.fromkeys(("export", "publish", "republish", "publish-data", "levels"), "train"),
+    **dict.fromkeys(("export", "publish", "publish-data", "levels"), "train"),
     "evaluate": "eval",
     "demo": "demo",
     "serve": "serve",
