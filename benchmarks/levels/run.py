@@ -65,7 +65,9 @@ class Seed:
         started, form = time.perf_counter(), CAPTION
         student = Student(language_model, self.seed)
         rows = rows_of(arm, self.pairs.features, self.pairs.captions, self.pairs.scores, self.seed)
-        loss = train(student, arm, CAPTION, rows, PARTS["captions"][1] if part == "answers" else budget, self.seed)
+        # stage 1 trains each row at its own level, also where the gate mixes the levels in stage 2
+        first = tuned(arm, mixed=False)
+        loss = train(student, first, CAPTION, rows, PARTS["captions"][1] if part == "answers" else budget, self.seed)
         if part == "answers":
             form = ANSWER
             rows = rows_of(arm, self.noisy.features, self.noisy.captions, self.noisy.scores, self.seed)
