@@ -1,5 +1,5 @@
 """
-The memory table of docs/training.md: what each stage of Vicuna 7B and 13B takes on a GPU, estimated on the meta device.
+The memory table of docs/hardware.md: what each stage of Vicuna 7B and 13B takes on a GPU, estimated on the meta device.
 
     python benchmarks/memory.py        # a minute, no GPU, no weights
 
