@@ -401,7 +401,7 @@ def multiscale_features(
         height, width = pixel_values.shape[-2:]
         raise ValueError(
             f"vision_scales={list(scales)} needs images of {largest}x{largest}, got {height}x{width}: set size and "
-            "crop_size of the image processor to it (processor_from_parts does)."
+            "crop_size of the image processor to it."
         )
     features = []
     for scale in scales:

@@ -318,8 +318,7 @@ class AlignGPTProcessor(ProcessorBase):
             own, wanted = getattr(self, name), getattr(config, name)
             if own != wanted:
                 raise ValueError(
-                    f"{name} is {own} in the processor and {wanted} in the config: load both from one checkpoint, or "
-                    "build the processor with processor_from_parts."
+                    f"{name} is {own} in the processor and {wanted} in the config: load both from one checkpoint."
                 )
         rows = config.text_config.vocab_size
         if max(self.image_token_id, self.align_token_id) >= rows:
@@ -352,8 +351,9 @@ class AlignGPTProcessor(ProcessorBase):
                 part.__dict__.pop("auto_map", None)
         if (Path(save_directory) / "tokenizer.json").is_file():
             rewrite_json(Path(save_directory) / "tokenizer_config.json", portable_tokenizer_config)
-        rewrite_json(Path(save_directory) / "processor_config.json", portable_processor_config)
-        rewrite_json(Path(save_directory) / "preprocessor_config.json", portable_image_processor_config)
+        own = Path(save_directory) / "processor_config.json"
+        rewrite_json(own, lambda config: portable_image_processor_config(config.get("image_processor") or {}))
+        rewrite_json(own.with_name("preprocessor_config.json"), portable_image_processor_config)
         if push_to_hub:
             hub.setdefault("repo_id", Path(save_directory).name)
             self.push_to_hub(**hub, token=kwargs.get("token"))
@@ -384,11 +384,8 @@ def argument_names(image_processor) -> tuple[str, ...]:
     """What may be given flat to a processor or its chat template: arguments of tokenizer, image processor, template."""
     kinds = (*ProcessingKwargs.__annotations__.values(), getattr(image_processor, "valid_kwargs", None))
     names = [name for kind in kinds for name in getattr(kind, "__annotations__", ())]
-    return (
-        *ProcessingKwargs.__annotations__,
-        *names,
-        *inspect.signature(ProcessorMixin.apply_chat_template).parameters,
-    )
+    template = inspect.signature(ProcessorMixin.apply_chat_template).parameters
+    return (*ProcessingKwargs.__annotations__, *names, *template)
 
 
 def a_level_per_row(align_level, input_ids):
@@ -424,18 +421,10 @@ def apply_edits(row: str, edits: list[tuple[int, int, str, str]]) -> tuple[str, 
     pieces, records, last, length = [], [], 0, 0
     for start, end, replacement, kind in sorted(edits, key=lambda edit: edit[:2]):
         pieces += [row[last:start], replacement]
-        length += start - last
-        records.append(
-            {
-                "type": kind,
-                "span": (start, end),
-                "new_span": (length, length + len(replacement)),
-                "text": row[start:end],
-                "replacement": replacement,
-            }
-        )
-        length += len(replacement)
-        last = end
+        placed = length + start - last
+        length, last = placed + len(replacement), end
+        record = {"type": kind, "span": (start, end), "new_span": (placed, length)}
+        records.append({**record, "text": row[start:end], "replacement": replacement})
     return "".join([*pieces, row[last:]]), records
 
 
@@ -447,11 +436,6 @@ def portable_tokenizer_config(config: dict) -> None:
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     for name in ("is_local", "local_files_only"):  # of one load, not of the tokenizer
         config.pop(name, None)
-
-
-def portable_processor_config(config: dict) -> None:
-    if isinstance(config.get("image_processor"), dict):
-        portable_image_processor_config(config["image_processor"])
 
 
 def rewrite_json(path: Path, change) -> None:
@@ -492,23 +476,22 @@ def sanitized(messages: list[dict[str, Any]], tokens: re.Pattern, placeholder: s
     Messages with control tokens in their texts broken. In string content, `placeholder` is kept, since nothing else can
     say there where an image stands; in a list of parts it is text.
     """
-    return [_sanitized(message, tokens, placeholder) for message in messages]
 
+    def cleaned(content):
+        if isinstance(content, str):
+            return placeholder.join(as_text(piece, tokens) for piece in content.split(placeholder))
+        if not isinstance(content, (list, tuple)):
+            return content
+        texts = [
+            part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else None
+            for part in content
+        ]
+        return [
+            {**part, "text": as_text(text, tokens)} if isinstance(text, str) else part
+            for part, text in zip(content, texts, strict=True)
+        ]
 
-def _sanitized(message: dict[str, Any], tokens: re.Pattern, placeholder: str) -> dict[str, Any]:
-    content = message.get("content")
-    if isinstance(content, str):
-        pieces = [as_text(piece, tokens) for piece in content.split(placeholder)]
-        return {**message, "content": placeholder.join(pieces)}
-    if not isinstance(content, (list, tuple)):
-        return message
-    parts = [
-        {**part, "text": as_text(part["text"], tokens)}
-        if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
-        else part
-        for part in content
-    ]
-    return {**message, "content": parts}
+    return [{**each, "content": cleaned(each["content"])} if "content" in each else each for each in messages]
 
 
 AlignGPTProcessor.register_for_auto_class()
