@@ -23,8 +23,8 @@ _HELD: set[str] = set()  # file locks do not keep a process from itself
 
 
 def lock_of(output: str | os.PathLike) -> Path:
-    """The lock file of an output folder: beside it, so that the folder may be replaced."""
-    path = Path(os.path.abspath(output))
+    """The lock file of an output folder: beside it, so that the folder may be replaced; one for all links to it."""
+    path = Path(os.path.realpath(output))
     return path.with_name(f"{path.name}.lock")
 
 

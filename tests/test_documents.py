@@ -19,7 +19,7 @@ LINES = [(page.relative_to(ROOT), line) for page in PAGES for line in documents.
 RECIPES = sorted(FOLDER.glob("*/*.yaml"))
 # Blocks that need the Hub or a server: the test that runs what they show.
 RUN_ELSEWHERE = {
-    ("docs/hub.md", "aligngpt_hub.publishing.model("): "tests/hub/test_publish.py",
+    ("docs/hub.md", "aligngpt_hub.publish("): "tests/hub/test_publish.py",
     ("docs/hub.md", "pipeline("): "tests/hub/test_publish.py",
     ("docs/hub.md", "load_dataset("): "tests/hub/test_publish_data.py",
     ("docs/hub.md", "BitsAndBytesConfig("): "tests/modeling/test_small_machine.py",

@@ -69,7 +69,6 @@ OVERRIDDEN = {
 # Private names that are read: dotted name -> its parameters; `None` where it is no function.
 BORROWED = {
     "argparse:ArgumentParser._add_action": "self, action",
-    "datasets:Dataset._estimate_nbytes": "self",
     "torch:_assert_async": None,
     "transformers:ProcessorMixin._check_special_mm_tokens": "self, text, text_inputs, modalities",
     "transformers:ProcessorMixin._merge_kwargs": "self, ModelProcessorKwargs, tokenizer_init_kwargs, kwargs",

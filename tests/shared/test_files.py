@@ -10,6 +10,7 @@ import pytest
 
 from aligngpt_shared import files
 from aligngpt_shared.files import move_folder, new_folder, write_file, write_json
+from aligngpt_shared.locks import lock, lock_of
 from aligngpt_shared.records import known, read_record, versioned
 from aligngpt_shared.references import is_hub_id
 
@@ -98,3 +99,14 @@ def test_hub_ids(name):
 @pytest.mark.parametrize("name", [None, "", "name", "/user/name", "./name", "~/name", "a/b/c", "user/", "../name"])
 def test_paths(name):
     assert not is_hub_id(name)
+
+
+def test_a_link_to_a_folder_has_the_folders_lock(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with (
+        lock(lock_of(tmp_path / "run")),
+        pytest.raises(ValueError, match="being written"),
+        lock(lock_of(tmp_path / "link")),
+    ):
+        pass

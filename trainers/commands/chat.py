@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aligngpt_shared.printing import printable
+
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +76,12 @@ class Chat:
         import torch
         from transformers import TextStreamer
 
+        class PrintableStreamer(TextStreamer):
+            """Prints the answer while it is made; what a model writes doesn't command the terminal."""
+
+            def on_finalized_text(self, text: str, stream_end: bool = False):
+                super().on_finalized_text(printable(text), stream_end)
+
         content = [{"type": "image"} for _ in self.waiting] + [{"type": "text", "text": question}]
         images, messages = self.images + self.waiting, [*self.messages, {"role": "user", "content": content}]
         inputs = self._inputs(messages, images)
@@ -84,7 +92,7 @@ class Chat:
                 **steering,
                 max_new_tokens=self.max_new_tokens,
                 return_dict_in_generate=True,
-                streamer=TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+                streamer=PrintableStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
                 if stream
                 else None,
                 **({"do_sample": True, "temperature": self.temperature} if self.temperature else {"do_sample": False}),
@@ -174,7 +182,7 @@ def run(args: argparse.Namespace):
                 if args.show_weights:
                     print(chat.describe_weights())
         except ValueError as error:
-            print(f"error: {error}")
+            print(printable(f"error: {error}"))
 
 
 def _command(chat: Chat, line: str):

@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset, IterableDataset
 
 from aligngpt_shared.files import write_json
+from aligngpt_shared.printing import printable
 from modeling_aligngpt import AlignGPTConfig
 
 from ..data.layout import layout_of
@@ -94,7 +95,7 @@ def check_command(argv: Sequence[str]) -> int:
         num_devices=own.devices,
         light=own.no_model,
     )
-    print(describe_check(report), flush=True)
+    print(printable(describe_check(report)), flush=True)
     if own.json is not None:
         write_json(own.json, report, indent=1)
     return 1 if report["problems"] else 0

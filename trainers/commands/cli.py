@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 from safetensors import SafetensorError
 
+from aligngpt_shared.printing import printable
+
 from .extras import check_extra
 from .flags import with_known_flags
 
@@ -97,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
+    # before anything imports huggingface_hub, which reads it once: TRL reports trainer, GPU and world size otherwise
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     words = list(sys.argv[1:] if argv is None else argv)
     debug = os.environ.get("ALIGNGPT_DEBUG", "0") not in ("", "0")
     if words and words[0] == "--debug":
@@ -132,7 +136,7 @@ def _main(argv: Sequence[str] | None) -> int:
             raise
         if debug:
             traceback.print_exc()
-        print(f"error: {_message(error)}", file=sys.stderr)
+        print(printable(f"error: {_message(error)}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped.", file=sys.stderr)
