@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from datasets import Dataset, IterableDataset
 
+from aligngpt_shared.printing import printable
+
 from .collator import IGNORE_INDEX, AlignGPTDataCollator, describe_row
 from .memory import count_parameters
 
@@ -126,4 +128,4 @@ def log_first_batch(trainer: "StageTrainer") -> None:
         "  trains " + ", ".join(f"{name} {number:,}" for name, number in counts.items()),
         f"  {names[0]}: {text if len(text) <= 300 else f'{text[:300]} ...'}",
     ]
-    print("\n".join(lines), flush=True)
+    print(printable("\n".join(lines)), flush=True)

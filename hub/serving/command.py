@@ -6,6 +6,8 @@ import os
 import socket
 from pathlib import Path
 
+from aligngpt_shared.printing import printable
+
 from ..local import find_local_model, port
 
 
@@ -83,6 +85,6 @@ def _serve(args: argparse.Namespace, listener: socket.socket) -> None:
     logging.set_verbosity_error()
     name = args.served_model_name
     app = build_app(args.model, args.revision, name, args.device, args.dtype, args.fetch_urls)
-    print(f"http://{args.host}:{listener.getsockname()[1]}/v1 serves {name}", flush=True)
+    print(printable(f"http://{args.host}:{listener.getsockname()[1]}/v1 serves {name}"), flush=True)
     config = uvicorn.Config(app, http=Impatient, ws="none", log_level="warning", timeout_graceful_shutdown=5)
     uvicorn.Server(config).run(sockets=[listener])

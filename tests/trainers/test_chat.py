@@ -56,6 +56,13 @@ def test_turns_and_images_add_up(chat, files, capsys):
     assert chat.messages == [] and chat.images == []
 
 
+def test_an_answer_cannot_command_the_terminal(chat, capsys):
+    (escape,) = chat.processor.tokenizer("\x1b", add_special_tokens=False)["input_ids"]
+    chat.model.generation_config.sequence_bias = {(escape,): 1e4}
+    assert chat.ask("what is it?") == "\x1b" * 6
+    assert capsys.readouterr().out.strip() == "\\x1b" * 6
+
+
 def test_the_gates_weights_are_shown(chat, files):
     assert "no image" in chat.describe_weights()
     chat.add_image(files[0])
